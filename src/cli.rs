@@ -1,0 +1,196 @@
+//! The command line: what can be asked for, and how it ends.
+
+mod demo;
+mod doctor;
+mod host;
+mod run;
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// How a command ends if it does not end well.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// A guest failed or trapped, or a measurement could not be made: exit code 1.
+    Run(wasmtime::Error),
+    /// What was asked for cannot be done: exit code 2, as for clap's own errors.
+    Usage(wasmtime::Error),
+}
+
+impl Failure {
+    pub(crate) fn usage(error: impl Into<wasmtime::Error>) -> Self {
+        Self::Usage(error.into())
+    }
+
+    pub(crate) fn run(error: impl Into<wasmtime::Error>) -> Self {
+        Self::Run(error.into())
+    }
+}
+
+/// Runs WebAssembly guests whose UDP sockets live on an io_uring.
+#[derive(Parser)]
+#[command(name = "wasi-uring", version, about, arg_required_else_help = true)]
+#[command(after_help = "\
+Start with `wasi-uring demo`. If it says that io_uring is missing, `wasi-uring doctor` says why.
+Logging: RUST_LOG=wasi_uring=debug")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a WASI 0.2 component (one that exports wasi:cli/run)
+    Run(RunArgs),
+    /// See both backends at work: a thousand guests that open, bind, use and close sockets
+    Demo(DemoArgs),
+    /// Show what this kernel and these limits allow, and what to change
+    Doctor(DoctorArgs),
+}
+
+/// Where a guest's UDP sockets come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// The ring; an error if this machine has no io_uring
+    Uring,
+    /// wasmtime-wasi's own sockets, untouched: the yardstick
+    Stock,
+    /// The ring if it can be had, else stock, which is said once
+    Auto,
+}
+
+/// Which threads and runtimes guests run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RuntimeArg {
+    /// A tokio current-thread runtime and a ring for each thread
+    PerCore,
+    /// One tokio multi-thread runtime and one ring for all
+    MultiThread,
+    /// A tokio-uring runtime and a ring for each thread
+    TokioUring,
+}
+
+/// Which addresses guests may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NetArg {
+    /// No UDP, no TCP, no name look-up
+    None,
+    /// UDP and TCP with this machine only, no name look-up. Wildcard binds are allowed, and what
+    /// comes from elsewhere is dropped
+    Loopback,
+    /// Everything
+    All,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  wasi-uring run guest.wasm
+  wasi-uring run --guests 1000 --threads 1 --stats guest.wasm life 100
+  wasi-uring run --backend stock guest.wasm        # the same guest on wasmtime-wasi's sockets
+  wasi-uring run --net all --env TOKEN resolver.wasm example.org
+
+Exit code: 0 when every guest returned ok, 1 when one failed or trapped, 2 for a wrong command
+line, a missing or invalid file, or a component that does not export wasi:cli/run.")]
+pub(crate) struct RunArgs {
+    /// Where UDP sockets come from
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Instances to run at once; instance 0 has the terminal's stdin, stdout and stderr
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub(crate) guests: NonZeroUsize,
+    /// Threads that run guests [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Threads and runtimes that run guests
+    #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
+    pub(crate) runtime: RuntimeArg,
+    /// Addresses guests may use
+    #[arg(long, value_enum, default_value_t = NetArg::Loopback)]
+    pub(crate) net: NetArg,
+    /// An environment variable for the guests; without a value, this process's
+    #[arg(long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
+    pub(crate) envs: Vec<(String, String)>,
+    /// UDP sockets that may be open at once on the rings; each guest may hold its share
+    /// [default: 256 per guest, at least 4096, within the open-files limit]
+    #[arg(long, value_name = "N")]
+    pub(crate) sockets: Option<NonZeroU32>,
+    /// End with one line of JSON on stderr: what went through the rings
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// The component, binary or text
+    pub(crate) file: PathBuf,
+    /// Arguments for the guests
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct DemoArgs {
+    /// Guests at once
+    #[arg(long, value_name = "N", default_value = "1000")]
+    pub(crate) guests: NonZeroUsize,
+    /// Rounds per backend; more rounds, less noise
+    #[arg(long, value_name = "N", default_value = "5")]
+    pub(crate) rounds: NonZeroUsize,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    if let Some((name, value)) = text.split_once('=') {
+        return Ok((name.to_owned(), value.to_owned()));
+    }
+    match std::env::var(text) {
+        Ok(value) => Ok((text.to_owned(), value)),
+        Err(std::env::VarError::NotPresent) => {
+            Err(format!("this process has no variable {text}; give a value: --env {text}=VALUE"))
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+pub(crate) fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+    run_command(std::env::args_os().collect())
+}
+
+fn run_command(args: Vec<OsString>) -> ExitCode {
+    let ended = match Cli::parse_from(args).command {
+        Command::Run(args) => run::run(&args),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Doctor(args) => doctor::doctor(&args),
+    };
+    match ended {
+        Ok(code) => code,
+        Err(Failure::Run(error)) => complain(&error, 1),
+        Err(Failure::Usage(error)) => complain(&error, 2),
+    }
+}
+
+fn complain(error: &wasmtime::Error, code: u8) -> ExitCode {
+    say(format_args!("error: {error:#}"));
+    ExitCode::from(code)
+}
+
+/// A line on stderr, which may be gone.
+pub(crate) fn say(message: impl Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "wasi-uring: {message}");
+}

@@ -1,0 +1,222 @@
+//! `wasi-uring run`: N instances of a component at once.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmtime::error::Context;
+use indicatif::ProgressBar;
+use tokio::task::JoinSet;
+use wasi_uring::{Stats, Uring};
+use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
+
+use super::host::{self, Backend, GuestConfig, Net, Program};
+use super::{Failure, RunArgs, RuntimeArg, say};
+
+/// Failures worth a line each.
+const FAILURES_TOLD_MAX: usize = 10;
+
+pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
+    let engine = host::engine().map_err(Failure::run)?;
+    let progress = ProgressBar::new_spinner();
+    progress.set_message(format!("compiling {}", args.file.display()));
+    progress.enable_steady_tick(Duration::from_millis(100));
+    let component = host::load(&engine, &args.file).map_err(Failure::usage);
+    progress.finish_and_clear();
+    let component = component?;
+
+    let plan = Plan::new(args);
+    let (backend, first) = host::choose(args.backend, || plan.build_ring())?;
+    let program = Arc::new(Program::link(&engine, &component, backend)?);
+    let rings = plan.rings(first)?;
+    let failures = match args.runtime {
+        RuntimeArg::MultiThread => {
+            let ring = rings.first().cloned();
+            let all = (0..args.guests.get()).collect();
+            tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(plan.threads)
+                .enable_all()
+                .build()
+                .context("cannot start a runtime")
+                .map_err(Failure::run)?
+                .block_on(run_guests(&plan, &program, ring, all))
+        }
+        RuntimeArg::PerCore | RuntimeArg::TokioUring => run_per_thread(&plan, &program, &rings)?,
+    };
+    if args.stats {
+        eprintln!("{}", stats_line(backend, &rings));
+    }
+    for failure in failures.iter().take(FAILURES_TOLD_MAX) {
+        say(failure);
+    }
+    if failures.len() > FAILURES_TOLD_MAX {
+        say(format_args!("and {} more guests failed", failures.len() - FAILURES_TOLD_MAX));
+    }
+    Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// How guests are spread over threads and rings.
+struct Plan<'a> {
+    args: &'a RunArgs,
+    threads: usize,
+    /// Slots of each ring's table, and each guest's share.
+    sockets_per_ring: u32,
+    sockets_per_guest: u32,
+}
+
+impl<'a> Plan<'a> {
+    fn new(args: &'a RunArgs) -> Self {
+        let guests = args.guests.get();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = args.threads.map_or(cores, usize::from).min(guests);
+        let rings = match args.runtime {
+            RuntimeArg::MultiThread => 1,
+            RuntimeArg::PerCore | RuntimeArg::TokioUring => threads,
+        };
+        let per_ring = |total: usize| u32::try_from(total.div_ceil(rings)).unwrap_or(u32::MAX);
+        let sockets_per_ring = match args.sockets {
+            Some(sockets) => per_ring(sockets.get() as usize),
+            None => per_ring((256 * guests).max(4096))
+                .min(u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX))
+                .min(wasi_uring::limits::SOCKETS_MAX),
+        };
+        if args.sockets.is_some() {
+            super::doctor::raise_nofile();
+        }
+        let guests_per_ring = u32::try_from(guests.div_ceil(rings)).unwrap_or(u32::MAX);
+        let sockets_per_guest = (sockets_per_ring / guests_per_ring).max(1);
+        Self { args, threads, sockets_per_ring, sockets_per_guest }
+    }
+
+    fn build_ring(&self) -> Result<Uring, wasi_uring::SetupError> {
+        Uring::builder().sockets(self.sockets_per_ring).build()
+    }
+
+    /// A ring for each thread that has its own, given the first; none for stock.
+    fn rings(&self, first: Option<Uring>) -> Result<Vec<Uring>, Failure> {
+        let Some(first) = first else { return Ok(Vec::new()) };
+        let mut rings = vec![first];
+        if self.args.runtime != RuntimeArg::MultiThread {
+            for _ in 1..self.threads {
+                rings.push(self.build_ring().map_err(Failure::usage)?);
+            }
+        }
+        Ok(rings)
+    }
+
+    fn wasi(&self, guest: usize) -> WasiCtxBuilder {
+        let mut wasi = WasiCtx::builder();
+        wasi.arg(self.args.file.to_string_lossy()).args(&self.args.args).envs(&self.args.envs);
+        if guest == 0 {
+            wasi.inherit_stdio();
+        }
+        wasi
+    }
+}
+
+/// A thread, a current-thread runtime and a ring for each share of the guests.
+fn run_per_thread(
+    plan: &Plan<'_>,
+    program: &Arc<Program>,
+    rings: &[Uring],
+) -> Result<Vec<String>, Failure> {
+    let net = Net::new(plan.args.net);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..plan.threads)
+            .map(|thread| {
+                let (ring, net) = (rings.get(thread).cloned(), &net);
+                let mine = (thread..plan.args.guests.get()).step_by(plan.threads).collect();
+                scope.spawn(move || {
+                    let guests = run_guests_on(plan, program, ring, net, mine);
+                    if plan.args.runtime == RuntimeArg::TokioUring {
+                        return Ok(tokio_uring::start(guests));
+                    }
+                    let runtime =
+                        tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                    Ok(runtime.block_on(guests))
+                })
+            })
+            .collect();
+        let mut failures = Vec::new();
+        for thread in threads {
+            let ended: std::io::Result<Vec<String>> =
+                thread.join().map_err(|_| Failure::run(wasmtime::format_err!("a guest thread panicked")))?;
+            failures.extend(ended.context("cannot start a runtime").map_err(Failure::run)?);
+        }
+        Ok(failures)
+    })
+}
+
+async fn run_guests(
+    plan: &Plan<'_>,
+    program: &Arc<Program>,
+    ring: Option<Uring>,
+    guests: Vec<usize>,
+) -> Vec<String> {
+    run_guests_on(plan, program, ring, &Net::new(plan.args.net), guests).await
+}
+
+/// Runs guests as tasks of the current runtime; what went wrong, one line each.
+async fn run_guests_on(
+    plan: &Plan<'_>,
+    program: &Arc<Program>,
+    ring: Option<Uring>,
+    net: &Net,
+    guests: Vec<usize>,
+) -> Vec<String> {
+    let mut tasks = JoinSet::new();
+    for guest in guests {
+        let (program, ring, net) = (Arc::clone(program), ring.clone(), net.clone());
+        let mut wasi = plan.wasi(guest);
+        net.configure(&mut wasi);
+        let sockets_max = plan.sockets_per_guest;
+        tasks.spawn(async move {
+            let config = GuestConfig { wasi, net: &net, uring: ring.as_ref(), sockets_max };
+            let ended = match program.instantiate(config).await {
+                Ok(mut instance) => instance.run().await,
+                Err(error) => Err(error.context("cannot be instantiated")),
+            };
+            ended.map_err(|error| format!("guest {guest} {error:#}"))
+        });
+    }
+    let mut failures = Vec::new();
+    while let Some(ended) = tasks.join_next().await {
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => failures.push(failure),
+            Err(panic) => failures.push(format!("a guest's task ended: {panic}")),
+        }
+    }
+    failures
+}
+
+fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
+    let mut stats = Stats::default();
+    for ring in rings {
+        stats += ring.stats();
+    }
+    match backend {
+        Backend::Stock => serde_json::json!({ "backend": backend.name() }),
+        Backend::Uring => serde_json::json!({
+            "backend": backend.name(),
+            "rings": rings.len(),
+            "enters": stats.enters,
+            "submissions": stats.submissions,
+            "completions": stats.completions,
+            "sockets_created": stats.sockets_created,
+            "sockets_open": stats.sockets_open,
+            "datagrams_sent": stats.datagrams_sent,
+            "bytes_sent": stats.bytes_sent,
+            "datagrams_received": stats.datagrams_received,
+            "bytes_received": stats.bytes_received,
+            "rearms": stats.rearms,
+            "pauses": stats.pauses,
+            "drops": {
+                "policy": stats.dropped_by_policy,
+                "not_from_peer": stats.dropped_not_from_peer,
+                "at_close": stats.dropped_at_close,
+                "malformed": stats.dropped_malformed,
+            },
+        }),
+    }
+}

@@ -1,0 +1,85 @@
+//! One guest's share of a ring: its policy, its quota, its name.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::datagram::Family;
+use crate::driver::{Guest, Uring};
+use crate::error::ErrorCode;
+use crate::limits::GUEST_SOCKETS_DEFAULT;
+use crate::policy::{Policy, Quota, SocketAddrUse};
+use crate::socket::UdpSocket;
+
+/// The UDP configuration of one guest. Make one per store, as one makes a
+/// [`WasiCtx`](wasmtime_wasi::WasiCtx).
+#[derive(Debug)]
+pub struct UdpCtx {
+    uring: Uring,
+    guest: Guest,
+    policy: Policy,
+    quota: Arc<Quota>,
+}
+
+/// Configures a [`UdpCtx`].
+#[derive(Debug)]
+#[must_use]
+pub struct UdpCtxBuilder {
+    uring: Uring,
+    policy: Policy,
+    sockets_max: u32,
+}
+
+impl UdpCtx {
+    /// Starts configuring a guest of this ring.
+    ///
+    /// Without [`allow`](UdpCtxBuilder::allow) the guest has no UDP: `create-udp-socket` answers
+    /// `access-denied`.
+    pub fn builder(uring: &Uring) -> UdpCtxBuilder {
+        UdpCtxBuilder {
+            uring: uring.clone(),
+            policy: Policy::default(),
+            sockets_max: GUEST_SOCKETS_DEFAULT,
+        }
+    }
+
+    pub(crate) fn new_socket(&self, family: Family) -> Result<UdpSocket, ErrorCode> {
+        UdpSocket::new(&self.uring, self.guest, family, &self.policy, || self.quota.take())
+    }
+}
+
+impl UdpCtxBuilder {
+    /// Lets the guest have UDP sockets, and asks `allow` about every address before it is used;
+    /// `false` answers `access-denied`, or drops the datagram on receipt.
+    ///
+    /// The check sees what wasmtime-wasi's
+    /// [`socket_addr_check`](wasmtime_wasi::WasiCtxBuilder::socket_addr_check) sees: `UdpBind` with
+    /// the address to bind, `UdpSend` and `UdpReceive` with the peer to connect to, `UdpSend` with
+    /// every datagram's destination, and `UdpReceive` with every datagram's sender. It runs inside
+    /// the guest's call, so it should decide and not wait.
+    pub fn allow(
+        mut self,
+        allow: impl Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.policy = Policy::new(allow);
+        self
+    }
+
+    /// Sockets the guest may hold at once; the next `create-udp-socket` answers
+    /// `new-socket-limit`. By default
+    /// [`GUEST_SOCKETS_DEFAULT`](crate::limits::GUEST_SOCKETS_DEFAULT).
+    pub fn sockets_max(mut self, sockets_max: u32) -> Self {
+        self.sockets_max = sockets_max;
+        self
+    }
+
+    /// The finished configuration.
+    #[must_use]
+    pub fn build(self) -> UdpCtx {
+        UdpCtx {
+            uring: self.uring,
+            guest: Guest::new(),
+            policy: self.policy,
+            quota: Quota::new(self.sockets_max),
+        }
+    }
+}

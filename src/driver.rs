@@ -1,0 +1,572 @@
+//! Who enters the kernel, and when.
+//!
+//! There is one door and no thread behind it. Callers push entries under a short lock; whoever
+//! finds the ring free enters for everybody who has pushed, looks again for what came meanwhile,
+//! and wakes those whose completions are in (flat combining). On a current-thread runtime nobody
+//! contends, so a caller yields once before it enters if other guests use the ring: what they
+//! push travels along, one enter per tick. A lone guest enters at once.
+//!
+//! Completions that come by themselves (datagrams, sends that had to wait) signal an eventfd
+//! while nobody is inside; a small task per runtime, the reaper, then looks. It also carries out
+//! what nobody waits for, such as the CLOSE of a dropped socket, when its guest next suspends.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker, ready};
+
+use tokio::runtime::{self, Handle, RuntimeFlavor};
+use tokio::task::coop;
+
+use crate::error::{ErrorCode, SetupError};
+use crate::limits::{
+    COMBINE_ROUNDS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT,
+};
+use crate::ring::arrivals::Arrivals;
+use crate::ring::inbox::{Inbox, InboxLimits};
+use crate::ring::op::Op;
+use crate::ring::probe::{self, Defaults};
+use crate::ring::slots::SlotIndex;
+use crate::ring::table::{OpKey, Outcome};
+use crate::ring::{Gate, Ring};
+use crate::stats::Stats;
+
+/// A ring and its fixed-file table: the handle that every guest's sockets are made through.
+///
+/// Cheap to clone, and usable from any thread under any tokio runtime with I/O enabled
+/// (`enable_io`), several at once included. The ring goes away with its last handle, and sockets
+/// hold handles of their own.
+#[derive(Clone)]
+pub struct Uring {
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Uring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uring").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+/// Configures a [`Uring`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct UringBuilder {
+    sockets: u32,
+    inbox: InboxLimits,
+}
+
+impl UringBuilder {
+    /// Slots of the fixed-file table, which bound the sockets open at once over all guests:
+    /// 1 to [`SOCKETS_MAX`](crate::limits::SOCKETS_MAX), by default
+    /// [`SOCKETS_DEFAULT`](crate::limits::SOCKETS_DEFAULT).
+    ///
+    /// The kernel registers no table larger than the soft `RLIMIT_NOFILE`, though the sockets
+    /// in it do not count against that limit.
+    pub fn sockets(mut self, sockets: u32) -> Self {
+        self.sockets = sockets;
+        self
+    }
+
+    /// How much may wait in one socket's queue, in datagrams and in payload bytes, before its
+    /// receive is paused and the kernel's own buffer (`SO_RCVBUF`) takes over.
+    ///
+    /// Either is at least 1. What the kernel has already delivered when a queue fills is still
+    /// queued: at most one datagram per buffer of the ring.
+    pub fn queue_per_socket(mut self, datagrams: usize, bytes: usize) -> Self {
+        self.inbox = InboxLimits { datagrams: datagrams.max(1), bytes: bytes.max(1) };
+        self
+    }
+
+    /// Sets the ring up and checks that this kernel does everything sockets need.
+    ///
+    /// # Errors
+    ///
+    /// A [`SetupError`] that names what is missing and what to change.
+    pub fn build(self) -> Result<Uring, SetupError> {
+        let probe::Built { ring, defaults, arrivals } = probe::build(self.sockets)?;
+        let shared = Shared {
+            gate: ring.gate(),
+            arrivals,
+            defaults,
+            inbox: self.inbox,
+            core: Mutex::new(Core {
+                ring,
+                entering: false,
+                crowd: Crowd::default(),
+                reapers: Vec::new(),
+                reaper_is_due: false,
+                flush_wakers: Vec::new(),
+            }),
+        };
+        Ok(Uring { shared: Arc::new(shared) })
+    }
+}
+
+/// Tells guests apart, to know whether there are several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Guest(u64);
+
+impl Guest {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+struct Shared {
+    gate: Gate,
+    /// The eventfd that completions signal while nobody is inside.
+    arrivals: Arrivals,
+    defaults: Defaults,
+    inbox: InboxLimits,
+    core: Mutex<Core>,
+}
+
+struct Core {
+    ring: Ring,
+    /// Somebody is inside, and will look for what was pushed meanwhile.
+    entering: bool,
+    crowd: Crowd,
+    /// The reaper of each runtime that has waited for this ring.
+    reapers: Vec<(runtime::Id, Waker)>,
+    /// A reaper was woken and has not run.
+    reaper_is_due: bool,
+    /// Callers that wait until what they pushed has reached the kernel.
+    flush_wakers: Vec<Waker>,
+}
+
+/// Whether several guests are at work: who has pushed since the last enter, and before it.
+#[derive(Default)]
+struct Crowd {
+    pushed: Who,
+    entered: Who,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Who {
+    #[default]
+    Nobody,
+    One(Guest),
+    Several,
+}
+
+impl Crowd {
+    fn push(&mut self, guest: Guest) {
+        self.pushed = match self.pushed {
+            Who::Nobody => Who::One(guest),
+            Who::One(same) if same == guest => Who::One(guest),
+            Who::One(_) | Who::Several => Who::Several,
+        };
+    }
+
+    fn enter(&mut self) {
+        if self.pushed != Who::Nobody {
+            self.entered = std::mem::take(&mut self.pushed);
+        }
+    }
+
+    /// Whether anybody but this guest has used the ring lately.
+    fn has_others(&self, guest: Guest) -> bool {
+        [self.pushed, self.entered].iter().any(|who| ![Who::Nobody, Who::One(guest)].contains(who))
+    }
+}
+
+impl Uring {
+    /// Starts configuring a ring.
+    pub fn builder() -> UringBuilder {
+        UringBuilder {
+            sockets: SOCKETS_DEFAULT,
+            inbox: InboxLimits { datagrams: INBOX_DATAGRAMS_DEFAULT, bytes: INBOX_BYTES_DEFAULT },
+        }
+    }
+
+    /// The ring's counters so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.shared.lock().ring.snapshot()
+    }
+
+    pub(crate) fn defaults(&self) -> &Defaults {
+        &self.shared.defaults
+    }
+
+    pub(crate) fn new_inbox(&self) -> Arc<Inbox> {
+        Arc::new(Inbox::new(self.shared.inbox))
+    }
+
+    pub(crate) fn reserve(&self) -> Result<SlotIndex, ErrorCode> {
+        self.shared.lock().ring.reserve()
+    }
+
+    /// Pushes an operation for the caller to wait for.
+    pub(crate) fn submit(&self, guest: Guest, slot: SlotIndex, op: Op) -> Ticket {
+        self.push(guest, |ring| ring.submit(slot, op))
+    }
+
+    /// Pushes the chain that makes and binds a socket, and sees to it that it gets going even if
+    /// the caller never waits.
+    pub(crate) fn submit_bind(
+        &self,
+        guest: Guest,
+        slot: SlotIndex,
+        op: Op,
+        named_port: bool,
+    ) -> Ticket {
+        let ticket = self.push(guest, |ring| ring.submit_bind(slot, op, named_port));
+        self.carry_out(self.shared.lock());
+        ticket
+    }
+
+    fn push(&self, guest: Guest, push: impl FnOnce(&mut Ring) -> OpKey) -> Ticket {
+        let mut core = self.shared.lock();
+        core.crowd.push(guest);
+        let key = push(&mut core.ring);
+        let flush = Flush { guest, pushed: core.ring.pushed(), yielded: false };
+        drop(core);
+        Ticket { uring: self.clone(), key, flush, fetched: false }
+    }
+
+    /// Arms a socket's receive; what to wait for so that datagrams already there are seen.
+    pub(crate) fn arm(&self, guest: Guest, slot: SlotIndex, inbox: &Arc<Inbox>) -> Flush {
+        let mut core = self.shared.lock();
+        let before = core.ring.pushed();
+        core.ring.arm(slot, inbox);
+        if core.ring.pushed() > before {
+            core.crowd.push(guest);
+        }
+        Flush { guest, pushed: core.ring.pushed(), yielded: false }
+    }
+
+    /// Lets a paused receive go on.
+    pub(crate) fn resume(&self, guest: Guest, slot: SlotIndex) {
+        let mut core = self.shared.lock();
+        core.crowd.push(guest);
+        core.ring.resume(slot);
+        self.carry_out(core);
+    }
+
+    /// Gives a slot back; the kernel closes its socket when the guest next suspends.
+    pub(crate) fn close(&self, guest: Guest, slot: SlotIndex, unread: u64) {
+        let mut core = self.shared.lock();
+        let before = core.ring.pushed();
+        core.ring.close(slot, unread);
+        if core.ring.pushed() > before {
+            core.crowd.push(guest);
+            self.carry_out(core);
+        }
+    }
+
+    /// Books completions that have come, without entering the kernel for anybody.
+    pub(crate) fn look(&self) {
+        let mut core = self.shared.lock();
+        if core.entering {
+            return;
+        }
+        core.ring.complete_all();
+        let mut wakers = Vec::new();
+        core.ring.take_wakers(&mut wakers);
+        if core.ring.pushed() > core.ring.submitted() {
+            self.carry_out(core);
+        } else {
+            drop(core);
+        }
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// As `look`, and sees to it that what comes later is booked as well.
+    pub(crate) fn look_and_listen(&self) {
+        self.ensure_reaper();
+        self.look();
+    }
+
+    pub(crate) fn count(&self, count: impl FnOnce(&mut Stats)) {
+        count(&mut self.shared.lock().ring.stats);
+    }
+
+    /// Sees to it that what was pushed reaches the kernel although nobody waits for it.
+    fn carry_out(&self, core: MutexGuard<'_, Core>) {
+        if core.entering || core.reaper_is_due {
+            return;
+        }
+        drop(core);
+        if !self.call_reaper() {
+            // Outside of any runtime there is nobody to leave it to.
+            drop(self.shared.combine(self.shared.lock()));
+        }
+    }
+
+    /// Wakes this runtime's reaper, or starts it; `false` outside of a runtime.
+    fn call_reaper(&self) -> bool {
+        let Ok(handle) = Handle::try_current() else { return false };
+        let mut core = self.shared.lock();
+        core.reaper_is_due = true;
+        if let Some((_, waker)) = core.reapers.iter().find(|(id, _)| *id == handle.id()) {
+            waker.wake_by_ref();
+            return true;
+        }
+        core.reapers.push((handle.id(), Waker::noop().clone()));
+        drop(core);
+        // Not under the lock: a runtime that is shutting down drops the task at once.
+        handle.spawn(reap(Reaper { shared: Arc::downgrade(&self.shared), runtime: handle.id() }));
+        true
+    }
+
+    /// Whether completions that come by themselves will be seen in this runtime.
+    fn ensure_reaper(&self) {
+        let known = Handle::try_current().is_ok_and(|handle| {
+            self.shared.lock().reapers.iter().any(|(id, _)| *id == handle.id())
+        });
+        if !known && !self.call_reaper() {
+            tracing::error!("a wasi-uring socket was awaited outside of a tokio runtime");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters for everybody who has pushed, unless somebody is inside already.
+    fn combine<'core>(&'core self, mut core: MutexGuard<'core, Core>) -> MutexGuard<'core, Core> {
+        if core.entering {
+            return core;
+        }
+        core.entering = true;
+        core.ring.stop_listening();
+        let mut wakers = Vec::new();
+        let mut rounds = 0;
+        loop {
+            rounds += 1;
+            let entries = core.ring.ready_to_enter();
+            let overflow = core.ring.has_overflow();
+            if entries > 0 || overflow {
+                core.crowd.enter();
+                core.ring.stats.enters += 1;
+                drop(core);
+                wakers.drain(..).for_each(Waker::wake);
+                let taken = self.gate.enter(entries, overflow);
+                core = self.lock();
+                match taken {
+                    Ok(taken) => core.ring.stats.submissions += u64::from(taken),
+                    Err(errno) if is_passing(&errno) => {}
+                    Err(errno) => {
+                        tracing::error!(%errno, "io_uring_enter failed");
+                        rounds = COMBINE_ROUNDS_MAX;
+                    }
+                }
+                wakers.append(&mut core.flush_wakers);
+            }
+            core.ring.complete_all();
+            core.ring.take_wakers(&mut wakers);
+            let pending = core.ring.pushed() > core.ring.submitted();
+            if rounds >= COMBINE_ROUNDS_MAX {
+                // Somebody else's turn: the reaper goes on from here.
+                core.reaper_is_due |= !core.reapers.is_empty();
+                wakers.extend(core.reapers.iter().map(|(_, waker)| waker.clone()));
+                core.ring.listen();
+                break;
+            }
+            if !pending && !core.ring.listen() {
+                break;
+            }
+            core.ring.stop_listening();
+        }
+        core.entering = false;
+        if !wakers.is_empty() {
+            drop(core);
+            wakers.drain(..).for_each(Waker::wake);
+            core = self.lock();
+        }
+        core
+    }
+}
+
+/// Whether io_uring_enter will work again once completions were taken (io_uring_enter(2)).
+fn is_passing(errno: &io::Error) -> bool {
+    matches!(errno.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let core = self.core.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (_, waker) in core.reapers.drain(..) {
+            waker.wake();
+        }
+    }
+}
+
+/// Waits until what was pushed has reached the kernel, and what completed at once is booked.
+pub(crate) struct Flush {
+    guest: Guest,
+    /// Entries pushed up to and with ours.
+    pushed: u64,
+    yielded: bool,
+}
+
+impl Flush {
+    pub(crate) fn poll(&mut self, uring: &Uring, cx: &mut Context<'_>) -> Poll<()> {
+        let mut core = uring.shared.lock();
+        if core.ring.submitted() < self.pushed {
+            core = self.advance(uring, core, cx);
+        }
+        if core.ring.submitted() >= self.pushed {
+            return Poll::Ready(());
+        }
+        core.flush_wakers.push(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Gets our entries into the kernel, unless somebody else is about to, or others should have
+    /// the chance to travel along.
+    fn advance<'core>(
+        &mut self,
+        uring: &'core Uring,
+        core: MutexGuard<'core, Core>,
+        cx: &Context<'_>,
+    ) -> MutexGuard<'core, Core> {
+        if core.entering || core.ring.submitted() >= self.pushed {
+            return core;
+        }
+        if !self.yielded && core.crowd.has_others(self.guest) && is_current_thread() {
+            self.yielded = true;
+            cx.waker().wake_by_ref();
+            return core;
+        }
+        uring.shared.combine(core)
+    }
+}
+
+/// Whether this thread's runtime has no other: its guests never contend for the ring.
+fn is_current_thread() -> bool {
+    Handle::try_current()
+        .is_ok_and(|handle| handle.runtime_flavor() == RuntimeFlavor::CurrentThread)
+}
+
+/// An operation its holder waits for. Dropping it abandons the operation: the kernel finishes it,
+/// and its memory stays until then.
+pub(crate) struct Ticket {
+    uring: Uring,
+    key: OpKey,
+    flush: Flush,
+    fetched: bool,
+}
+
+impl Ticket {
+    /// Ready with what came of the operation after its last completion.
+    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Op, Outcome)> {
+        let coop = ready!(coop::poll_proceed(cx));
+        let Self { uring, key, flush, fetched } = self;
+        let mut core = uring.shared.lock();
+        let mut done = core.ring.fetch(*key, None);
+        if done.is_none() {
+            core = flush.advance(uring, core, cx);
+            done = core.ring.fetch(*key, Some(cx.waker()));
+        }
+        drop(core);
+        if let Some(done) = done {
+            *fetched = true;
+            coop.made_progress();
+            return Poll::Ready(done);
+        }
+        uring.ensure_reaper();
+        Poll::Pending
+    }
+
+    /// What came of the operation, if its last completion is in.
+    pub(crate) fn try_done(&mut self) -> Option<(Op, Outcome)> {
+        let done = self.uring.shared.lock().ring.fetch(self.key, None);
+        self.fetched |= done.is_some();
+        done
+    }
+
+    /// Ready when the last completion is in.
+    pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.uring.shared.lock().ring.is_done(self.key, cx.waker()) {
+            return Poll::Ready(());
+        }
+        self.uring.ensure_reaper();
+        Poll::Pending
+    }
+
+    /// Waits for the last completion.
+    pub(crate) async fn done(mut self) -> (Op, Outcome) {
+        poll_fn(|cx| self.poll_done(cx)).await
+    }
+
+    /// Waits until the operation has reached the kernel, and says what has come of it so far;
+    /// `true` if that is all.
+    pub(crate) async fn submitted(&mut self) -> (Outcome, bool) {
+        let Self { uring, key, flush, .. } = self;
+        poll_fn(|cx| {
+            let coop = ready!(coop::poll_proceed(cx));
+            ready!(flush.poll(uring, cx));
+            coop.made_progress();
+            Poll::Ready(())
+        })
+        .await;
+        uring.shared.lock().ring.progress(*key).unwrap_or_default()
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.fetched {
+            self.uring.shared.lock().ring.abandon(self.key);
+        }
+    }
+}
+
+/// One runtime's share in a ring.
+struct Reaper {
+    shared: Weak<Shared>,
+    runtime: runtime::Id,
+}
+
+/// Looks whenever the eventfd was signalled or something was left to carry out, for as long as the
+/// ring and the runtime live.
+async fn reap(reaper: Reaper) {
+    let arrivals = match reaper.shared.upgrade().map(|shared| shared.arrivals.watch()) {
+        Some(Ok(arrivals)) => arrivals,
+        Some(Err(errno)) => {
+            return tracing::error!(%errno, "no reaper for io_uring completions in this runtime");
+        }
+        None => return,
+    };
+    poll_fn(|cx| {
+        // Edge-triggered: the counter need not be read, only the readiness cleared.
+        loop {
+            match arrivals.poll_read_ready(cx) {
+                Poll::Ready(Ok(mut readiness)) => readiness.clear_ready(),
+                Poll::Ready(Err(_runtime_is_gone)) => return Poll::Ready(()),
+                Poll::Pending => break,
+            }
+        }
+        let Some(shared) = reaper.shared.upgrade() else { return Poll::Ready(()) };
+        let mut core = shared.lock();
+        core.reaper_is_due = false;
+        if let Some((_, waker)) = core.reapers.iter_mut().find(|(id, _)| *id == reaper.runtime) {
+            waker.clone_from(cx.waker());
+        }
+        drop(shared.combine(core));
+        Poll::Pending
+    })
+    .await;
+}
+
+impl Drop for Reaper {
+    /// The runtime is shutting down. Those who wait in another one start a reaper there; what
+    /// nobody waits for is carried out now.
+    fn drop(&mut self) {
+        let Some(shared) = self.shared.upgrade() else { return };
+        let mut core = shared.lock();
+        core.reapers.retain(|(id, _)| *id != self.runtime);
+        core.reaper_is_due = false;
+        let mut core = shared.combine(core);
+        let wakers = core.ring.take_all_wakers();
+        drop(core);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}

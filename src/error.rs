@@ -1,0 +1,180 @@
+//! What can go wrong: [`SetupError`] for the host that builds a ring, [`ErrorCode`] for the guest.
+
+use std::io;
+
+/// A `wasi:sockets` error code, as both WASI 0.2 and 0.3 know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{self:?}")]
+pub(crate) enum ErrorCode {
+    AccessDenied,
+    AddressInUse,
+    AddressNotBindable,
+    ConcurrencyConflict,
+    ConnectionAborted,
+    ConnectionRefused,
+    ConnectionReset,
+    DatagramTooLarge,
+    InvalidArgument,
+    InvalidState,
+    NewSocketLimit,
+    NotInProgress,
+    NotSupported,
+    OutOfMemory,
+    RemoteUnreachable,
+    Timeout,
+    Unknown,
+}
+
+/// A positive errno of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Errno(pub(crate) i32);
+
+impl From<Errno> for ErrorCode {
+    /// The one errno table; wasmtime-wasi 48's (`sockets/mod.rs`), and `new-socket-limit` where
+    /// the system's own limits are reached, which WASI 0.2 has a name for.
+    fn from(Errno(errno): Errno) -> Self {
+        match errno {
+            libc::EPERM | libc::EACCES => Self::AccessDenied,
+            libc::EADDRINUSE => Self::AddressInUse,
+            libc::EADDRNOTAVAIL => Self::AddressNotBindable,
+            libc::ETIMEDOUT => Self::Timeout,
+            libc::ECONNREFUSED => Self::ConnectionRefused,
+            libc::ECONNRESET => Self::ConnectionReset,
+            libc::ECONNABORTED => Self::ConnectionAborted,
+            libc::EINVAL => Self::InvalidArgument,
+            libc::EHOSTUNREACH
+            | libc::EHOSTDOWN
+            | libc::ENETDOWN
+            | libc::ENETUNREACH
+            | libc::ENONET => Self::RemoteUnreachable,
+            libc::EISCONN | libc::ENOTCONN | libc::EDESTADDRREQ => Self::InvalidState,
+            libc::EMSGSIZE => Self::DatagramTooLarge,
+            libc::ENOMEM | libc::ENOBUFS => Self::OutOfMemory,
+            libc::ENFILE | libc::EMFILE => Self::NewSocketLimit,
+            libc::EOPNOTSUPP
+            | libc::ENOPROTOOPT
+            | libc::EPFNOSUPPORT
+            | libc::EPROTONOSUPPORT
+            | libc::EPROTOTYPE
+            | libc::ESOCKTNOSUPPORT
+            | libc::EAFNOSUPPORT => Self::NotSupported,
+            _ => {
+                tracing::debug!(errno, "errno without a WASI error code");
+                Self::Unknown
+            }
+        }
+    }
+}
+
+/// Why a ring could not be built, and what to change. `wasi-uring doctor` shows the same for
+/// every requirement at once.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SetupError {
+    /// `io_uring_setup` is unknown to the kernel (`ENOSYS`).
+    #[error(
+        "this kernel has no io_uring (ENOSYS): it is older than 5.1, built without \
+         CONFIG_IO_URING, or a sandbox hides it; use Linux {KERNEL_MIN} or newer"
+    )]
+    NoIoUring,
+
+    /// The sysctl `kernel.io_uring_disabled` forbids it (`EPERM`).
+    #[error(
+        "io_uring is switched off by sysctl (EPERM): kernel.io_uring_disabled is {value}; \
+         set it to 0, or with 1 add this process to the group in kernel.io_uring_group"
+    )]
+    DisabledBySysctl {
+        /// What `/proc/sys/kernel/io_uring_disabled` says: 1 or 2.
+        value: u8,
+    },
+
+    /// A seccomp filter forbids it (`EPERM` or `EACCES` while a filter is in force).
+    #[error(
+        "io_uring is refused by a seccomp filter ({errno}): container runtimes block it by \
+         default; allow io_uring_setup, io_uring_enter and io_uring_register in the profile"
+    )]
+    DeniedBySeccomp {
+        /// The errno the filter answered with.
+        errno: io::Error,
+    },
+
+    /// Refused for another reason (`EPERM`, `EACCES`): a security module.
+    #[error("io_uring is refused ({errno}): look for a security module's policy (SELinux, AppArmor)")]
+    Denied {
+        /// The errno of `io_uring_setup`.
+        errno: io::Error,
+    },
+
+    /// The kernel has io_uring but not an operation that sockets need.
+    #[error("this kernel's io_uring lacks {operation}: use Linux {KERNEL_MIN} or newer")]
+    MissingOperation {
+        /// The operation's name in the kernel's header.
+        operation: &'static str,
+    },
+
+    /// The fixed-file table is larger than the soft `RLIMIT_NOFILE` (`EMFILE`).
+    #[error(
+        "a table of {sockets} sockets is beyond the soft open-files limit of {limit} (EMFILE): \
+         raise it (`ulimit -n {sockets}`, LimitNOFILE=, setrlimit) or ask for fewer sockets"
+    )]
+    TableBeyondNofile {
+        /// Slots that were asked for.
+        sockets: u32,
+        /// The soft `RLIMIT_NOFILE`.
+        limit: u64,
+    },
+
+    /// Ring memory is charged to `RLIMIT_MEMLOCK`, and it is used up (`ENOMEM`).
+    #[error(
+        "no memory for the ring (ENOMEM): it is charged to the locked-memory limit of {limit} \
+         bytes; raise it (`ulimit -l`, LimitMEMLOCK=) or grant CAP_IPC_LOCK"
+    )]
+    Memlock {
+        /// The soft `RLIMIT_MEMLOCK` in bytes.
+        limit: u64,
+    },
+
+    /// A builder value outside its range.
+    #[error("{option} must be between {min} and {max}, not {value}")]
+    OutOfRange {
+        /// The builder's method.
+        option: &'static str,
+        /// What was given.
+        value: u64,
+        /// Smallest accepted value.
+        min: u64,
+        /// Largest accepted value.
+        max: u64,
+    },
+
+    /// Any other failure of a set-up step.
+    #[error("{step} failed: {errno}")]
+    Io {
+        /// What was attempted.
+        step: &'static str,
+        /// What the kernel said.
+        errno: io::Error,
+    },
+}
+
+/// The oldest kernel with every operation used: `IORING_OP_BIND` came with it.
+pub const KERNEL_MIN: &str = "6.11";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errnos_that_guests_meet_have_their_wasi_names() {
+        let code = |errno| ErrorCode::from(Errno(errno));
+        assert_eq!(code(libc::EADDRINUSE), ErrorCode::AddressInUse);
+        assert_eq!(code(libc::EADDRNOTAVAIL), ErrorCode::AddressNotBindable);
+        assert_eq!(code(libc::EACCES), ErrorCode::AccessDenied);
+        assert_eq!(code(libc::EMSGSIZE), ErrorCode::DatagramTooLarge);
+        assert_eq!(code(libc::ECONNREFUSED), ErrorCode::ConnectionRefused);
+        assert_eq!(code(libc::ENETUNREACH), ErrorCode::RemoteUnreachable);
+        assert_eq!(code(libc::ENFILE), ErrorCode::NewSocketLimit);
+        assert_eq!(code(libc::EAFNOSUPPORT), ErrorCode::NotSupported);
+        assert_eq!(code(libc::EXDEV), ErrorCode::Unknown);
+    }
+}

@@ -1,0 +1,70 @@
+//! Every bound of the crate, and the relations between them that the rest relies on.
+
+/// Slots of a ring's fixed-file table unless the builder says otherwise.
+pub const SOCKETS_DEFAULT: u32 = 4096;
+
+/// Largest fixed-file table the kernel registers (`IORING_MAX_FIXED_FILES`).
+pub const SOCKETS_MAX: u32 = 1 << 20;
+
+/// Sockets one guest may hold unless its [`UdpCtxBuilder`](crate::UdpCtxBuilder) says otherwise.
+pub const GUEST_SOCKETS_DEFAULT: u32 = 1024;
+
+/// Submission queue entries. A batch of 64 guests' binds fits; what does not waits in a backlog.
+pub(crate) const SQ_ENTRIES: u32 = 512;
+
+/// Completion queue entries: every submission of a full queue and all that the buffers can hold.
+pub(crate) const CQ_ENTRIES: u32 = 4096;
+
+/// Payload of the largest UDP datagram over IPv4: 65,535 less the IP and UDP headers.
+pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+
+/// Longest payload that `send` accepts at all; between this and [`DATAGRAM_BYTES_MAX`] the kernel
+/// answers `EMSGSIZE`, as it does for wasmtime-wasi.
+pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
+
+/// Datagrams per `send` or `receive`, the number wasmtime-wasi permits.
+pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
+
+/// Bytes after which one `receive` returns what it has, as wasmtime-wasi's `MAX_READ_SIZE_ALLOC`.
+pub(crate) const RECEIVE_BYTES_MAX: usize = 64 * 1024;
+
+/// Entries of the longest linked chain: a full `send`. (A bind needs 6.)
+pub(crate) const CHAIN_ENTRIES_MAX: usize = BATCH_DATAGRAMS_MAX;
+
+/// Buffers shared by all receiving sockets of a ring. Few, because they stay in the cache, and
+/// each goes home as soon as its completion is seen.
+pub(crate) const BUFFERS: u16 = 128;
+
+/// Virtual size of one buffer; demand paging keeps the memory of small datagrams at 4 KiB.
+pub(crate) const BUFFER_BYTES: usize = 68 * 1024;
+
+/// `struct io_uring_recvmsg_out` before the name, the control data and the payload.
+pub(crate) const RECEIVE_HEADER_BYTES: usize = 16;
+
+/// Room for the sender's address: a `sockaddr_in6`.
+pub(crate) const NAME_BYTES: usize = 28;
+
+/// Datagrams queued for one socket before its receive is disarmed.
+pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
+
+/// Bytes queued for one socket before its receive is disarmed.
+pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
+
+/// Rounds that one caller enters the kernel for others before the reaper takes over.
+pub(crate) const COMBINE_ROUNDS_MAX: u32 = 16;
+
+/// Rounds that teardown waits for the kernel to give memory back before it leaks it.
+pub(crate) const TEARDOWN_ROUNDS_MAX: u32 = 64;
+
+const _: () = {
+    assert!(CHAIN_ENTRIES_MAX <= SQ_ENTRIES as usize, "a chain fits one submission");
+    assert!(BATCH_DATAGRAMS_MAX <= CHAIN_ENTRIES_MAX, "a batch is one chain");
+    assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS as u32, "submissions and arrivals both fit");
+    assert!(BUFFERS.is_power_of_two(), "the kernel masks the buffer ring's tail");
+    assert!(
+        RECEIVE_HEADER_BYTES + NAME_BYTES + DATAGRAM_BYTES_MAX <= BUFFER_BYTES,
+        "a whole datagram fits one buffer",
+    );
+    assert!(BUFFER_BYTES.is_multiple_of(4096), "buffers start on pages");
+    assert!(SOCKETS_DEFAULT <= SOCKETS_MAX);
+};

@@ -1,0 +1,118 @@
+//! WASI 0.2: UDP on the ring, and all else as wasmtime-wasi has it.
+//!
+//! # Where the answers differ from wasmtime-wasi 48
+//!
+//! | function | wasmtime-wasi | here | why |
+//! |---|---|---|---|
+//! | `start-bind` | the kernel binds; `address-in-use`, `address-not-bindable` and what else it says come from here | these come from `finish-bind` | WIT lists them as finish errors |
+//! | `create-udp-socket` | `unknown` when the process has no descriptors left | `new-socket-limit` when the table or the guest's quota is full | WIT names this code |
+//! | `send` | the first datagram that must wait for room ends the batch | the rest of the batch is accepted too, and waits with it | a batch is one chain |
+//! | `unicast-hop-limit` | asks the kernel, which for a connected IPv6 socket answers its route's | the limit that was set, or the system's default when the ring was built | no system call |
+
+mod host;
+
+use wasmtime::component::{HasData, Linker, ResourceTable};
+use wasmtime_wasi::WasiView;
+use wasmtime_wasi::cli::{WasiCli, WasiCliView};
+use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemView};
+use wasmtime_wasi::p2::bindings::{self as stock, LinkOptions};
+use wasmtime_wasi::random::WasiRandom;
+use wasmtime_wasi::sockets::{WasiSockets, WasiSocketsView};
+
+use crate::UdpCtx;
+
+pub use self::host::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};
+
+mod bindings {
+    wasmtime::component::bindgen!({
+        path: "src/p2/udp.wit",
+        interfaces: "import wasi:sockets/udp@0.2.12; import wasi:sockets/udp-create-socket@0.2.12;",
+        imports: {
+            // What may wait for the ring; all else answers from memory.
+            "wasi:sockets/udp.[method]udp-socket.finish-bind": async | trappable,
+            "wasi:sockets/udp.[method]udp-socket.stream": async | trappable,
+            "wasi:sockets/udp.[method]udp-socket.local-address": async | trappable,
+            "wasi:sockets/udp.[method]udp-socket.set-unicast-hop-limit": async | trappable,
+            "wasi:sockets/udp.[method]udp-socket.set-receive-buffer-size": async | trappable,
+            "wasi:sockets/udp.[method]udp-socket.set-send-buffer-size": async | trappable,
+            "wasi:sockets/udp.[method]incoming-datagram-stream.receive": async | trappable,
+            "wasi:sockets/udp.[method]outgoing-datagram-stream.send": async | trappable,
+            default: trappable,
+        },
+        trappable_error_type: {
+            "wasi:sockets/network.error-code" => wasmtime_wasi::p2::SocketError,
+        },
+        with: {
+            "wasi:io/poll": wasmtime_wasi_io::bindings::wasi::io::poll,
+            "wasi:sockets/network": wasmtime_wasi::p2::bindings::sockets::network,
+            "wasi:sockets/udp.udp-socket": super::UdpSocket,
+            "wasi:sockets/udp.incoming-datagram-stream": super::IncomingDatagramStream,
+            "wasi:sockets/udp.outgoing-datagram-stream": super::OutgoingDatagramStream,
+        },
+    });
+}
+
+use self::bindings::wasi::sockets::{udp, udp_create_socket};
+
+/// What a store's data must provide: its guest's [`UdpCtx`] and resource table.
+pub trait UdpView: Send {
+    /// Both, borrowed together.
+    fn udp(&mut self) -> UdpCtxView<'_>;
+}
+
+/// What [`UdpView`] provides.
+#[derive(Debug)]
+pub struct UdpCtxView<'a> {
+    /// The guest's UDP configuration and ring.
+    pub ctx: &'a mut UdpCtx,
+    /// The guest's resources, the same table as [`WasiView`]'s.
+    pub table: &'a mut ResourceTable,
+}
+
+struct Udp;
+
+impl HasData for Udp {
+    type Data<'a> = UdpCtxView<'a>;
+}
+
+/// Adds all of WASI 0.2, UDP on the ring: takes the place of
+/// [`wasmtime_wasi::p2::add_to_linker_async`].
+///
+/// # Errors
+///
+/// If the linker already has one of the interfaces.
+pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    // Added one by one, not shadowed: a definition at another patch version would stand beside
+    // wasmtime-wasi's, and an import could resolve to either.
+    let l = linker;
+    wasmtime_wasi::p2::add_to_linker_proxy_interfaces_async(l)?;
+    stock::filesystem::types::add_to_linker::<T, WasiFilesystem>(l, T::filesystem)?;
+    stock::filesystem::preopens::add_to_linker::<T, WasiFilesystem>(l, T::filesystem)?;
+    stock::random::insecure::add_to_linker::<T, WasiRandom>(l, |t| t.ctx().ctx.random())?;
+    stock::random::insecure_seed::add_to_linker::<T, WasiRandom>(l, |t| t.ctx().ctx.random())?;
+    stock::cli::exit::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::cli::environment::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::cli::terminal_input::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::cli::terminal_output::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::cli::terminal_stdin::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::cli::terminal_stdout::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::cli::terminal_stderr::add_to_linker::<T, WasiCli>(l, T::cli)?;
+    stock::sockets::tcp::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
+    stock::sockets::tcp_create_socket::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
+    stock::sockets::instance_network::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
+    let options = (&LinkOptions::default()).into();
+    stock::sockets::network::add_to_linker::<T, WasiSockets>(l, &options, T::sockets)?;
+    stock::sockets::ip_name_lookup::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
+    add_udp_to_linker(l)
+}
+
+/// Adds only `wasi:sockets/udp` and `wasi:sockets/udp-create-socket`, for hosts that assemble
+/// their linker themselves.
+///
+/// # Errors
+///
+/// If the linker already has one of the two.
+pub fn add_udp_to_linker<T: UdpView>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    udp::add_to_linker::<T, Udp>(linker, T::udp)?;
+    udp_create_socket::add_to_linker::<T, Udp>(linker, T::udp)
+}

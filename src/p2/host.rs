@@ -1,0 +1,300 @@
+//! One thin function per WIT method: handles in, answers out. What they mean is in
+//! [`crate::socket`].
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use wasmtime::component::Resource;
+use wasmtime::format_err;
+use wasmtime_wasi::async_trait;
+use wasmtime_wasi::p2::Network;
+use wasmtime_wasi::p2::bindings::sockets::network::{
+    self, ErrorCode as WitCode, IpAddressFamily, IpSocketAddress,
+};
+use wasmtime_wasi::p2::{SocketError, SocketResult};
+use wasmtime_wasi_io::poll::{DynPollable, Pollable, subscribe};
+
+use super::bindings::wasi::sockets::{udp, udp_create_socket};
+use super::UdpCtxView;
+use crate::datagram::Family;
+use crate::error::ErrorCode;
+use crate::limits::BATCH_DATAGRAMS_MAX;
+use crate::ring::inbox::Datagram;
+use crate::socket::{self, OptionValue, SendInFlight, poll_sendable};
+
+/// `wasi:sockets/udp.udp-socket`.
+pub struct UdpSocket(Arc<socket::UdpSocket>);
+
+/// `wasi:sockets/udp.incoming-datagram-stream`.
+pub struct IncomingDatagramStream(Arc<socket::UdpSocket>);
+
+/// `wasi:sockets/udp.outgoing-datagram-stream`.
+pub struct OutgoingDatagramStream {
+    socket: Arc<socket::UdpSocket>,
+    /// Datagrams the last `check-send` permitted.
+    permit: usize,
+    in_flight: SendInFlight,
+}
+
+impl udp_create_socket::Host for UdpCtxView<'_> {
+    fn create_udp_socket(&mut self, family: IpAddressFamily) -> SocketResult<Resource<UdpSocket>> {
+        let family = match family {
+            IpAddressFamily::Ipv4 => Family::V4,
+            IpAddressFamily::Ipv6 => Family::V6,
+        };
+        let socket = self.ctx.new_socket(family)?;
+        Ok(self.table.push(UdpSocket(Arc::new(socket)))?)
+    }
+}
+
+impl udp::Host for UdpCtxView<'_> {}
+
+impl udp::HostUdpSocket for UdpCtxView<'_> {
+    fn start_bind(
+        &mut self,
+        this: Resource<UdpSocket>,
+        network: Resource<Network>,
+        local_address: IpSocketAddress,
+    ) -> SocketResult<()> {
+        // The handle is the capability; it has no content.
+        self.table.get(&network)?;
+        Ok(self.table.get(&this)?.0.start_bind(local_address.into())?)
+    }
+
+    async fn finish_bind(&mut self, this: Resource<UdpSocket>) -> SocketResult<()> {
+        Ok(self.table.get(&this)?.0.finish_bind().await?)
+    }
+
+    async fn stream(
+        &mut self,
+        this: Resource<UdpSocket>,
+        remote_address: Option<IpSocketAddress>,
+    ) -> SocketResult<(Resource<IncomingDatagramStream>, Resource<OutgoingDatagramStream>)> {
+        let has_streams = self
+            .table
+            .iter_children(&this)?
+            .any(|child| child.is::<IncomingDatagramStream>() || child.is::<OutgoingDatagramStream>());
+        if has_streams {
+            // WIT: the streams of an earlier call must be dropped, else this traps.
+            return Err(SocketError::trap(format_err!("UDP streams not dropped yet")));
+        }
+        let socket = Arc::clone(&self.table.get(&this)?.0);
+        socket.stream(remote_address.map(SocketAddr::from)).await?;
+        let outgoing =
+            OutgoingDatagramStream { socket: Arc::clone(&socket), permit: 0, in_flight: None };
+        Ok((
+            self.table.push_child(IncomingDatagramStream(socket), &this)?,
+            self.table.push_child(outgoing, &this)?,
+        ))
+    }
+
+    async fn local_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
+        Ok(self.table.get(&this)?.0.local_address().await?.into())
+    }
+
+    fn remote_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
+        Ok(self.table.get(&this)?.0.remote_address()?.into())
+    }
+
+    fn address_family(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<IpAddressFamily> {
+        Ok(match self.table.get(&this)?.0.family() {
+            Family::V4 => IpAddressFamily::Ipv4,
+            Family::V6 => IpAddressFamily::Ipv6,
+        })
+    }
+
+    fn unicast_hop_limit(&mut self, this: Resource<UdpSocket>) -> SocketResult<u8> {
+        Ok(self.table.get(&this)?.0.hop_limit())
+    }
+
+    async fn set_unicast_hop_limit(
+        &mut self,
+        this: Resource<UdpSocket>,
+        value: u8,
+    ) -> SocketResult<()> {
+        Ok(self.table.get(&this)?.0.set_option(OptionValue::HopLimit(value)).await?)
+    }
+
+    fn receive_buffer_size(&mut self, this: Resource<UdpSocket>) -> SocketResult<u64> {
+        Ok(self.table.get(&this)?.0.receive_buffer_size())
+    }
+
+    async fn set_receive_buffer_size(
+        &mut self,
+        this: Resource<UdpSocket>,
+        value: u64,
+    ) -> SocketResult<()> {
+        Ok(self.table.get(&this)?.0.set_option(OptionValue::ReceiveBuffer(value)).await?)
+    }
+
+    fn send_buffer_size(&mut self, this: Resource<UdpSocket>) -> SocketResult<u64> {
+        Ok(self.table.get(&this)?.0.send_buffer_size())
+    }
+
+    async fn set_send_buffer_size(
+        &mut self,
+        this: Resource<UdpSocket>,
+        value: u64,
+    ) -> SocketResult<()> {
+        Ok(self.table.get(&this)?.0.set_option(OptionValue::SendBuffer(value)).await?)
+    }
+
+    fn subscribe(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<Resource<DynPollable>> {
+        subscribe(self.table, this)
+    }
+
+    fn drop(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<()> {
+        self.table.delete(this)?;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Pollable for UdpSocket {
+    /// At once: nothing a guest could wait for between `start-bind` and `finish-bind`, for the
+    /// latter waits by itself.
+    async fn ready(&mut self) {}
+}
+
+impl udp::HostIncomingDatagramStream for UdpCtxView<'_> {
+    async fn receive(
+        &mut self,
+        this: Resource<IncomingDatagramStream>,
+        max_results: u64,
+    ) -> SocketResult<Vec<udp::IncomingDatagram>> {
+        let datagrams = self.table.get(&this)?.0.receive(max_results).await?;
+        Ok(datagrams.into_iter().map(udp::IncomingDatagram::from).collect())
+    }
+
+    fn subscribe(
+        &mut self,
+        this: Resource<IncomingDatagramStream>,
+    ) -> wasmtime::Result<Resource<DynPollable>> {
+        subscribe(self.table, this)
+    }
+
+    fn drop(&mut self, this: Resource<IncomingDatagramStream>) -> wasmtime::Result<()> {
+        self.table.delete(this)?;
+        Ok(())
+    }
+}
+
+impl From<Datagram> for udp::IncomingDatagram {
+    fn from(datagram: Datagram) -> Self {
+        Self { data: datagram.payload, remote_address: datagram.from.into() }
+    }
+}
+
+#[async_trait]
+impl Pollable for IncomingDatagramStream {
+    async fn ready(&mut self) {
+        self.0.receivable().await;
+    }
+}
+
+impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
+    fn check_send(&mut self, this: Resource<OutgoingDatagramStream>) -> SocketResult<u64> {
+        let stream = self.table.get_mut(&this)?;
+        let mut now = Context::from_waker(Waker::noop());
+        let is_ready = poll_sendable(&mut stream.in_flight, &mut now).is_ready();
+        stream.permit = if is_ready { BATCH_DATAGRAMS_MAX } else { 0 };
+        Ok(stream.permit as u64)
+    }
+
+    async fn send(
+        &mut self,
+        this: Resource<OutgoingDatagramStream>,
+        datagrams: Vec<udp::OutgoingDatagram>,
+    ) -> SocketResult<u64> {
+        let stream = self.table.get_mut(&this)?;
+        if datagrams.is_empty() {
+            return Ok(0);
+        }
+        if datagrams.len() > stream.permit {
+            return Err(SocketError::trap(format_err!(
+                "unpermitted: argument exceeds permitted size"
+            )));
+        }
+        // WIT: "Each call to `send` must be permitted by a preceding `check-send`."
+        stream.permit = 0;
+        let datagrams = datagrams
+            .into_iter()
+            .map(|datagram| (datagram.data, datagram.remote_address.map(SocketAddr::from)))
+            .collect();
+        Ok(stream.socket.send(&mut stream.in_flight, datagrams).await?)
+    }
+
+    fn subscribe(
+        &mut self,
+        this: Resource<OutgoingDatagramStream>,
+    ) -> wasmtime::Result<Resource<DynPollable>> {
+        subscribe(self.table, this)
+    }
+
+    /// Does not wait: what `send` accepted is the kernel's, and outlives the stream, the socket
+    /// and its slot's CLOSE.
+    fn drop(&mut self, this: Resource<OutgoingDatagramStream>) -> wasmtime::Result<()> {
+        self.table.delete(this)?;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Pollable for OutgoingDatagramStream {
+    async fn ready(&mut self) {
+        poll_fn(|cx| poll_sendable(&mut self.in_flight, cx)).await;
+    }
+}
+
+/// UDP's error codes are the network interface's, whose bindings ask for this.
+impl network::Host for UdpCtxView<'_> {
+    fn convert_error_code(&mut self, error: SocketError) -> wasmtime::Result<WitCode> {
+        error.downcast()
+    }
+
+    fn network_error_code(
+        &mut self,
+        error: Resource<wasmtime::Error>,
+    ) -> wasmtime::Result<Option<WitCode>> {
+        Ok(self.table.get(&error)?.downcast_ref::<std::io::Error>().map(WitCode::from))
+    }
+}
+
+impl network::HostNetwork for UdpCtxView<'_> {
+    fn drop(&mut self, this: Resource<Network>) -> wasmtime::Result<()> {
+        self.table.delete(this)?;
+        Ok(())
+    }
+}
+
+impl From<ErrorCode> for SocketError {
+    fn from(error: ErrorCode) -> Self {
+        WitCode::from(error).into()
+    }
+}
+
+impl From<ErrorCode> for WitCode {
+    fn from(error: ErrorCode) -> Self {
+        match error {
+            ErrorCode::AccessDenied => Self::AccessDenied,
+            ErrorCode::AddressInUse => Self::AddressInUse,
+            ErrorCode::AddressNotBindable => Self::AddressNotBindable,
+            ErrorCode::ConcurrencyConflict => Self::ConcurrencyConflict,
+            ErrorCode::ConnectionAborted => Self::ConnectionAborted,
+            ErrorCode::ConnectionRefused => Self::ConnectionRefused,
+            ErrorCode::ConnectionReset => Self::ConnectionReset,
+            ErrorCode::DatagramTooLarge => Self::DatagramTooLarge,
+            ErrorCode::InvalidArgument => Self::InvalidArgument,
+            ErrorCode::InvalidState => Self::InvalidState,
+            ErrorCode::NewSocketLimit => Self::NewSocketLimit,
+            ErrorCode::NotInProgress => Self::NotInProgress,
+            ErrorCode::NotSupported => Self::NotSupported,
+            ErrorCode::OutOfMemory => Self::OutOfMemory,
+            ErrorCode::RemoteUnreachable => Self::RemoteUnreachable,
+            ErrorCode::Timeout => Self::Timeout,
+            ErrorCode::Unknown => Self::Unknown,
+        }
+    }
+}

@@ -1,0 +1,492 @@
+//! The ring: submission and completion queues, and the books of what the kernel holds.
+//!
+//! Everything here runs under the driver's lock, except [`Gate::enter`]. An operation is stored in
+//! the [`OpTable`] before its entries are pushed; a completion is booked there (or moved into its
+//! socket's [`Inbox`]) and the wakers of those concerned are collected, never called from here.
+
+pub(crate) mod arrivals;
+mod buffers;
+pub(crate) mod inbox;
+pub(crate) mod op;
+pub(crate) mod probe;
+pub(crate) mod slots;
+pub(crate) mod table;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::task::Waker;
+
+use io_uring::squeue::Entry;
+use io_uring::types::{CancelBuilder, Timespec};
+use io_uring::{IoUring, cqueue};
+
+use self::buffers::{BufferId, BufferRing};
+use self::inbox::{Datagram, Inbox};
+use self::op::{Op, UNTRACKED};
+use self::slots::{Receive, SlotIndex, SlotState, SlotTable};
+use self::table::{Ended, OpKey, OpTable, Outcome};
+use crate::datagram::{parse_received, receive_header};
+use crate::error::{Errno, ErrorCode};
+use crate::limits::{CHAIN_ENTRIES_MAX, TEARDOWN_ROUNDS_MAX};
+use crate::stats::Stats;
+
+/// The door to the kernel, usable without the driver's lock.
+#[derive(Clone)]
+pub(crate) struct Gate(Arc<IoUring>);
+
+impl Gate {
+    /// Submits `entries` entries and returns how many the kernel took.
+    #[expect(unsafe_code, reason = "io_uring_enter(2)")]
+    pub(crate) fn enter(&self, entries: u32, flush_overflow: bool) -> io::Result<u32> {
+        // IORING_ENTER_GETEVENTS, without which completions kept aside for want of room stay there.
+        let flags = u32::from(flush_overflow);
+        // SAFETY: no argument is passed that the kernel would read or write; the memory that the
+        // entries point to is kept by the operation table until their last completion
+        // (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`).
+        let taken = unsafe { self.0.submitter().enter::<libc::sigset_t>(entries, 0, flags, None) }?;
+        Ok(u32::try_from(taken).unwrap_or(u32::MAX))
+    }
+}
+
+/// A bind to a port by number, which must not overtake the closes pushed before it.
+struct Held {
+    key: OpKey,
+    closes_before: u64,
+}
+
+pub(crate) struct Ring {
+    io: Arc<IoUring>,
+    ops: OpTable,
+    slots: SlotTable,
+    /// `None` once leaked.
+    buffers: Option<BufferRing>,
+    /// What every receive is armed with; boxed, for the kernel reads it by address.
+    receive_header: Box<libc::msghdr>,
+    /// Chains that did not fit the submission queue, in order.
+    backlog: VecDeque<Vec<Entry>>,
+    held: VecDeque<Held>,
+    chain: Vec<Entry>,
+    /// Entries pushed so far, the backlog's included.
+    pushed: u64,
+    wakers: Vec<Waker>,
+    pub(crate) stats: Stats,
+}
+
+// SAFETY: the only field that is not Send by itself is the header's null pointers.
+#[expect(unsafe_code, reason = "msghdr holds raw pointers")]
+unsafe impl Send for Ring {}
+
+impl Ring {
+    pub(crate) fn new(io: IoUring, buffers: BufferRing, sockets: u32) -> Self {
+        Self {
+            io: Arc::new(io),
+            ops: OpTable::default(),
+            slots: SlotTable::new(sockets),
+            buffers: Some(buffers),
+            receive_header: Box::new(receive_header()),
+            backlog: VecDeque::new(),
+            held: VecDeque::new(),
+            chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
+            pushed: 0,
+            wakers: Vec::new(),
+            stats: Stats::default(),
+        }
+    }
+
+    pub(crate) fn gate(&self) -> Gate {
+        Gate(Arc::clone(&self.io))
+    }
+
+    // ---- slots ------------------------------------------------------------------------------
+
+    pub(crate) fn reserve(&mut self) -> Result<SlotIndex, ErrorCode> {
+        let slot = self.slots.reserve().ok_or(ErrorCode::NewSocketLimit)?;
+        self.stats.sockets_created += 1;
+        Ok(slot)
+    }
+
+    /// The owner of a slot is gone: cancels its receive, closes its file, and gives the slot away
+    /// once the last completion of both has come.
+    pub(crate) fn close(&mut self, slot: SlotIndex, unread: u64) {
+        self.stats.dropped_at_close += unread;
+        let (ops, slots) = (&mut self.ops, &mut self.slots);
+        self.held.retain(|held| {
+            let mine = ops.find(held.key.user_data()).is_some_and(|(_, other, _)| other == slot);
+            if mine {
+                ops.withdraw(held.key);
+                slots.end(slot);
+            }
+            !mine
+        });
+        match self.slots.state(slot) {
+            SlotState::Free | SlotState::Closing { .. } => return,
+            SlotState::Reserved => return self.slots.release(slot),
+            SlotState::Open { receive: Receive::Armed(key) } => {
+                // In the same submission as the CLOSE, which else would answer 0 and free nothing.
+                let cancel = op::cancel(key.user_data());
+                self.push_chain(&[cancel]);
+            }
+            // Of a bind that was held the kernel knows nothing; the CLOSE of its empty slot then
+            // answers EBADF, which is as good.
+            SlotState::Open { .. } => {}
+        }
+        self.slots.close(slot);
+        self.submit_unclaimed(slot, Op::Close);
+    }
+
+    // ---- submissions ------------------------------------------------------------------------
+
+    /// Pushes an operation that somebody will wait for.
+    pub(crate) fn submit(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+        let key = self.ops.insert(op, slot);
+        self.slots.begin(slot);
+        self.push(key);
+        key
+    }
+
+    fn submit_unclaimed(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+        let key = self.ops.insert_unclaimed(op, slot);
+        self.slots.begin(slot);
+        self.push(key);
+        key
+    }
+
+    /// Pushes the chain that makes a slot's kernel socket. A bind to a port by number is held
+    /// until the closes pushed before it are done: they may be giving up that very port.
+    pub(crate) fn submit_bind(&mut self, slot: SlotIndex, op: Op, named_port: bool) -> OpKey {
+        *self.slots.state(slot) = SlotState::Open { receive: Receive::Idle };
+        let closes_before = self.slots.closes().next();
+        if !named_port || self.slots.closes().all_finished_before(closes_before) {
+            return self.submit(slot, op);
+        }
+        let key = self.ops.insert(op, slot);
+        self.slots.begin(slot);
+        self.held.push_back(Held { key, closes_before });
+        key
+    }
+
+    /// Arms the slot's receive unless that has been done.
+    pub(crate) fn arm(&mut self, slot: SlotIndex, inbox: &Arc<Inbox>) {
+        if matches!(self.slots.state(slot), SlotState::Open { receive: Receive::Idle }) {
+            let key = self.submit_unclaimed(slot, Op::Receive(Arc::clone(inbox)));
+            *self.slots.state(slot) = SlotState::Open { receive: Receive::Armed(key) };
+        }
+    }
+
+    /// Lets a paused receive go on.
+    pub(crate) fn resume(&mut self, slot: SlotIndex) {
+        if let SlotState::Open { receive } = self.slots.state(slot)
+            && let Receive::Full(inbox) = receive
+        {
+            let inbox = Arc::clone(inbox);
+            *receive = Receive::Idle;
+            self.stats.rearms += 1;
+            self.arm(slot, &inbox);
+        }
+    }
+
+    fn push(&mut self, key: OpKey) {
+        let Some((_, slot, op)) = self.ops.find(key.user_data()) else { return };
+        let mut chain = std::mem::take(&mut self.chain);
+        op.write(slot, key.user_data(), &raw const *self.receive_header, &mut chain);
+        self.push_chain(&chain);
+        chain.clear();
+        self.chain = chain;
+    }
+
+    /// Pushes entries that must stay together, in order with all others.
+    fn push_chain(&mut self, chain: &[Entry]) {
+        self.pushed += chain.len() as u64;
+        if !self.backlog.is_empty() || !self.try_push(chain) {
+            self.backlog.push_back(chain.to_vec());
+        }
+    }
+
+    #[expect(unsafe_code, reason = "the submission queue")]
+    fn try_push(&mut self, chain: &[Entry]) -> bool {
+        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+        let mut queue = unsafe { self.io.submission_shared() };
+        // SAFETY: what the entries point to is kept by the operation table until their last
+        // completion (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`), and the
+        // receive header by the ring.
+        unsafe { queue.push_multiple(chain) }.is_ok()
+    }
+
+    /// Moves what waits into the submission queue, and returns how many entries are in it.
+    #[expect(unsafe_code, reason = "the submission queue")]
+    pub(crate) fn ready_to_enter(&mut self) -> u32 {
+        while let Some(chain) = self.backlog.pop_front() {
+            if !self.try_push(&chain) {
+                self.backlog.push_front(chain);
+                break;
+            }
+        }
+        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+        let queue = unsafe { self.io.submission_shared() };
+        u32::try_from(queue.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether completions are kept aside because their queue was full.
+    #[expect(unsafe_code, reason = "the submission queue's flags")]
+    pub(crate) fn has_overflow(&mut self) -> bool {
+        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+        unsafe { self.io.submission_shared() }.cq_overflow()
+    }
+
+    /// Entries pushed so far; an operation has reached the kernel when `submitted` is as large.
+    pub(crate) fn pushed(&self) -> u64 {
+        self.pushed
+    }
+
+    pub(crate) fn submitted(&self) -> u64 {
+        self.stats.submissions
+    }
+
+    // ---- completions ------------------------------------------------------------------------
+
+    /// Books every completion that has come. Returns whether there was one.
+    #[expect(unsafe_code, reason = "the completion queue")]
+    pub(crate) fn complete_all(&mut self) -> bool {
+        let io = Arc::clone(&self.io);
+        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+        let queue = unsafe { io.completion_shared() };
+        let mut any = false;
+        for completion in queue {
+            any = true;
+            self.stats.completions += 1;
+            self.complete(&completion);
+        }
+        any
+    }
+
+    fn complete(&mut self, completion: &cqueue::Entry) {
+        let (user_data, result) = (completion.user_data(), completion.result());
+        if user_data == UNTRACKED {
+            return;
+        }
+        let Some((key, slot, op)) = self.ops.find(user_data) else { return };
+        if let Op::Receive(inbox) = op {
+            let inbox = Arc::clone(inbox);
+            return self.complete_receive(key, slot, &inbox, completion);
+        }
+        let Some(ended) = self.ops.complete(key, result) else { return };
+        self.end(slot);
+        match ended {
+            Ended::Fetchable(waker) => self.wakers.extend(waker),
+            Ended::Unclaimed(op, outcome) => self.discard(&op, outcome),
+        }
+    }
+
+    fn end(&mut self, slot: SlotIndex) {
+        self.slots.end(slot);
+        while let Some(held) = self.held.pop_front() {
+            if !self.slots.closes().all_finished_before(held.closes_before) {
+                self.held.push_front(held);
+                break;
+            }
+            self.push(held.key);
+        }
+    }
+
+    /// What an operation left behind that nobody will fetch.
+    #[expect(unsafe_code, reason = "an installed descriptor is ours to close")]
+    fn discard(&mut self, op: &Op, outcome: Outcome) {
+        match op {
+            Op::Send(_) => self.count_sent(outcome),
+            Op::Install if outcome.succeeded == 1 => {
+                let fd = outcome.value.cast_signed();
+                // SAFETY: FIXED_FD_INSTALL has just made this descriptor for us alone.
+                drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+            Op::Install
+            | Op::Bind(_)
+            | Op::Connect(_)
+            | Op::SetOption(_)
+            | Op::Receive(_)
+            | Op::Close => {}
+        }
+    }
+
+    fn complete_receive(
+        &mut self,
+        key: OpKey,
+        slot: SlotIndex,
+        inbox: &Arc<Inbox>,
+        completion: &cqueue::Entry,
+    ) {
+        let result = completion.result();
+        if let Some(id) = cqueue::buffer_select(completion.flags()) {
+            self.deliver(BufferId(id), result, inbox);
+        } else if result < 0 {
+            match -result {
+                // No buffer was free (they are by the time it is armed again), or it was
+                // cancelled: by us, or because the thread that armed it has exited.
+                libc::ENOBUFS | libc::ECANCELED => {}
+                errno => self.wakers.extend(inbox.push(Err(Errno(errno)))),
+            }
+        }
+        let full = inbox.pause_if_full();
+        if cqueue::more(completion.flags()) {
+            if let SlotState::Open { receive } = self.slots.state(slot)
+                && full
+                && matches!(receive, Receive::Armed(_))
+            {
+                *receive = Receive::Pausing;
+                self.stats.pauses += 1;
+                self.push_chain(&[op::cancel(key.user_data())]);
+            }
+            return;
+        }
+        // The receive has ended. Zero-length datagrams, pending errors, empty buffer rings and
+        // overflows all end it; the datagrams that follow wait in the kernel until it is armed.
+        match self.slots.state(slot) {
+            SlotState::Open { receive } if full => {
+                if !matches!(receive, Receive::Pausing) {
+                    self.stats.pauses += 1;
+                }
+                *receive = Receive::Full(Arc::clone(inbox));
+            }
+            SlotState::Open { receive } => {
+                *receive = Receive::Armed(key);
+                self.stats.rearms += 1;
+                return self.push(key);
+            }
+            SlotState::Closing { .. } => self.stats.dropped_at_close += inbox.discard(),
+            SlotState::Free | SlotState::Reserved => {}
+        }
+        self.ops.complete(key, result);
+        self.end(slot);
+        // The guest may have drained the inbox while the cancel was on its way.
+        if inbox.resume_if_drained() {
+            self.resume(slot);
+        }
+    }
+
+    /// Moves a datagram from its buffer to the inbox and sends the buffer home.
+    fn deliver(&mut self, id: BufferId, result: i32, inbox: &Inbox) {
+        let Some(buffers) = &mut self.buffers else { return };
+        let received = usize::try_from(result)
+            .ok()
+            .and_then(|len| buffers.filled(id, len))
+            .and_then(parse_received);
+        if let Some(received) = received {
+            self.stats.datagrams_received += 1;
+            self.stats.bytes_received += received.payload.len() as u64;
+            let datagram = Datagram { payload: received.payload.to_vec(), from: received.from };
+            self.wakers.extend(inbox.push(Ok(datagram)));
+        } else if result >= 0 {
+            self.stats.dropped_malformed += 1;
+        }
+        buffers.publish(id);
+    }
+
+    /// Wakers of those whose completions were booked.
+    pub(crate) fn take_wakers(&mut self, into: &mut Vec<Waker>) {
+        into.append(&mut self.wakers);
+    }
+
+    /// The wakers of everybody who waits.
+    pub(crate) fn take_all_wakers(&mut self) -> Vec<Waker> {
+        let mut wakers = self.ops.take_wakers();
+        wakers.append(&mut self.wakers);
+        wakers
+    }
+
+    /// From now on an arrival signals the eventfd; `true` if one came before that took effect.
+    #[expect(unsafe_code, reason = "the completion queue's flags")]
+    pub(crate) fn listen(&mut self) -> bool {
+        {
+            // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+            let queue = unsafe { self.io.completion_shared() };
+            queue.enable_eventfd();
+        }
+        // Between our flag and our look at the tail, as the kernel fences between its own two.
+        fence(Ordering::SeqCst);
+        // SAFETY: as above; the first queue is gone.
+        !unsafe { self.io.completion_shared() }.is_empty()
+    }
+
+    /// While somebody is about to look anyway, arrivals need not signal.
+    #[expect(unsafe_code, reason = "the completion queue's flags")]
+    pub(crate) fn stop_listening(&mut self) {
+        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+        unsafe { self.io.completion_shared() }.disable_eventfd();
+    }
+
+    // ---- callers ----------------------------------------------------------------------------
+
+    /// What came of an operation that is done; else remembers whom to wake, if told.
+    pub(crate) fn fetch(&mut self, key: OpKey, waker: Option<&Waker>) -> Option<(Op, Outcome)> {
+        let fetched = self.ops.fetch(key, waker)?;
+        if let (Op::Send(_), outcome) = fetched {
+            self.count_sent(outcome);
+        }
+        Some(fetched)
+    }
+
+    /// Whether an operation is done; else remembers whom to wake.
+    pub(crate) fn is_done(&mut self, key: OpKey, waker: &Waker) -> bool {
+        self.ops.is_done(key, waker)
+    }
+
+    pub(crate) fn progress(&mut self, key: OpKey) -> Option<(Outcome, bool)> {
+        self.ops.progress(key)
+    }
+
+    pub(crate) fn abandon(&mut self, key: OpKey) {
+        if let Some((op, outcome)) = self.ops.abandon(key) {
+            self.discard(&op, outcome);
+        }
+    }
+
+    fn count_sent(&mut self, outcome: Outcome) {
+        self.stats.datagrams_sent += u64::from(outcome.succeeded);
+        self.stats.bytes_sent += outcome.sum;
+    }
+
+    pub(crate) fn snapshot(&self) -> Stats {
+        Stats { sockets_open: self.slots.in_use(), ..self.stats }
+    }
+}
+
+impl Drop for Ring {
+    /// Cancels everything, waits with a bound for the kernel to let go of the memory, and leaks
+    /// what it does not let go of.
+    fn drop(&mut self) {
+        let gate = self.gate();
+        let bound = Timespec::new().nsec(1_000_000);
+        for _ in 0..TEARDOWN_ROUNDS_MAX {
+            let entries = self.ready_to_enter();
+            if let Ok(taken) = gate.enter(entries, true) {
+                self.stats.submissions += u64::from(taken);
+            }
+            self.complete_all();
+            if self.ops.is_quiet() && self.backlog.is_empty() {
+                return;
+            }
+            // NotFound: nothing was left to cancel, so its completions are in the queue.
+            let _ = self.io.submitter().register_sync_cancel(Some(bound), CancelBuilder::any());
+        }
+        tracing::warn!("io_uring operations did not end in time; their memory is leaked");
+        std::mem::forget(std::mem::take(&mut self.ops));
+        std::mem::forget(std::mem::replace(
+            &mut self.receive_header,
+            Box::new(receive_header()),
+        ));
+        if let Some(buffers) = self.buffers.take() {
+            buffers.leak();
+        }
+    }
+}
+
+/// Takes ownership of a descriptor that FIXED_FD_INSTALL has made.
+#[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
+pub(crate) fn installed_socket(outcome: Outcome) -> std::net::UdpSocket {
+    let fd: RawFd = outcome.value.cast_signed();
+    // SAFETY: the kernel has just made this descriptor for us alone, and the operation's result is
+    // fetched once.
+    unsafe { std::net::UdpSocket::from_raw_fd(fd) }
+}

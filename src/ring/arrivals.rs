@@ -1,0 +1,37 @@
+//! The eventfd that completions signal while nobody is inside the kernel for the ring.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+#[derive(Debug)]
+pub(crate) struct Arrivals(OwnedFd);
+
+impl Arrivals {
+    #[expect(unsafe_code, reason = "eventfd(2)")]
+    pub(crate) fn new() -> io::Result<Self> {
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor just made for us alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Registers with the current runtime, edge-triggered: the counter need not be read.
+    #[expect(unsafe_code, reason = "tokio watches a descriptor number")]
+    pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let fd = self.0.try_clone()?;
+        // SAFETY: the `AsyncFd` owns the duplicate, which nobody else can close.
+        Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+    }
+}
+
+impl AsRawFd for Arrivals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}

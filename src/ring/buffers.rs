@@ -1,0 +1,139 @@
+//! The ring's receive buffers: the kernel takes one per datagram, and each goes home as soon as
+//! its completion is seen.
+//!
+//! Ownership: a buffer belongs to the kernel from `publish` until the completion that names its
+//! id, and to us from there until the next `publish`. The API is safe because `filled` borrows
+//! the ring mutably: nobody can publish a buffer that is being read. That a completion names a
+//! buffer the kernel has let go of is the kernel's contract, and what a completion says is
+//! checked against the bounds here.
+
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::{io, ptr};
+
+use io_uring::IoUring;
+use io_uring::types::BufRingEntry;
+
+use super::op::BUFFER_GROUP;
+use crate::limits::{BUFFER_BYTES, BUFFERS};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BufferId(pub(crate) u16);
+
+pub(crate) struct BufferRing {
+    /// `struct io_uring_buf_ring`: entries shared with the kernel, the tail within the first.
+    entries: Mapping,
+    bytes: Mapping,
+    /// Our tail; the kernel reads its published copy.
+    tail: u16,
+}
+
+const ENTRIES_BYTES: usize = BUFFERS as usize * size_of::<BufRingEntry>();
+const BYTES_BYTES: usize = BUFFERS as usize * BUFFER_BYTES;
+
+impl BufferRing {
+    /// Maps the buffers, registers them with the ring and gives all to the kernel.
+    #[expect(unsafe_code, reason = "the kernel reads the entries from now on")]
+    pub(crate) fn register(io: &IoUring) -> io::Result<Self> {
+        let entries = Mapping::anonymous(ENTRIES_BYTES)?;
+        let bytes = Mapping::anonymous(BYTES_BYTES)?;
+        // SAFETY: `entries` is page-aligned, holds BUFFERS entries and lives as long as the ring:
+        // `Ring` drops its buffers only when the kernel holds no operation, and leaks them else.
+        // (`every_buffer_comes_home_after_cancel` reads what would be overwritten.)
+        unsafe {
+            io.submitter().register_buf_ring_with_flags(
+                entries.start.expose_provenance() as u64,
+                BUFFERS,
+                BUFFER_GROUP,
+                0,
+            )?;
+        }
+        let mut ring = Self { entries, bytes, tail: 0 };
+        for id in 0..BUFFERS {
+            ring.publish(BufferId(id));
+        }
+        Ok(ring)
+    }
+
+    /// Gives a buffer to the kernel.
+    #[expect(unsafe_code, reason = "writes memory the kernel reads")]
+    pub(crate) fn publish(&mut self, id: BufferId) {
+        let at = usize::from(self.tail & (BUFFERS - 1));
+        let entry = self.entries.start.cast::<BufRingEntry>().wrapping_add(at);
+        // SAFETY: `at` is below BUFFERS, so the entry is inside the mapping; the kernel does not
+        // read it before the tail moves past it below, and BUFFERS ids fill no more than all.
+        let entry = unsafe { &mut *entry };
+        entry.set_addr(self.buffer_start(id).expose_provenance() as u64);
+        entry.set_len(u32::try_from(BUFFER_BYTES).expect("68 KiB"));
+        entry.set_bid(id.0);
+        self.tail = self.tail.wrapping_add(1);
+        // SAFETY: the entries start with a valid first entry, whose `resv` field is the tail.
+        let tail = unsafe { BufRingEntry::tail(self.entries.start.cast::<BufRingEntry>()) };
+        // SAFETY: the tail is an aligned u16 inside the mapping, and both sides use it atomically.
+        let tail = unsafe { AtomicU16::from_ptr(tail.cast_mut()) };
+        tail.store(self.tail, Ordering::Release);
+    }
+
+    /// What the kernel wrote into a buffer that a completion has named; `None` if the completion
+    /// names a buffer or a length that cannot be.
+    #[expect(unsafe_code, reason = "reads memory the kernel wrote")]
+    pub(crate) fn filled(&mut self, id: BufferId, len: usize) -> Option<&[u8]> {
+        if id.0 >= BUFFERS || len > BUFFER_BYTES {
+            return None;
+        }
+        let start = self.buffer_start(id);
+        // SAFETY: inside the mapping by the check above, and ours since its completion came;
+        // `&mut self` keeps it from being published while it is read.
+        Some(unsafe { std::slice::from_raw_parts(start, len) })
+    }
+
+    fn buffer_start(&self, id: BufferId) -> *mut u8 {
+        self.bytes.start.wrapping_add(usize::from(id.0 & (BUFFERS - 1)) * BUFFER_BYTES)
+    }
+
+    /// Leaves the memory to the kernel for good.
+    pub(crate) fn leak(self) {
+        std::mem::forget(self);
+    }
+}
+
+/// Anonymous memory of our own, zeroed and paged in on demand.
+struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    #[expect(unsafe_code, reason = "mmap(2)")]
+    fn anonymous(len: usize) -> io::Result<Self> {
+        // SAFETY: a new anonymous mapping touches no existing memory.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // Huge pages would make every small datagram cost 2 MiB; if the advice fails, it may.
+        // SAFETY: the range is the mapping just made.
+        unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
+        Ok(Self { start: start.cast(), len })
+    }
+}
+
+impl Drop for Mapping {
+    #[expect(unsafe_code, reason = "munmap(2)")]
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `anonymous` and no reference into it outlives `self`.
+        unsafe { libc::munmap(self.start.cast(), self.len) };
+    }
+}
+
+// SAFETY: the mapping is owned memory; nothing about it is tied to a thread.
+#[expect(unsafe_code, reason = "a raw pointer to memory we own")]
+unsafe impl Send for Mapping {}

@@ -1,0 +1,535 @@
+//! A guest's UDP socket: its life cycle, options, sending and receiving. Knows WASI's rules and
+//! the ring's operations, and nothing of Wasmtime.
+
+use std::future::poll_fn;
+use std::net::{SocketAddr, SocketAddrV6};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use crate::datagram::{Family, RawAddr};
+use crate::driver::{Flush, Guest, Ticket, Uring};
+use crate::error::{Errno, ErrorCode};
+use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
+use crate::policy::{Policy, QuotaUnit, SocketAddrUse, is_of_family, is_remote};
+use crate::ring::inbox::{Datagram, Inbox};
+use crate::ring::installed_socket;
+use crate::ring::op::{BindOp, Op, Outgoing, SendOp, SocketOption};
+use crate::ring::probe::{FamilyDefaults, hop_limit_option};
+use crate::ring::slots::SlotIndex;
+
+/// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
+pub(crate) struct UdpSocket {
+    uring: Uring,
+    guest: Guest,
+    slot: SlotIndex,
+    family: Family,
+    defaults: FamilyDefaults,
+    policy: Policy,
+    _quota: QuotaUnit,
+    /// Made when somebody first wants to receive.
+    inbox: OnceLock<Arc<Inbox>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    life: SocketState,
+    options: Options,
+    /// What the kernel last said, if nothing has happened since that may change it.
+    local: Option<SocketAddr>,
+    remote: Option<SocketAddr>,
+}
+
+/// A socket's life. The kernel knows of it from `Binding` on.
+enum SocketState {
+    Unbound,
+    /// `start-bind` has pushed the chain that makes and binds the socket.
+    Binding(Ticket),
+    /// Binding failed or succeeded, and `finish-bind` has yet to tell the guest.
+    Settled(Result<(), ErrorCode>),
+    Bound,
+}
+
+/// What the guest has set; answered from here, for nobody else can change it.
+#[derive(Clone, Copy, Default)]
+struct Options {
+    hop_limit: Option<u8>,
+    receive_buffer: Option<u32>,
+    send_buffer: Option<u32>,
+}
+
+/// A socket option that WASI lets guests set.
+#[derive(Clone, Copy)]
+pub(crate) enum OptionValue {
+    HopLimit(u8),
+    ReceiveBuffer(u64),
+    SendBuffer(u64),
+}
+
+/// Sends that the kernel has not finished: they hold up the next `send`.
+pub(crate) type SendInFlight = Option<Ticket>;
+
+impl UdpSocket {
+    /// Reserves a slot. The kernel is not asked: an unbound socket is "effectively an in-memory
+    /// configuration object" (wasi:sockets, create-udp-socket).
+    pub(crate) fn new(
+        uring: &Uring,
+        guest: Guest,
+        family: Family,
+        policy: &Policy,
+        quota: impl FnOnce() -> Result<QuotaUnit, ErrorCode>,
+    ) -> Result<Self, ErrorCode> {
+        policy.udp()?;
+        let defaults = uring.defaults().of(family).ok_or(ErrorCode::NotSupported)?;
+        let quota = quota()?;
+        Ok(Self {
+            slot: uring.reserve()?,
+            uring: uring.clone(),
+            guest,
+            family,
+            defaults,
+            policy: policy.clone(),
+            _quota: quota,
+            inbox: OnceLock::new(),
+            state: Mutex::new(State {
+                life: SocketState::Unbound,
+                options: Options::default(),
+                local: None,
+                remote: None,
+            }),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn family(&self) -> Family {
+        self.family
+    }
+
+    // ---- bind -------------------------------------------------------------------------------
+
+    /// Validates, asks the policy, and pushes SOCKET, the options and BIND as one chain.
+    pub(crate) fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
+        let mut state = self.lock();
+        match state.life {
+            SocketState::Unbound => {}
+            SocketState::Binding(_) | SocketState::Settled(_) => {
+                return Err(ErrorCode::ConcurrencyConflict);
+            }
+            SocketState::Bound => return Err(ErrorCode::InvalidState),
+        }
+        if !is_of_family(addr, self.family) {
+            return Err(ErrorCode::InvalidArgument);
+        }
+        self.policy.check(addr, SocketAddrUse::UdpBind)?;
+        let op = Op::Bind(Box::new(BindOp {
+            family: self.family,
+            options: state.options.to_set(self.family),
+            addr: addr.into(),
+        }));
+        let named_port = addr.port() != 0;
+        let ticket = self.uring.submit_bind(self.guest, self.slot, op, named_port);
+        state.life = SocketState::Binding(ticket);
+        // The kernel picks what the guest left open; then only it knows.
+        state.local = Some(addr).filter(|addr| named_port && !addr.ip().is_unspecified());
+        Ok(())
+    }
+
+    pub(crate) async fn finish_bind(&self) -> Result<(), ErrorCode> {
+        poll_fn(|cx| self.poll_settled(cx)).await;
+        let mut state = self.lock();
+        match &state.life {
+            SocketState::Settled(Ok(())) => {
+                state.life = SocketState::Bound;
+                Ok(())
+            }
+            SocketState::Settled(Err(error)) => {
+                let error = *error;
+                state.life = SocketState::Unbound;
+                Err(error)
+            }
+            SocketState::Unbound | SocketState::Binding(_) | SocketState::Bound => {
+                Err(ErrorCode::NotInProgress)
+            }
+        }
+    }
+
+    /// Ready when no bind is on its way.
+    fn poll_settled(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        if let SocketState::Binding(ticket) = &mut state.life {
+            let (_, outcome) = ready!(ticket.poll_done(cx));
+            let result = outcome.error.map_or(Ok(()), |errno| {
+                Err(match errno {
+                    // bind(2): the address is not of the socket's family.
+                    Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,
+                    errno => errno.into(),
+                })
+            });
+            state.life = SocketState::Settled(result);
+        }
+        Poll::Ready(())
+    }
+
+    /// Waits for a bind on its way; whether the socket is bound then.
+    async fn is_bound(&self) -> bool {
+        poll_fn(|cx| self.poll_settled(cx)).await;
+        matches!(self.lock().life, SocketState::Settled(Ok(())) | SocketState::Bound)
+    }
+
+    // ---- stream -----------------------------------------------------------------------------
+
+    /// Connects, reconnects or disconnects a bound socket, as `stream` asks.
+    pub(crate) async fn stream(&self, remote: Option<SocketAddr>) -> Result<(), ErrorCode> {
+        if !self.is_bound().await {
+            return Err(ErrorCode::InvalidState);
+        }
+        if let Some(remote) = remote {
+            self.connect(remote).await?;
+        } else if self.lock().remote.is_some() {
+            self.run_connect(RawAddr::unspec()).await?;
+            self.lock().remote = None;
+        }
+        if let Some(inbox) = self.inbox.get() {
+            inbox.readmit();
+        }
+        Ok(())
+    }
+
+    async fn connect(&self, remote: SocketAddr) -> Result<(), ErrorCode> {
+        if !is_of_family(remote, self.family) || !is_remote(remote) {
+            return Err(ErrorCode::InvalidArgument);
+        }
+        self.policy.check(remote, SocketAddrUse::UdpSend)?;
+        self.policy.check(remote, SocketAddrUse::UdpReceive)?;
+        let mut result = self.run_connect(remote.into()).await;
+        if result == Err(Errno(libc::EINVAL)) {
+            // A socket keeps the source address of its first route; a peer beyond another one
+            // needs the old association dissolved.
+            let _ = self.run_connect(RawAddr::unspec()).await;
+            self.lock().remote = None;
+            result = self.run_connect(remote.into()).await;
+        }
+        match result {
+            Ok(()) => {
+                self.lock().remote = Some(peer_name(remote));
+                Ok(())
+            }
+            Err(Errno(libc::EAFNOSUPPORT)) => Err(ErrorCode::InvalidArgument),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    async fn run_connect(&self, addr: RawAddr) -> Result<(), Errno> {
+        self.lock().local = None;
+        let op = Op::Connect(Box::new(addr));
+        let (_, outcome) = self.uring.submit(self.guest, self.slot, op).done().await;
+        outcome.error.map_or(Ok(()), Err)
+    }
+
+    // ---- addresses --------------------------------------------------------------------------
+
+    /// The address the kernel has given the socket.
+    pub(crate) async fn local_address(&self) -> Result<SocketAddr, ErrorCode> {
+        if !self.is_bound().await {
+            return Err(ErrorCode::InvalidState);
+        }
+        if let Some(local) = self.lock().local {
+            return Ok(local);
+        }
+        let local = self.ask_local_address().await?;
+        if local.port() != 0 {
+            self.lock().local = Some(local);
+        }
+        Ok(local)
+    }
+
+    /// Linux before 6.19 has no getsockname on the ring, so the direct descriptor is made a file
+    /// descriptor for a moment.
+    async fn ask_local_address(&self) -> Result<SocketAddr, ErrorCode> {
+        let (_, outcome) = self.uring.submit(self.guest, self.slot, Op::Install).done().await;
+        if let Some(errno) = outcome.error {
+            return Err(errno.into());
+        }
+        installed_socket(outcome)
+            .local_addr()
+            .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL)).into())
+    }
+
+    pub(crate) fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
+        self.lock().remote.ok_or(ErrorCode::InvalidState)
+    }
+
+    // ---- options ----------------------------------------------------------------------------
+
+    pub(crate) fn hop_limit(&self) -> u8 {
+        self.lock().options.hop_limit.unwrap_or(self.defaults.hop_limit)
+    }
+
+    pub(crate) fn receive_buffer_size(&self) -> u64 {
+        self.defaults.receive_buffer.reported(self.lock().options.receive_buffer)
+    }
+
+    pub(crate) fn send_buffer_size(&self) -> u64 {
+        self.defaults.send_buffer.reported(self.lock().options.send_buffer)
+    }
+
+    /// Records an option; a bound socket is told at once, an unbound one with its bind.
+    pub(crate) async fn set_option(&self, value: OptionValue) -> Result<(), ErrorCode> {
+        let mut options = Options::default();
+        match value {
+            // WIT: 0 is an `invalid-argument`.
+            OptionValue::HopLimit(0) | OptionValue::ReceiveBuffer(0) | OptionValue::SendBuffer(0) => {
+                return Err(ErrorCode::InvalidArgument);
+            }
+            OptionValue::HopLimit(hops) => options.hop_limit = Some(hops),
+            OptionValue::ReceiveBuffer(bytes) => options.receive_buffer = Some(clamp_to_int(bytes)),
+            OptionValue::SendBuffer(bytes) => options.send_buffer = Some(clamp_to_int(bytes)),
+        }
+        if self.is_bound().await {
+            for option in options.to_set(self.family).into_iter().filter(|o| !o.is_v6only()) {
+                let op = Op::SetOption(Box::new(option));
+                let (_, outcome) = self.uring.submit(self.guest, self.slot, op).done().await;
+                if let Some(errno) = outcome.error {
+                    return Err(errno.into());
+                }
+            }
+        }
+        self.lock().options.update(options);
+        Ok(())
+    }
+
+    // ---- receive ----------------------------------------------------------------------------
+
+    fn inbox(&self) -> &Arc<Inbox> {
+        self.inbox.get_or_init(|| self.uring.new_inbox())
+    }
+
+    /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox.
+    async fn arm(&self) {
+        if self.inbox.get().is_none() {
+            let mut flush = self.start_receive();
+            poll_fn(|cx| flush.poll(&self.uring, cx)).await;
+        }
+    }
+
+    fn start_receive(&self) -> Flush {
+        self.uring.arm(self.guest, self.slot, self.inbox())
+    }
+
+    /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
+    pub(crate) async fn receive(&self, max: u64) -> Result<Vec<Datagram>, ErrorCode> {
+        let max = usize::try_from(max).unwrap_or(usize::MAX).min(BATCH_DATAGRAMS_MAX);
+        if max == 0 {
+            return Ok(Vec::new());
+        }
+        self.arm().await;
+        let inbox = self.inbox();
+        let remote = self.lock().remote;
+        if !self.admit(inbox, remote) {
+            self.uring.look();
+        }
+        let mut datagrams = Vec::new();
+        let mut bytes = 0;
+        while datagrams.len() < max && bytes < RECEIVE_BYTES_MAX && self.admit(inbox, remote) {
+            match inbox.pop() {
+                Some(Ok(datagram)) => {
+                    bytes += 1 + datagram.payload.len();
+                    datagrams.push(datagram);
+                }
+                // As wasmtime-wasi: an error behind datagrams ends the batch and is not told.
+                Some(Err(errno)) if datagrams.is_empty() => return Err(errno.into()),
+                Some(Err(_)) | None => break,
+            }
+        }
+        if inbox.resume_if_drained() {
+            self.uring.resume(self.guest, self.slot);
+        }
+        Ok(datagrams)
+    }
+
+    /// Ready when `receive` would return a datagram or an error.
+    pub(crate) async fn receivable(&self) {
+        self.arm().await;
+        let inbox = self.inbox();
+        let remote = self.lock().remote;
+        poll_fn(|cx| {
+            if self.admit(inbox, remote) {
+                return Poll::Ready(());
+            }
+            inbox.wake_on_arrival(cx.waker());
+            self.uring.look_and_listen();
+            if self.admit(inbox, remote) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// Whether an arrival is there that the guest may see; those it may not are dropped.
+    fn admit(&self, inbox: &Inbox, remote: Option<SocketAddr>) -> bool {
+        let (mut not_from_peer, mut by_policy) = (0, 0);
+        let admitted = inbox.admit(|datagram| {
+            // The kernel filters what arrives after the connect, not what was queued before.
+            if remote.is_some_and(|remote| remote != datagram.from) {
+                not_from_peer += 1;
+                return false;
+            }
+            let allowed = self.policy.check(datagram.from, SocketAddrUse::UdpReceive).is_ok();
+            by_policy += u64::from(!allowed);
+            allowed
+        });
+        if not_from_peer + by_policy > 0 {
+            self.uring.count(|stats| {
+                stats.dropped_not_from_peer += not_from_peer;
+                stats.dropped_by_policy += by_policy;
+            });
+        }
+        admitted
+    }
+
+    // ---- send -------------------------------------------------------------------------------
+
+    /// Sends datagrams in order, as one chain, and returns how many the kernel took or will take.
+    ///
+    /// WIT: "If at least one datagram has been sent successfully, this function never returns an
+    /// error." What must wait for room stays in `in_flight`, with whatever error it meets.
+    pub(crate) async fn send(
+        &self,
+        in_flight: &mut SendInFlight,
+        datagrams: Vec<(Vec<u8>, Option<SocketAddr>)>,
+    ) -> Result<u64, ErrorCode> {
+        if let Some(earlier) = in_flight {
+            let Some((_, outcome)) = earlier.try_done() else { return Ok(0) };
+            *in_flight = None;
+            if let Some(errno) = outcome.error {
+                return Err(errno.into());
+            }
+        }
+        let remote = self.lock().remote;
+        let mut refused = None;
+        let mut accepted = Vec::with_capacity(datagrams.len());
+        for (payload, to) in datagrams {
+            match self.check_outgoing(&payload, to, remote) {
+                Ok(to) => accepted.push(Outgoing { payload, to }),
+                Err(error) => {
+                    refused = Some(error);
+                    break;
+                }
+            }
+        }
+        if accepted.is_empty() {
+            return refused.map_or(Ok(0), Err);
+        }
+        let accepted_len = accepted.len() as u64;
+        let op = Op::Send(SendOp { datagrams: accepted });
+        let mut ticket = self.uring.submit(self.guest, self.slot, op);
+        let (outcome, is_all) = ticket.submitted().await;
+        match outcome.error {
+            Some(errno) if outcome.succeeded == 0 => Err(errno.into()),
+            Some(_) => Ok(outcome.succeeded.into()),
+            None => {
+                if !is_all {
+                    *in_flight = Some(ticket);
+                }
+                Ok(accepted_len)
+            }
+        }
+    }
+
+    /// Checks one datagram; the address to send it to, or none for a connected socket's peer.
+    fn check_outgoing(
+        &self,
+        payload: &[u8],
+        to: Option<SocketAddr>,
+        remote: Option<SocketAddr>,
+    ) -> Result<Option<RawAddr>, ErrorCode> {
+        if payload.len() > PAYLOAD_BYTES_MAX {
+            return Err(ErrorCode::DatagramTooLarge);
+        }
+        if let Some(to) = to
+            && (!is_remote(to) || !is_of_family(to, self.family))
+        {
+            return Err(ErrorCode::InvalidArgument);
+        }
+        let effective = match (to, remote) {
+            // WIT: a connected socket's datagrams name its peer or nobody.
+            (Some(to), Some(remote)) if to != remote => return Err(ErrorCode::InvalidArgument),
+            (Some(to), _) => to,
+            (None, Some(remote)) => remote,
+            (None, None) => return Err(ErrorCode::InvalidArgument),
+        };
+        self.policy.check(effective, SocketAddrUse::UdpSend)?;
+        Ok(remote.is_none().then(|| effective.into()))
+    }
+}
+
+impl Drop for UdpSocket {
+    fn drop(&mut self) {
+        // A bind on its way is abandoned first: its ticket must not outlive the slot.
+        self.lock().life = SocketState::Unbound;
+        let unread = self.inbox.get().map_or(0, |inbox| inbox.discard());
+        self.uring.close(self.guest, self.slot, unread);
+    }
+}
+
+/// Whether the earlier sends have left the process.
+pub(crate) fn poll_sendable(in_flight: &mut SendInFlight, cx: &mut Context<'_>) -> Poll<()> {
+    match in_flight {
+        Some(ticket) => ticket.poll_is_done(cx),
+        None => Poll::Ready(()),
+    }
+}
+
+impl Options {
+    /// What a socket must be told, `IPV6_V6ONLY` always: WASI sockets are never dual-stack.
+    fn to_set(self, family: Family) -> Vec<SocketOption> {
+        let mut options = Vec::new();
+        if family == Family::V6 {
+            options.push(SocketOption {
+                level: libc::IPPROTO_IPV6,
+                name: libc::IPV6_V6ONLY,
+                value: 1,
+            });
+        }
+        if let Some(hops) = self.hop_limit {
+            let (level, name) = hop_limit_option(family);
+            options.push(SocketOption { level, name, value: hops.into() });
+        }
+        for (name, bytes) in
+            [(libc::SO_RCVBUF, self.receive_buffer), (libc::SO_SNDBUF, self.send_buffer)]
+        {
+            if let Some(bytes) = bytes {
+                let value = bytes.cast_signed();
+                options.push(SocketOption { level: libc::SOL_SOCKET, name, value });
+            }
+        }
+        options
+    }
+
+    fn update(&mut self, other: Self) {
+        self.hop_limit = other.hop_limit.or(self.hop_limit);
+        self.receive_buffer = other.receive_buffer.or(self.receive_buffer);
+        self.send_buffer = other.send_buffer.or(self.send_buffer);
+    }
+}
+
+impl SocketOption {
+    fn is_v6only(&self) -> bool {
+        self.level == libc::IPPROTO_IPV6 && self.name == libc::IPV6_V6ONLY
+    }
+}
+
+/// The kernel takes buffer sizes as an `int` and clamps them itself.
+fn clamp_to_int(bytes: u64) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX).min(i32::MAX.unsigned_abs())
+}
+
+/// A peer's address as getpeername(2) would give it back: without flow information, and with a
+/// scope only where the address needs one (RFC 4007: link-local).
+fn peer_name(addr: SocketAddr) -> SocketAddr {
+    let SocketAddr::V6(addr) = addr else { return addr };
+    let ip = addr.ip();
+    let scoped = ip.is_unicast_link_local() || matches!(ip.octets(), [0xff, scope, ..] if scope & 0xf == 2);
+    let scope_id = if scoped { addr.scope_id() } else { 0 };
+    SocketAddr::V6(SocketAddrV6::new(*ip, addr.port(), 0, scope_id))
+}

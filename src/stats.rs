@@ -1,0 +1,77 @@
+//! Counters of one ring: what went through it since it was built.
+
+/// A snapshot of a ring's counters, by [`Uring::stats`](crate::Uring::stats).
+///
+/// All are totals since the ring was built, except `sockets_open`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// `io_uring_enter` calls.
+    pub enters: u64,
+    /// Submission queue entries the kernel consumed.
+    pub submissions: u64,
+    /// Completion queue entries seen.
+    pub completions: u64,
+    /// Slots handed out: one for every `create-udp-socket` that succeeded.
+    pub sockets_created: u64,
+    /// Slots in use now, those of sockets still closing included.
+    pub sockets_open: u64,
+    /// Datagrams the kernel took from guests.
+    pub datagrams_sent: u64,
+    /// Payload bytes the kernel took from guests.
+    pub bytes_sent: u64,
+    /// Datagrams moved from the buffer ring to a socket's queue.
+    pub datagrams_received: u64,
+    /// Payload bytes moved from the buffer ring to a socket's queue.
+    pub bytes_received: u64,
+    /// Multishot receives armed again after a completion without `IORING_CQE_F_MORE`.
+    pub rearms: u64,
+    /// Receives paused because the socket's queue was full; the kernel's buffer holds the rest.
+    pub pauses: u64,
+    /// Datagrams withheld because the policy refused their sender.
+    pub dropped_by_policy: u64,
+    /// Datagrams withheld because a connected socket's peer did not send them.
+    pub dropped_not_from_peer: u64,
+    /// Datagrams still queued when their socket was closed.
+    pub dropped_at_close: u64,
+    /// Messages that could not be read: cut, or without an IP sender.
+    pub dropped_malformed: u64,
+}
+
+impl std::ops::AddAssign for Stats {
+    /// Adds up the counters of several rings.
+    fn add_assign(&mut self, other: Self) {
+        let Self {
+            enters,
+            submissions,
+            completions,
+            sockets_created,
+            sockets_open,
+            datagrams_sent,
+            bytes_sent,
+            datagrams_received,
+            bytes_received,
+            rearms,
+            pauses,
+            dropped_by_policy,
+            dropped_not_from_peer,
+            dropped_at_close,
+            dropped_malformed,
+        } = other;
+        self.enters += enters;
+        self.submissions += submissions;
+        self.completions += completions;
+        self.sockets_created += sockets_created;
+        self.sockets_open += sockets_open;
+        self.datagrams_sent += datagrams_sent;
+        self.bytes_sent += bytes_sent;
+        self.datagrams_received += datagrams_received;
+        self.bytes_received += bytes_received;
+        self.rearms += rearms;
+        self.pauses += pauses;
+        self.dropped_by_policy += dropped_by_policy;
+        self.dropped_not_from_peer += dropped_not_from_peer;
+        self.dropped_at_close += dropped_at_close;
+        self.dropped_malformed += dropped_malformed;
+    }
+}
