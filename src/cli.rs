@@ -1,8 +1,10 @@
 //! The command line: what can be asked for, and how it ends.
 
+mod bench;
 mod demo;
 mod doctor;
 mod host;
+mod measure;
 mod run;
 
 use std::ffi::OsString;
@@ -20,6 +22,14 @@ pub(crate) enum Failure {
     Run(wasmtime::Error),
     /// What was asked for cannot be done: exit code 2, as for clap's own errors.
     Usage(wasmtime::Error),
+}
+
+impl From<Failure> for wasmtime::Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Run(error) | Failure::Usage(error) => error,
+        }
+    }
 }
 
 impl Failure {
@@ -49,6 +59,8 @@ enum Command {
     Run(RunArgs),
     /// See both backends at work: a thousand guests that open, bind, use and close sockets
     Demo(DemoArgs),
+    /// Measure both backends with the same guest, in alternation
+    Bench(BenchArgs),
     /// Show what this kernel and these limits allow, and what to change
     Doctor(DoctorArgs),
 }
@@ -141,6 +153,31 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+Names, and what one operation is:
+  create   create a socket and drop it
+  bind     create, bind to 127.0.0.1:0, drop
+  bind6    the same with ::1
+  pair     two sockets: create, bind, exchange a datagram each way, drop
+  echo     a round trip of 64 bytes between two sockets
+  dns      create, bind, connect, send, be answered, drop
+  batch    16 datagrams of 1200 bytes sent by one `send` and received")]
+pub(crate) struct BenchArgs {
+    /// What to measure [default: everything]
+    #[arg(value_name = "NAME")]
+    pub(crate) modes: Vec<String>,
+    /// Guests at once; several values, several rows
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,64")]
+    pub(crate) guests: Vec<NonZeroUsize>,
+    /// Rounds per backend
+    #[arg(long, value_name = "N", default_value = "7")]
+    pub(crate) rounds: NonZeroUsize,
+    /// per-core (one thread) or multi-thread
+    #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
+    pub(crate) runtime: RuntimeArg,
+}
+
+#[derive(Args)]
 pub(crate) struct DoctorArgs {
     /// Print JSON instead of text
     #[arg(long)]
@@ -175,6 +212,7 @@ fn run_command(args: Vec<OsString>) -> ExitCode {
     let ended = match Cli::parse_from(args).command {
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Doctor(args) => doctor::doctor(&args),
     };
     match ended {
