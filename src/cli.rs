@@ -232,3 +232,9 @@ pub(crate) fn say(message: impl Display) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "wasi-uring: {message}");
 }
+
+/// A line on stdout, which may be gone: a closed pipe is no failure.
+pub(crate) fn print(message: impl Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{message}");
+}

@@ -13,11 +13,15 @@ use crate::socket::UdpSocket;
 /// The UDP configuration of one guest. Make one per store, as one makes a
 /// [`WasiCtx`](wasmtime_wasi::WasiCtx).
 #[derive(Debug)]
-pub struct UdpCtx {
-    uring: Uring,
-    guest: Guest,
-    policy: Policy,
-    quota: Arc<Quota>,
+pub struct UdpCtx(Arc<GuestCtx>);
+
+/// What a guest's sockets share.
+#[derive(Debug)]
+pub(crate) struct GuestCtx {
+    pub(crate) uring: Uring,
+    pub(crate) guest: Guest,
+    pub(crate) policy: Policy,
+    pub(crate) quota: Quota,
 }
 
 /// Configures a [`UdpCtx`].
@@ -43,7 +47,7 @@ impl UdpCtx {
     }
 
     pub(crate) fn new_socket(&self, family: Family) -> Result<UdpSocket, ErrorCode> {
-        UdpSocket::new(&self.uring, self.guest, family, &self.policy, || self.quota.take())
+        UdpSocket::new(&self.0, family)
     }
 }
 
@@ -75,11 +79,11 @@ impl UdpCtxBuilder {
     /// The finished configuration.
     #[must_use]
     pub fn build(self) -> UdpCtx {
-        UdpCtx {
+        UdpCtx(Arc::new(GuestCtx {
             uring: self.uring,
             guest: Guest::new(),
             policy: self.policy,
             quota: Quota::new(self.sockets_max),
-        }
+        }))
     }
 }

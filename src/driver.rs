@@ -20,7 +20,7 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::runtime::{self, Handle, RuntimeFlavor};
 use tokio::task::coop;
 
-use crate::error::{ErrorCode, SetupError};
+use crate::error::SetupError;
 use crate::limits::{
     COMBINE_ROUNDS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT,
 };
@@ -28,7 +28,7 @@ use crate::ring::arrivals::Arrivals;
 use crate::ring::inbox::{Inbox, InboxLimits};
 use crate::ring::op::Op;
 use crate::ring::probe::{self, Defaults};
-use crate::ring::slots::SlotIndex;
+use crate::ring::slots::{Room, SlotIndex};
 use crate::ring::table::{OpKey, Outcome};
 use crate::ring::{Gate, Ring};
 use crate::stats::Stats;
@@ -85,9 +85,10 @@ impl UringBuilder {
     ///
     /// A [`SetupError`] that names what is missing and what to change.
     pub fn build(self) -> Result<Uring, SetupError> {
-        let probe::Built { ring, defaults, arrivals } = probe::build(self.sockets)?;
+        let probe::Built { ring, room, defaults, arrivals } = probe::build(self.sockets)?;
         let shared = Shared {
             gate: ring.gate(),
+            room,
             arrivals,
             defaults,
             inbox: self.inbox,
@@ -117,6 +118,7 @@ impl Guest {
 
 struct Shared {
     gate: Gate,
+    room: Arc<Room>,
     /// The eventfd that completions signal while nobody is inside.
     arrivals: Arrivals,
     defaults: Defaults,
@@ -196,35 +198,39 @@ impl Uring {
         Arc::new(Inbox::new(self.shared.inbox))
     }
 
-    pub(crate) fn reserve(&self) -> Result<SlotIndex, ErrorCode> {
-        self.shared.lock().ring.reserve()
+    /// The places in the table.
+    pub(crate) fn room(&self) -> &Room {
+        &self.shared.room
     }
 
     /// Pushes an operation for the caller to wait for.
     pub(crate) fn submit(&self, guest: Guest, slot: SlotIndex, op: Op) -> Ticket {
-        self.push(guest, |ring| ring.submit(slot, op))
+        let mut core = self.shared.lock();
+        core.crowd.push(guest);
+        let key = core.ring.submit(slot, op);
+        self.ticket(&core, guest, key)
     }
 
     /// Pushes the chain that makes and binds a socket, and sees to it that it gets going even if
-    /// the caller never waits.
+    /// the caller never waits. A socket without a slot gets one.
     pub(crate) fn submit_bind(
         &self,
         guest: Guest,
-        slot: SlotIndex,
+        slot: Option<SlotIndex>,
         op: Op,
         named_port: bool,
-    ) -> Ticket {
-        let ticket = self.push(guest, |ring| ring.submit_bind(slot, op, named_port));
-        self.carry_out(self.shared.lock());
-        ticket
-    }
-
-    fn push(&self, guest: Guest, push: impl FnOnce(&mut Ring) -> OpKey) -> Ticket {
+    ) -> (SlotIndex, Ticket) {
         let mut core = self.shared.lock();
         core.crowd.push(guest);
-        let key = push(&mut core.ring);
+        let slot = slot.unwrap_or_else(|| core.ring.open());
+        let key = core.ring.submit_bind(slot, op, named_port);
+        let ticket = self.ticket(&core, guest, key);
+        self.carry_out(core);
+        (slot, ticket)
+    }
+
+    fn ticket(&self, core: &Core, guest: Guest, key: OpKey) -> Ticket {
         let flush = Flush { guest, pushed: core.ring.pushed(), yielded: false };
-        drop(core);
         Ticket { uring: self.clone(), key, flush, fetched: false }
     }
 

@@ -99,7 +99,9 @@ pub enum SetupError {
     },
 
     /// Refused for another reason (`EPERM`, `EACCES`): a security module.
-    #[error("io_uring is refused ({errno}): look for a security module's policy (SELinux, AppArmor)")]
+    #[error(
+        "io_uring is refused ({errno}): look for a security module's policy (SELinux, AppArmor)"
+    )]
     Denied {
         /// The errno of `io_uring_setup`.
         errno: io::Error,

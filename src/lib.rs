@@ -3,6 +3,7 @@
 pub mod limits;
 
 mod ctx;
+pub mod doctor;
 mod datagram;
 mod driver;
 mod error;

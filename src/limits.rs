@@ -50,6 +50,9 @@ pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
 /// Bytes queued for one socket before its receive is disarmed.
 pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
 
+/// Completions taken from the queue at a time.
+pub(crate) const COMPLETIONS_BATCH: usize = 64;
+
 /// Rounds that one caller enters the kernel for others before the reaper takes over.
 pub(crate) const COMBINE_ROUNDS_MAX: u32 = 16;
 

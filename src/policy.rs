@@ -49,27 +49,20 @@ pub(crate) struct Quota {
 }
 
 impl Quota {
-    pub(crate) fn new(max: u32) -> Arc<Self> {
-        Arc::new(Self { held: AtomicU32::new(0), max })
+    pub(crate) fn new(max: u32) -> Self {
+        Self { held: AtomicU32::new(0), max }
     }
 
-    pub(crate) fn take(self: &Arc<Self>) -> Result<QuotaUnit, ErrorCode> {
-        self.held
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
-                (held < self.max).then_some(held + 1)
-            })
-            .map(|_| QuotaUnit(Arc::clone(self)))
-            .map_err(|_| ErrorCode::NewSocketLimit)
+    pub(crate) fn take(&self) -> bool {
+        if self.held.fetch_add(1, Ordering::Relaxed) >= self.max {
+            self.give_back();
+            return false;
+        }
+        true
     }
-}
 
-/// One socket's share of its guest's quota, given back when dropped.
-#[derive(Debug)]
-pub(crate) struct QuotaUnit(Arc<Quota>);
-
-impl Drop for QuotaUnit {
-    fn drop(&mut self) {
-        self.0.held.fetch_sub(1, Ordering::Relaxed);
+    pub(crate) fn give_back(&self) {
+        self.held.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -81,7 +74,8 @@ pub(crate) fn is_of_family(addr: SocketAddr, family: crate::datagram::Family) ->
         (Family::V4, SocketAddr::V4(_)) => true,
         (Family::V6, SocketAddr::V6(addr)) => {
             let ip = addr.ip();
-            let compatible = ip.segments()[..6] == [0; 6] && !ip.is_unspecified() && !ip.is_loopback();
+            let compatible =
+                ip.segments()[..6] == [0; 6] && !ip.is_unspecified() && !ip.is_loopback();
             !compatible && ip.to_ipv4_mapped().is_none()
         }
         (Family::V4, SocketAddr::V6(_)) | (Family::V6, SocketAddr::V4(_)) => false,
@@ -108,18 +102,19 @@ mod tests {
     #[test]
     fn quota_refuses_at_its_bound_and_takes_units_back() {
         let quota = Quota::new(2);
-        let first = quota.take().unwrap();
-        let _second = quota.take().unwrap();
-        assert!(matches!(quota.take(), Err(ErrorCode::NewSocketLimit)));
-        drop(first);
-        assert!(quota.take().is_ok());
+        assert!(quota.take() && quota.take());
+        assert!(!quota.take() && !quota.take());
+        quota.give_back();
+        assert!(quota.take() && !quota.take());
     }
 
     #[test]
     fn addresses_that_would_leave_the_family_are_refused() {
         let of = |text: &str, family| is_of_family(text.parse().unwrap(), family);
         assert!(of("127.0.0.1:1", Family::V4) && !of("127.0.0.1:1", Family::V6));
-        assert!(of("[::1]:1", Family::V6) && of("[::]:0", Family::V6) && !of("[::1]:1", Family::V4));
+        assert!(
+            of("[::1]:1", Family::V6) && of("[::]:0", Family::V6) && !of("[::1]:1", Family::V4)
+        );
         assert!(!of("[::ffff:127.0.0.1]:1", Family::V6) && !of("[::127.0.0.1]:1", Family::V6));
         assert!(!is_remote("0.0.0.0:1".parse().unwrap()));
         assert!(!is_remote("127.0.0.1:0".parse().unwrap()));

@@ -14,6 +14,7 @@ pub(crate) mod table;
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -26,11 +27,11 @@ use io_uring::{IoUring, cqueue};
 use self::buffers::{BufferId, BufferRing};
 use self::inbox::{Datagram, Inbox};
 use self::op::{Op, UNTRACKED};
-use self::slots::{Receive, SlotIndex, SlotState, SlotTable};
+use self::slots::{Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
-use crate::error::{Errno, ErrorCode};
-use crate::limits::{CHAIN_ENTRIES_MAX, TEARDOWN_ROUNDS_MAX};
+use crate::error::Errno;
+use crate::limits::{CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, TEARDOWN_ROUNDS_MAX};
 use crate::stats::Stats;
 
 /// The door to the kernel, usable without the driver's lock.
@@ -80,11 +81,11 @@ pub(crate) struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    pub(crate) fn new(io: IoUring, buffers: BufferRing, sockets: u32) -> Self {
+    pub(crate) fn new(io: IoUring, buffers: BufferRing, room: Arc<Room>) -> Self {
         Self {
             io: Arc::new(io),
             ops: OpTable::default(),
-            slots: SlotTable::new(sockets),
+            slots: SlotTable::new(room),
             buffers: Some(buffers),
             receive_header: Box::new(receive_header()),
             backlog: VecDeque::new(),
@@ -102,10 +103,9 @@ impl Ring {
 
     // ---- slots ------------------------------------------------------------------------------
 
-    pub(crate) fn reserve(&mut self) -> Result<SlotIndex, ErrorCode> {
-        let slot = self.slots.reserve().ok_or(ErrorCode::NewSocketLimit)?;
-        self.stats.sockets_created += 1;
-        Ok(slot)
+    /// Gives a slot to a socket that has taken its place in the room.
+    pub(crate) fn open(&mut self) -> SlotIndex {
+        self.slots.open()
     }
 
     /// The owner of a slot is gone: cancels its receive, closes its file, and gives the slot away
@@ -123,7 +123,6 @@ impl Ring {
         });
         match self.slots.state(slot) {
             SlotState::Free | SlotState::Closing { .. } => return,
-            SlotState::Reserved => return self.slots.release(slot),
             SlotState::Open { receive: Receive::Armed(key) } => {
                 // In the same submission as the CLOSE, which else would answer 0 and free nothing.
                 let cancel = op::cancel(key.user_data());
@@ -157,7 +156,6 @@ impl Ring {
     /// Pushes the chain that makes a slot's kernel socket. A bind to a port by number is held
     /// until the closes pushed before it are done: they may be giving up that very port.
     pub(crate) fn submit_bind(&mut self, slot: SlotIndex, op: Op, named_port: bool) -> OpKey {
-        *self.slots.state(slot) = SlotState::Open { receive: Receive::Idle };
         let closes_before = self.slots.closes().next();
         if !named_port || self.slots.closes().all_finished_before(closes_before) {
             return self.submit(slot, op);
@@ -247,19 +245,23 @@ impl Ring {
 
     // ---- completions ------------------------------------------------------------------------
 
-    /// Books every completion that has come. Returns whether there was one.
+    /// Books every completion that has come.
     #[expect(unsafe_code, reason = "the completion queue")]
-    pub(crate) fn complete_all(&mut self) -> bool {
-        let io = Arc::clone(&self.io);
-        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-        let queue = unsafe { io.completion_shared() };
-        let mut any = false;
-        for completion in queue {
-            any = true;
-            self.stats.completions += 1;
-            self.complete(&completion);
+    pub(crate) fn complete_all(&mut self) {
+        let mut batch = [const { MaybeUninit::uninit() }; COMPLETIONS_BATCH];
+        loop {
+            // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+            let mut queue = unsafe { self.io.completion_shared() };
+            let batch = queue.fill(&mut batch);
+            drop(queue);
+            for completion in &*batch {
+                self.stats.completions += 1;
+                self.complete(completion);
+            }
+            if batch.len() < COMPLETIONS_BATCH {
+                break;
+            }
         }
-        any
     }
 
     fn complete(&mut self, completion: &cqueue::Entry) {
@@ -355,7 +357,7 @@ impl Ring {
                 return self.push(key);
             }
             SlotState::Closing { .. } => self.stats.dropped_at_close += inbox.discard(),
-            SlotState::Free | SlotState::Reserved => {}
+            SlotState::Free => {}
         }
         self.ops.complete(key, result);
         self.end(slot);
@@ -448,7 +450,8 @@ impl Ring {
     }
 
     pub(crate) fn snapshot(&self) -> Stats {
-        Stats { sockets_open: self.slots.in_use(), ..self.stats }
+        let room = self.slots.room();
+        Stats { sockets_created: room.created(), sockets_open: room.taken(), ..self.stats }
     }
 }
 
@@ -472,10 +475,7 @@ impl Drop for Ring {
         }
         tracing::warn!("io_uring operations did not end in time; their memory is leaked");
         std::mem::forget(std::mem::take(&mut self.ops));
-        std::mem::forget(std::mem::replace(
-            &mut self.receive_header,
-            Box::new(receive_header()),
-        ));
+        std::mem::forget(std::mem::replace(&mut self.receive_header, Box::new(receive_header())));
         if let Some(buffers) = self.buffers.take() {
             buffers.leak();
         }

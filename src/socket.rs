@@ -6,26 +6,25 @@ use std::net::{SocketAddr, SocketAddrV6};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use crate::ctx::GuestCtx;
 use crate::datagram::{Family, RawAddr};
-use crate::driver::{Flush, Guest, Ticket, Uring};
+use crate::driver::{Flush, Ticket};
 use crate::error::{Errno, ErrorCode};
 use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
-use crate::policy::{Policy, QuotaUnit, SocketAddrUse, is_of_family, is_remote};
+use crate::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::ring::inbox::{Datagram, Inbox};
 use crate::ring::installed_socket;
 use crate::ring::op::{BindOp, Op, Outgoing, SendOp, SocketOption};
 use crate::ring::probe::{FamilyDefaults, hop_limit_option};
 use crate::ring::slots::SlotIndex;
+use crate::ring::table::Outcome;
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
 pub(crate) struct UdpSocket {
-    uring: Uring,
-    guest: Guest,
-    slot: SlotIndex,
+    ctx: Arc<GuestCtx>,
     family: Family,
-    defaults: FamilyDefaults,
-    policy: Policy,
-    _quota: QuotaUnit,
+    /// Given with the first bind.
+    slot: OnceLock<SlotIndex>,
     /// Made when somebody first wants to receive.
     inbox: OnceLock<Arc<Inbox>>,
     state: Mutex<State>,
@@ -69,26 +68,24 @@ pub(crate) enum OptionValue {
 pub(crate) type SendInFlight = Option<Ticket>;
 
 impl UdpSocket {
-    /// Reserves a slot. The kernel is not asked: an unbound socket is "effectively an in-memory
-    /// configuration object" (wasi:sockets, create-udp-socket).
-    pub(crate) fn new(
-        uring: &Uring,
-        guest: Guest,
-        family: Family,
-        policy: &Policy,
-        quota: impl FnOnce() -> Result<QuotaUnit, ErrorCode>,
-    ) -> Result<Self, ErrorCode> {
-        policy.udp()?;
-        let defaults = uring.defaults().of(family).ok_or(ErrorCode::NotSupported)?;
-        let quota = quota()?;
+    /// Takes a place in the table. The kernel is not asked: an unbound socket is "effectively an
+    /// in-memory configuration object" (wasi:sockets, create-udp-socket).
+    pub(crate) fn new(ctx: &Arc<GuestCtx>, family: Family) -> Result<Self, ErrorCode> {
+        ctx.policy.udp()?;
+        if ctx.uring.defaults().of(family).is_none() {
+            return Err(ErrorCode::NotSupported);
+        }
+        if !ctx.quota.take() {
+            return Err(ErrorCode::NewSocketLimit);
+        }
+        if !ctx.uring.room().take() {
+            ctx.quota.give_back();
+            return Err(ErrorCode::NewSocketLimit);
+        }
         Ok(Self {
-            slot: uring.reserve()?,
-            uring: uring.clone(),
-            guest,
+            ctx: Arc::clone(ctx),
             family,
-            defaults,
-            policy: policy.clone(),
-            _quota: quota,
+            slot: OnceLock::new(),
             inbox: OnceLock::new(),
             state: Mutex::new(State {
                 life: SocketState::Unbound,
@@ -122,14 +119,17 @@ impl UdpSocket {
         if !is_of_family(addr, self.family) {
             return Err(ErrorCode::InvalidArgument);
         }
-        self.policy.check(addr, SocketAddrUse::UdpBind)?;
+        self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
         let op = Op::Bind(Box::new(BindOp {
             family: self.family,
             options: state.options.to_set(self.family),
             addr: addr.into(),
         }));
         let named_port = addr.port() != 0;
-        let ticket = self.uring.submit_bind(self.guest, self.slot, op, named_port);
+        let GuestCtx { uring, guest, .. } = &*self.ctx;
+        let slot = self.slot.get().copied();
+        let (slot, ticket) = uring.submit_bind(*guest, slot, op, named_port);
+        self.slot.get_or_init(|| slot);
         state.life = SocketState::Binding(ticket);
         // The kernel picks what the guest left open; then only it knows.
         state.local = Some(addr).filter(|addr| named_port && !addr.ip().is_unspecified());
@@ -137,45 +137,44 @@ impl UdpSocket {
     }
 
     pub(crate) async fn finish_bind(&self) -> Result<(), ErrorCode> {
-        poll_fn(|cx| self.poll_settled(cx)).await;
-        let mut state = self.lock();
-        match &state.life {
-            SocketState::Settled(Ok(())) => {
-                state.life = SocketState::Bound;
-                Ok(())
-            }
-            SocketState::Settled(Err(error)) => {
-                let error = *error;
-                state.life = SocketState::Unbound;
-                Err(error)
-            }
-            SocketState::Unbound | SocketState::Binding(_) | SocketState::Bound => {
-                Err(ErrorCode::NotInProgress)
-            }
-        }
-    }
-
-    /// Ready when no bind is on its way.
-    fn poll_settled(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut state = self.lock();
-        if let SocketState::Binding(ticket) = &mut state.life {
-            let (_, outcome) = ready!(ticket.poll_done(cx));
-            let result = outcome.error.map_or(Ok(()), |errno| {
-                Err(match errno {
-                    // bind(2): the address is not of the socket's family.
-                    Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,
-                    errno => errno.into(),
-                })
-            });
-            state.life = SocketState::Settled(result);
-        }
-        Poll::Ready(())
+        poll_fn(|cx| {
+            let mut state = self.lock();
+            ready!(state.poll_settled(cx));
+            Poll::Ready(match state.life {
+                SocketState::Settled(result) => {
+                    state.life =
+                        if result.is_ok() { SocketState::Bound } else { SocketState::Unbound };
+                    result
+                }
+                SocketState::Unbound | SocketState::Binding(_) | SocketState::Bound => {
+                    Err(ErrorCode::NotInProgress)
+                }
+            })
+        })
+        .await
     }
 
     /// Waits for a bind on its way; whether the socket is bound then.
     async fn is_bound(&self) -> bool {
-        poll_fn(|cx| self.poll_settled(cx)).await;
-        matches!(self.lock().life, SocketState::Settled(Ok(())) | SocketState::Bound)
+        poll_fn(|cx| {
+            let mut state = self.lock();
+            ready!(state.poll_settled(cx));
+            Poll::Ready(matches!(state.life, SocketState::Settled(Ok(())) | SocketState::Bound))
+        })
+        .await
+    }
+
+    /// Pushes an operation on the socket, which is bound, and waits for it.
+    async fn run(&self, op: Op) -> (Op, Outcome) {
+        self.submit(op).done().await
+    }
+
+    fn submit(&self, op: Op) -> Ticket {
+        self.ctx.uring.submit(self.ctx.guest, self.bound_slot(), op)
+    }
+
+    fn bound_slot(&self) -> SlotIndex {
+        *self.slot.get().expect("a bound socket has a slot")
     }
 
     // ---- stream -----------------------------------------------------------------------------
@@ -201,8 +200,8 @@ impl UdpSocket {
         if !is_of_family(remote, self.family) || !is_remote(remote) {
             return Err(ErrorCode::InvalidArgument);
         }
-        self.policy.check(remote, SocketAddrUse::UdpSend)?;
-        self.policy.check(remote, SocketAddrUse::UdpReceive)?;
+        self.ctx.policy.check(remote, SocketAddrUse::UdpSend)?;
+        self.ctx.policy.check(remote, SocketAddrUse::UdpReceive)?;
         let mut result = self.run_connect(remote.into()).await;
         if result == Err(Errno(libc::EINVAL)) {
             // A socket keeps the source address of its first route; a peer beyond another one
@@ -224,7 +223,7 @@ impl UdpSocket {
     async fn run_connect(&self, addr: RawAddr) -> Result<(), Errno> {
         self.lock().local = None;
         let op = Op::Connect(Box::new(addr));
-        let (_, outcome) = self.uring.submit(self.guest, self.slot, op).done().await;
+        let (_, outcome) = self.run(op).await;
         outcome.error.map_or(Ok(()), Err)
     }
 
@@ -248,7 +247,7 @@ impl UdpSocket {
     /// Linux before 6.19 has no getsockname on the ring, so the direct descriptor is made a file
     /// descriptor for a moment.
     async fn ask_local_address(&self) -> Result<SocketAddr, ErrorCode> {
-        let (_, outcome) = self.uring.submit(self.guest, self.slot, Op::Install).done().await;
+        let (_, outcome) = self.run(Op::Install).await;
         if let Some(errno) = outcome.error {
             return Err(errno.into());
         }
@@ -263,16 +262,20 @@ impl UdpSocket {
 
     // ---- options ----------------------------------------------------------------------------
 
+    fn defaults(&self) -> FamilyDefaults {
+        self.ctx.uring.defaults().of(self.family).expect("checked when the socket was created")
+    }
+
     pub(crate) fn hop_limit(&self) -> u8 {
-        self.lock().options.hop_limit.unwrap_or(self.defaults.hop_limit)
+        self.lock().options.hop_limit.unwrap_or(self.defaults().hop_limit)
     }
 
     pub(crate) fn receive_buffer_size(&self) -> u64 {
-        self.defaults.receive_buffer.reported(self.lock().options.receive_buffer)
+        self.defaults().receive_buffer.reported(self.lock().options.receive_buffer)
     }
 
     pub(crate) fn send_buffer_size(&self) -> u64 {
-        self.defaults.send_buffer.reported(self.lock().options.send_buffer)
+        self.defaults().send_buffer.reported(self.lock().options.send_buffer)
     }
 
     /// Records an option; a bound socket is told at once, an unbound one with its bind.
@@ -280,7 +283,9 @@ impl UdpSocket {
         let mut options = Options::default();
         match value {
             // WIT: 0 is an `invalid-argument`.
-            OptionValue::HopLimit(0) | OptionValue::ReceiveBuffer(0) | OptionValue::SendBuffer(0) => {
+            OptionValue::HopLimit(0)
+            | OptionValue::ReceiveBuffer(0)
+            | OptionValue::SendBuffer(0) => {
                 return Err(ErrorCode::InvalidArgument);
             }
             OptionValue::HopLimit(hops) => options.hop_limit = Some(hops),
@@ -290,7 +295,7 @@ impl UdpSocket {
         if self.is_bound().await {
             for option in options.to_set(self.family).into_iter().filter(|o| !o.is_v6only()) {
                 let op = Op::SetOption(Box::new(option));
-                let (_, outcome) = self.uring.submit(self.guest, self.slot, op).done().await;
+                let (_, outcome) = self.run(op).await;
                 if let Some(errno) = outcome.error {
                     return Err(errno.into());
                 }
@@ -303,19 +308,19 @@ impl UdpSocket {
     // ---- receive ----------------------------------------------------------------------------
 
     fn inbox(&self) -> &Arc<Inbox> {
-        self.inbox.get_or_init(|| self.uring.new_inbox())
+        self.inbox.get_or_init(|| self.ctx.uring.new_inbox())
     }
 
     /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox.
     async fn arm(&self) {
         if self.inbox.get().is_none() {
             let mut flush = self.start_receive();
-            poll_fn(|cx| flush.poll(&self.uring, cx)).await;
+            poll_fn(|cx| flush.poll(&self.ctx.uring, cx)).await;
         }
     }
 
     fn start_receive(&self) -> Flush {
-        self.uring.arm(self.guest, self.slot, self.inbox())
+        self.ctx.uring.arm(self.ctx.guest, self.bound_slot(), self.inbox())
     }
 
     /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
@@ -328,7 +333,7 @@ impl UdpSocket {
         let inbox = self.inbox();
         let remote = self.lock().remote;
         if !self.admit(inbox, remote) {
-            self.uring.look();
+            self.ctx.uring.look();
         }
         let mut datagrams = Vec::new();
         let mut bytes = 0;
@@ -344,7 +349,7 @@ impl UdpSocket {
             }
         }
         if inbox.resume_if_drained() {
-            self.uring.resume(self.guest, self.slot);
+            self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
         }
         Ok(datagrams)
     }
@@ -359,7 +364,7 @@ impl UdpSocket {
                 return Poll::Ready(());
             }
             inbox.wake_on_arrival(cx.waker());
-            self.uring.look_and_listen();
+            self.ctx.uring.look_and_listen();
             if self.admit(inbox, remote) { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
@@ -374,12 +379,12 @@ impl UdpSocket {
                 not_from_peer += 1;
                 return false;
             }
-            let allowed = self.policy.check(datagram.from, SocketAddrUse::UdpReceive).is_ok();
+            let allowed = self.ctx.policy.check(datagram.from, SocketAddrUse::UdpReceive).is_ok();
             by_policy += u64::from(!allowed);
             allowed
         });
         if not_from_peer + by_policy > 0 {
-            self.uring.count(|stats| {
+            self.ctx.uring.count(|stats| {
                 stats.dropped_not_from_peer += not_from_peer;
                 stats.dropped_by_policy += by_policy;
             });
@@ -422,7 +427,7 @@ impl UdpSocket {
         }
         let accepted_len = accepted.len() as u64;
         let op = Op::Send(SendOp { datagrams: accepted });
-        let mut ticket = self.uring.submit(self.guest, self.slot, op);
+        let mut ticket = self.submit(op);
         let (outcome, is_all) = ticket.submitted().await;
         match outcome.error {
             Some(errno) if outcome.succeeded == 0 => Err(errno.into()),
@@ -458,17 +463,43 @@ impl UdpSocket {
             (None, Some(remote)) => remote,
             (None, None) => return Err(ErrorCode::InvalidArgument),
         };
-        self.policy.check(effective, SocketAddrUse::UdpSend)?;
+        self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
         Ok(remote.is_none().then(|| effective.into()))
+    }
+}
+
+impl State {
+    /// Ready when no bind is on its way.
+    fn poll_settled(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let SocketState::Binding(ticket) = &mut self.life {
+            let (_, outcome) = ready!(ticket.poll_done(cx));
+            let result = outcome.error.map_or(Ok(()), |errno| {
+                Err(match errno {
+                    // bind(2): the address is not of the socket's family.
+                    Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,
+                    errno => errno.into(),
+                })
+            });
+            self.life = SocketState::Settled(result);
+        }
+        Poll::Ready(())
     }
 }
 
 impl Drop for UdpSocket {
     fn drop(&mut self) {
-        // A bind on its way is abandoned first: its ticket must not outlive the slot.
-        self.lock().life = SocketState::Unbound;
-        let unread = self.inbox.get().map_or(0, |inbox| inbox.discard());
-        self.uring.close(self.guest, self.slot, unread);
+        let GuestCtx { uring, guest, quota, .. } = &*self.ctx;
+        quota.give_back();
+        match self.slot.get() {
+            None => uring.room().give_back(),
+            Some(slot) => {
+                // A bind on its way is abandoned first: its ticket must not outlive the slot.
+                self.state.get_mut().unwrap_or_else(PoisonError::into_inner).life =
+                    SocketState::Unbound;
+                let unread = self.inbox.get().map_or(0, |inbox| inbox.discard());
+                uring.close(*guest, *slot, unread);
+            }
+        }
     }
 }
 
@@ -529,7 +560,8 @@ fn clamp_to_int(bytes: u64) -> u32 {
 fn peer_name(addr: SocketAddr) -> SocketAddr {
     let SocketAddr::V6(addr) = addr else { return addr };
     let ip = addr.ip();
-    let scoped = ip.is_unicast_link_local() || matches!(ip.octets(), [0xff, scope, ..] if scope & 0xf == 2);
+    let scoped =
+        ip.is_unicast_link_local() || matches!(ip.octets(), [0xff, scope, ..] if scope & 0xf == 2);
     let scope_id = if scoped { addr.scope_id() } else { 0 };
     SocketAddr::V6(SocketAddrV6::new(*ip, addr.port(), 0, scope_id))
 }

@@ -10,7 +10,7 @@ use wasmtime::error::Context;
 
 use super::host::Backend;
 use super::measure::{Contest, Sample, Summary, Work};
-use super::{BenchArgs, Failure, RuntimeArg, doctor, say};
+use super::{BenchArgs, Failure, RuntimeArg, doctor, print, say};
 
 /// A mode of the built-in guest and how many operations one guest alone does in a round.
 pub(crate) const MODES: &[(&str, usize)] = &[
@@ -53,7 +53,14 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let progress = progress_bar(steps);
     let mut table = Table::new();
     table.load_preset(UTF8_FULL_CONDENSED).set_header([
-        "bench", "guests", "stock µs", "uring µs", "CPU ratio", "wall ratio", "enters/op", "spread",
+        "bench",
+        "guests",
+        "stock µs",
+        "uring µs",
+        "CPU ratio",
+        "wall ratio",
+        "enters/op",
+        "spread",
     ]);
     let mut noisy = false;
     for (mode, count) in modes {
@@ -77,8 +84,8 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         }
     }
     progress.finish_and_clear();
-    println!("{table}");
-    println!("µs: CPU time per operation, median. Ratios: stock / uring, round by round, median.");
+    print(table);
+    print("µs: CPU time per operation, median. Ratios: stock / uring, round by round, median.");
     if noisy {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
     }
@@ -118,7 +125,7 @@ pub(crate) fn contend(
 ) -> wasmtime::Result<Rounds> {
     let mut samples = Vec::new();
     for round in 0..=rounds {
-        let mut run = |backend| {
+        let run = |backend| {
             progress.inc(1);
             contest.run(runtime, backend, work).with_context(|| {
                 format!("{} with {} guests on {}", work.mode, work.guests, backend.name())

@@ -1,6 +1,75 @@
-//! `wasi-uring demo`.
-use super::{DemoArgs, Failure};
+//! `wasi-uring demo`: what this is about, in under a minute.
+
 use std::process::ExitCode;
-pub(crate) fn demo(_: &DemoArgs) -> Result<ExitCode, Failure> {
-    todo!()
+
+use comfy_table::Table;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use wasmtime::error::Context;
+
+use super::bench::{contend, progress_bar};
+use super::measure::{Contest, Work};
+use super::{DemoArgs, Failure, doctor, print, say};
+
+/// Pairs of sockets that each guest opens per round.
+const PAIRS: usize = 10;
+
+/// Descriptors the process needs beside those of stock's sockets.
+const DESCRIPTORS_SPARE: u64 = 64;
+
+pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
+    let descriptors = doctor::raise_nofile();
+    let most = usize::try_from(descriptors.saturating_sub(DESCRIPTORS_SPARE) / 2)
+        .unwrap_or(usize::MAX)
+        .max(1);
+    let guests = args.guests.get().min(most);
+    if guests < args.guests.get() {
+        say(format_args!(
+            "only {guests} guests: the open-files limit is {descriptors}, and each of \
+             wasmtime-wasi's sockets is a file"
+        ));
+    }
+    let contest = Contest::new().map_err(Failure::run)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime")
+        .map_err(Failure::run)?;
+    print(format_args!(
+        "{guests} guests on one thread, each opening, binding, using and closing {} UDP sockets \
+         on loopback;\n{} rounds on each backend, alternating.\n",
+        PAIRS * 2,
+        args.rounds,
+    ));
+    let work = Work { mode: "pair", guests, count: PAIRS };
+    let progress = progress_bar((args.rounds.get() + 1) * 2);
+    let rounds =
+        contend(&contest, &runtime, &work, args.rounds.get(), &progress).map_err(Failure::run)?;
+    progress.finish_and_clear();
+
+    let figures = rounds.result(&work);
+    let mut table = Table::new();
+    // A pair is two sockets.
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_header(["backend", "sockets per second", "CPU µs per socket", "enters per socket"])
+        .add_row([
+            "stock (wasmtime-wasi)".to_owned(),
+            format!("{:.0}", figures.stock_per_second * 2.0),
+            format!("{:.2}", figures.stock_micros / 2.0),
+            "–".to_owned(),
+        ])
+        .add_row([
+            "uring (wasi-uring)".to_owned(),
+            format!("{:.0}", figures.uring_per_second * 2.0),
+            format!("{:.2}", figures.uring_micros / 2.0),
+            format!("{:.3}", figures.enters / 2.0),
+        ]);
+    print(table);
+    print(format_args!(
+        "The ring is {:.1} times as fast (median of {} rounds, spread ±{:.0}%).",
+        figures.wall_ratio.median,
+        args.rounds,
+        figures.wall_ratio.spread * 100.0,
+    ));
+    Ok(ExitCode::SUCCESS)
 }

@@ -4,10 +4,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use wasmtime::error::Context;
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
 use wasi_uring::{Stats, Uring};
+use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
 use super::host::{self, Backend, GuestConfig, Net, Program};
@@ -139,8 +139,9 @@ fn run_per_thread(
             .collect();
         let mut failures = Vec::new();
         for thread in threads {
-            let ended: std::io::Result<Vec<String>> =
-                thread.join().map_err(|_| Failure::run(wasmtime::format_err!("a guest thread panicked")))?;
+            let ended: std::io::Result<Vec<String>> = thread
+                .join()
+                .map_err(|_| Failure::run(wasmtime::format_err!("a guest thread panicked")))?;
             failures.extend(ended.context("cannot start a runtime").map_err(Failure::run)?);
         }
         Ok(failures)

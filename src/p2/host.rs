@@ -16,8 +16,8 @@ use wasmtime_wasi::p2::bindings::sockets::network::{
 use wasmtime_wasi::p2::{SocketError, SocketResult};
 use wasmtime_wasi_io::poll::{DynPollable, Pollable, subscribe};
 
-use super::bindings::wasi::sockets::{udp, udp_create_socket};
 use super::UdpCtxView;
+use super::bindings::wasi::sockets::{udp, udp_create_socket};
 use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::limits::BATCH_DATAGRAMS_MAX;
@@ -72,10 +72,9 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         remote_address: Option<IpSocketAddress>,
     ) -> SocketResult<(Resource<IncomingDatagramStream>, Resource<OutgoingDatagramStream>)> {
-        let has_streams = self
-            .table
-            .iter_children(&this)?
-            .any(|child| child.is::<IncomingDatagramStream>() || child.is::<OutgoingDatagramStream>());
+        let has_streams = self.table.iter_children(&this)?.any(|child| {
+            child.is::<IncomingDatagramStream>() || child.is::<OutgoingDatagramStream>()
+        });
         if has_streams {
             // WIT: the streams of an earlier call must be dropped, else this traps.
             return Err(SocketError::trap(format_err!("UDP streams not dropped yet")));

@@ -135,10 +135,7 @@ impl Outgoing {
         let bytes = u32::try_from(self.payload.len()).expect("checked against PAYLOAD_BYTES_MAX");
         let send = opcode::Send::new(fd, self.payload.as_ptr(), bytes);
         match &self.to {
-            Some(addr) => send
-                .dest_addr(addr.as_ptr())
-                .dest_addr_len(addr.len())
-                .build(),
+            Some(addr) => send.dest_addr(addr.as_ptr()).dest_addr_len(addr.len()).build(),
             None => send.build(),
         }
     }
@@ -147,8 +144,5 @@ impl Outgoing {
 /// Ends the receive with this `user_data`. By user_data and never by slot: a cancel by file scans
 /// every armed receive of the ring (80 times as dear at 10,000).
 pub(crate) fn cancel(user_data: u64) -> Entry {
-    opcode::AsyncCancel::new(user_data)
-        .build()
-        .flags(Flags::SKIP_SUCCESS)
-        .user_data(UNTRACKED)
+    opcode::AsyncCancel::new(user_data).build().flags(Flags::SKIP_SUCCESS).user_data(UNTRACKED)
 }

@@ -4,12 +4,14 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use io_uring::{IoUring, Probe, opcode, types};
 
 use super::Ring;
 use super::arrivals::Arrivals;
 use super::buffers::BufferRing;
+use super::slots::Room;
 use crate::datagram::{Family, RawAddr};
 use crate::error::SetupError;
 use crate::limits::{CQ_ENTRIES, SOCKETS_MAX, SQ_ENTRIES};
@@ -48,9 +50,8 @@ impl BufferSizes {
     /// wasmtime-wasi halves it. The kernel clamps and doubles (socket(7)), so what a guest
     /// configures before it binds can be answered without the kernel.
     pub(crate) fn reported(self, value: Option<u32>) -> u64 {
-        let doubled = value.map_or(self.default, |value| {
-            value.min(self.max / 2).saturating_mul(2).max(self.min)
-        });
+        let doubled = value
+            .map_or(self.default, |value| value.min(self.max / 2).saturating_mul(2).max(self.min));
         u64::from(doubled / 2)
     }
 }
@@ -71,7 +72,7 @@ impl Defaults {
     }
 
     /// Asks plain sockets, once per ring.
-    fn probe() -> Result<Self, SetupError> {
+    pub(crate) fn probe() -> Result<Self, SetupError> {
         let ask = |family| match FamilyDefaults::ask(family) {
             Ok(defaults) => Ok(Some(defaults)),
             Err(errno) if errno.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(None),
@@ -116,6 +117,7 @@ pub(crate) fn hop_limit_option(family: Family) -> (libc::c_int, libc::c_int) {
 /// A ring that has been through every check.
 pub(crate) struct Built {
     pub(crate) ring: Ring,
+    pub(crate) room: Arc<Room>,
     pub(crate) defaults: Defaults,
     /// Signalled by completions that come while nobody looks.
     pub(crate) arrivals: Arrivals,
@@ -144,7 +146,9 @@ pub(crate) fn build(sockets: u32) -> Result<Built, SetupError> {
         .register_eventfd(arrivals.as_raw_fd())
         .map_err(|errno| SetupError::Io { step: "registering the eventfd", errno })?;
     let defaults = Defaults::probe()?;
-    Ok(Built { ring: Ring::new(io, buffers, sockets), defaults, arrivals })
+    let room = Room::new(sockets);
+    let ring = Ring::new(io, buffers, Arc::clone(&room));
+    Ok(Built { ring, room, defaults, arrivals })
 }
 
 /// `io_uring_setup`, with the flags a ring entered from any thread can have: not SINGLE_ISSUER and
@@ -305,9 +309,8 @@ fn set_option(
     value: libc::c_int,
 ) -> io::Result<()> {
     // SAFETY: the pointer is to a local of the size it claims.
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), 4)
-    };
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), 4) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use io_uring::types::DestinationSlot;
 
@@ -18,15 +19,54 @@ impl SlotIndex {
     }
 }
 
+/// How many sockets the table has room for. A socket takes its place when it is created, without
+/// the driver's lock, and learns which slot it is when it is bound.
+#[derive(Debug)]
+pub(crate) struct Room {
+    taken: AtomicU32,
+    capacity: u32,
+    created: AtomicU64,
+}
+
+impl Room {
+    pub(crate) fn new(capacity: u32) -> Arc<Self> {
+        Arc::new(Self { taken: AtomicU32::new(0), capacity, created: AtomicU64::new(0) })
+    }
+
+    /// Takes a place, or refuses if the table is full.
+    pub(crate) fn take(&self) -> bool {
+        if self.taken.fetch_add(1, Ordering::Relaxed) >= self.capacity {
+            self.give_back();
+            return false;
+        }
+        self.created.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    pub(crate) fn give_back(&self) {
+        self.taken.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed).into()
+    }
+
+    pub(crate) fn created(&self) -> u64 {
+        self.created.load(Ordering::Relaxed)
+    }
+}
+
 /// A slot's life.
 pub(crate) enum SlotState {
     Free,
-    /// Owned; the kernel knows nothing of it.
-    Reserved,
     /// Owned; a SOCKET operation for it has been pushed.
-    Open { receive: Receive },
+    Open {
+        receive: Receive,
+    },
     /// Not owned; waits for the completions of its CLOSE and of every other operation.
-    Closing { close: u64 },
+    Closing {
+        close: u64,
+    },
 }
 
 /// The multishot receive of an open slot.
@@ -49,24 +89,25 @@ struct Slot {
 pub(crate) struct SlotTable {
     slots: Vec<Slot>,
     free: Vec<SlotIndex>,
-    capacity: u32,
+    room: Arc<Room>,
     closes: CloseLog,
 }
 
 impl SlotTable {
-    pub(crate) fn new(capacity: u32) -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), capacity, closes: CloseLog::default() }
+    pub(crate) fn new(room: Arc<Room>) -> Self {
+        Self { slots: Vec::new(), free: Vec::new(), room, closes: CloseLog::default() }
     }
 
-    /// Gives a slot away, or `None` if the table is full.
-    pub(crate) fn reserve(&mut self) -> Option<SlotIndex> {
+    /// Gives a slot to a socket that has its place in the room, so there is one.
+    pub(crate) fn open(&mut self) -> SlotIndex {
+        let state = SlotState::Open { receive: Receive::Idle };
         if let Some(slot) = self.free.pop() {
-            self.slots[slot.0 as usize].state = SlotState::Reserved;
-            return Some(slot);
+            self.slots[slot.0 as usize].state = state;
+            return slot;
         }
-        let index = u32::try_from(self.slots.len()).ok().filter(|index| *index < self.capacity)?;
-        self.slots.push(Slot { state: SlotState::Reserved, ops: 0 });
-        Some(SlotIndex(index))
+        let index = u32::try_from(self.slots.len()).expect("no more slots than the room has");
+        self.slots.push(Slot { state, ops: 0 });
+        SlotIndex(index)
     }
 
     pub(crate) fn state(&mut self, slot: SlotIndex) -> &mut SlotState {
@@ -87,13 +128,8 @@ impl SlotTable {
             self.closes.finish(*close);
             entry.state = SlotState::Free;
             self.free.push(slot);
+            self.room.give_back();
         }
-    }
-
-    /// Frees a slot the kernel has never heard of.
-    pub(crate) fn release(&mut self, slot: SlotIndex) {
-        self.slots[slot.0 as usize].state = SlotState::Free;
-        self.free.push(slot);
     }
 
     /// The owner is gone and a CLOSE will be pushed.
@@ -106,9 +142,8 @@ impl SlotTable {
         &self.closes
     }
 
-    /// Slots that are not free.
-    pub(crate) fn in_use(&self) -> u64 {
-        (self.slots.len() - self.free.len()) as u64
+    pub(crate) fn room(&self) -> &Room {
+        &self.room
     }
 }
 
@@ -159,28 +194,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_table_refuses_and_a_released_slot_is_given_again() {
-        let mut slots = SlotTable::new(2);
-        let first = slots.reserve().unwrap();
-        let second = slots.reserve().unwrap();
-        assert_ne!(first, second);
-        assert!(slots.reserve().is_none());
-        slots.release(first);
-        assert_eq!(slots.in_use(), 1);
-        assert_eq!(slots.reserve(), Some(first));
+    fn a_full_room_refuses_and_takes_places_back() {
+        let room = Room::new(2);
+        assert!(room.take() && room.take());
+        assert!(!room.take() && !room.take());
+        room.give_back();
+        assert!(room.take());
+        assert_eq!((room.taken(), room.created()), (2, 3));
     }
 
     #[test]
     fn a_closing_slot_is_not_given_away_before_its_last_completion() {
-        let mut slots = SlotTable::new(1);
-        let slot = slots.reserve().unwrap();
+        let room = Room::new(1);
+        assert!(room.take());
+        let mut slots = SlotTable::new(Arc::clone(&room));
+        let slot = slots.open();
         slots.begin(slot); // a receive
         slots.begin(slot); // the close
         slots.close(slot);
         slots.end(slot);
-        assert!(slots.reserve().is_none(), "the receive may still use the file");
+        assert!(!room.take(), "the receive may still use the file");
         slots.end(slot);
-        assert_eq!(slots.reserve(), Some(slot));
+        assert!(room.take());
+        assert_eq!(slots.open(), slot);
     }
 
     #[test]

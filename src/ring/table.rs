@@ -91,8 +91,7 @@ impl OpTable {
     fn occupy(&mut self, slot: SlotIndex, pending: u32, state: OpState) -> OpKey {
         let outcome = Outcome::default();
         let index = self.vacant.pop().unwrap_or_else(|| {
-            let place =
-                Place { generation: 0, slot, pending, outcome, state: OpState::Vacant };
+            let place = Place { generation: 0, slot, pending, outcome, state: OpState::Vacant };
             self.places.push(place);
             u32::try_from(self.places.len() - 1).expect("fewer than 2^32 operations in flight")
         });

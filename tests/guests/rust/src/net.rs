@@ -91,6 +91,13 @@ pub fn wait(event: &Pollable, deadline_ns: u64) -> bool {
     !wait_for_any(&[event], deadline_ns).is_empty()
 }
 
+/// Gives the host's runtime a turn. wasmtime-wasi goes on with a send in the
+/// background, and tells its error at the next one, when the guest has kept the
+/// runtime busy for long (tokio's cooperative budget); not after this.
+pub fn pause() {
+    subscribe_duration(1_000_000).block();
+}
+
 pub fn create(family: IpAddressFamily) -> UdpSocket {
     create_udp_socket(family).expect("create-udp-socket")
 }

@@ -1,0 +1,215 @@
+//! What this kernel and these limits allow, requirement by requirement.
+//!
+//! [`Uring::builder().build()`](crate::UringBuilder::build) stops at the first thing it misses;
+//! [`examine`] looks at everything, for a person or a monitoring system to read.
+
+use io_uring::Probe;
+
+use crate::error::KERNEL_MIN;
+use crate::limits::SOCKETS_DEFAULT;
+use crate::ring::probe;
+use crate::{SetupError, Uring};
+
+/// One requirement and how it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Check {
+    /// What was looked at.
+    pub name: &'static str,
+    /// Whether sockets on the ring work with it.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to change, unless all is well.
+    pub remedy: Option<String>,
+}
+
+/// How a [`Check`] came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// As it should be.
+    Good,
+    /// It works, within limits that a larger server will meet.
+    Limited,
+    /// Sockets on the ring do not work.
+    Missing,
+}
+
+impl Check {
+    fn good(name: &'static str, found: impl Into<String>) -> Self {
+        Self { name, verdict: Verdict::Good, found: found.into(), remedy: None }
+    }
+
+    fn bad(
+        name: &'static str,
+        verdict: Verdict,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { name, verdict, found: found.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// Looks at everything a ring needs. The last check builds one.
+#[must_use]
+pub fn examine() -> Vec<Check> {
+    let mut checks = vec![kernel(), sysctl(), seccomp()];
+    checks.extend(operations());
+    checks.extend([nofile(), memlock(), families(), ring()]);
+    checks
+}
+
+fn kernel() -> Check {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    if version(release) >= version(KERNEL_MIN) {
+        return Check::good("kernel", format!("Linux {release}"));
+    }
+    let remedy = format!("use Linux {KERNEL_MIN} or newer");
+    Check::bad("kernel", Verdict::Missing, format!("Linux {release}"), remedy)
+}
+
+/// Major and minor version of a kernel release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+fn sysctl() -> Check {
+    let name = "kernel.io_uring_disabled";
+    match probe::io_uring_disabled() {
+        Some(0) => Check::good(name, "0: allowed"),
+        None => Check::good(name, "no such sysctl: allowed"),
+        Some(1) => Check::bad(
+            name,
+            Verdict::Limited,
+            "1: allowed to CAP_SYS_ADMIN and the group in kernel.io_uring_group",
+            "set it to 0, or add this process to that group",
+        ),
+        Some(value) => {
+            Check::bad(name, Verdict::Missing, format!("{value}: forbidden"), "set it to 0")
+        }
+    }
+}
+
+fn seccomp() -> Check {
+    if probe::seccomp_is_filtering() {
+        return Check::bad(
+            "seccomp",
+            Verdict::Limited,
+            "a filter is in force",
+            "if io_uring_setup fails below, allow io_uring_setup, io_uring_enter and \
+             io_uring_register in the profile",
+        );
+    }
+    Check::good("seccomp", "no filter")
+}
+
+fn operations() -> Vec<Check> {
+    let io = match probe::set_up() {
+        Ok(io) => io,
+        Err(error) => return vec![missing("io_uring_setup", &error)],
+    };
+    let mut checks = vec![Check::good("io_uring_setup", "works")];
+    let mut supported = Probe::new();
+    if let Err(errno) = io.submitter().register_probe(&mut supported) {
+        let error = SetupError::Io { step: "probing io_uring's operations", errno };
+        checks.push(missing("io_uring_register", &error));
+        return checks;
+    }
+    checks.extend(probe::OPERATIONS.iter().map(|(name, code, since)| {
+        if supported.is_supported(*code) {
+            return Check::good(name, "supported");
+        }
+        Check::bad(name, Verdict::Missing, "unknown", format!("use Linux {since} or newer"))
+    }));
+    checks
+}
+
+fn nofile() -> Check {
+    let name = "RLIMIT_NOFILE";
+    let limit = probe::soft_limit(libc::RLIMIT_NOFILE);
+    let found = format!("{limit}: tables of up to {limit} sockets");
+    if limit >= u64::from(SOCKETS_DEFAULT) {
+        return Check::good(name, found);
+    }
+    let remedy = format!(
+        "raise it (`ulimit -n {SOCKETS_DEFAULT}`, LimitNOFILE=), or build rings with \
+         .sockets({limit})"
+    );
+    Check::bad(name, Verdict::Limited, found, remedy)
+}
+
+/// Below this many bytes a ring may not be had without `CAP_IPC_LOCK`.
+const MEMLOCK_BYTES_SAFE: u64 = 1 << 20;
+
+fn memlock() -> Check {
+    let name = "RLIMIT_MEMLOCK";
+    match probe::soft_limit(libc::RLIMIT_MEMLOCK) {
+        libc::RLIM_INFINITY => Check::good(name, "unlimited"),
+        limit if limit >= MEMLOCK_BYTES_SAFE => Check::good(name, format!("{limit} bytes")),
+        limit => Check::bad(
+            name,
+            Verdict::Limited,
+            format!("{limit} bytes, which a ring exceeds without CAP_IPC_LOCK"),
+            "raise it (`ulimit -l`, LimitMEMLOCK=)",
+        ),
+    }
+}
+
+fn families() -> Check {
+    match probe::Defaults::probe() {
+        Ok(probe::Defaults { v4: Some(_), v6: Some(_) }) => {
+            Check::good("address families", "IPv4 and IPv6")
+        }
+        Ok(probe::Defaults { v4, v6 }) => {
+            let found = match (v4, v6) {
+                (Some(_), _) => "IPv4 only",
+                (None, Some(_)) => "IPv6 only",
+                (None, None) => "neither IPv4 nor IPv6",
+            };
+            let remedy = "guests get not-supported for the missing family; enable it in the kernel";
+            Check::bad("address families", Verdict::Limited, found, remedy)
+        }
+        Err(error) => missing("address families", &error),
+    }
+}
+
+fn ring() -> Check {
+    let name = "a ring with its table and buffers";
+    let sockets = u32::try_from(probe::soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
+    let sockets = sockets.min(SOCKETS_DEFAULT);
+    match Uring::builder().sockets(sockets).build() {
+        Ok(_) => Check::good(name, format!("built, with {sockets} slots")),
+        Err(error) => missing(name, &error),
+    }
+}
+
+/// A set-up error as a check: what follows its colon is the remedy.
+fn missing(name: &'static str, error: &SetupError) -> Check {
+    let text = error.to_string();
+    let (found, remedy) = text.split_once(": ").unwrap_or((&text, "see the errno"));
+    Check::bad(name, Verdict::Missing, found, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_compare_by_number() {
+        assert!(version("6.9.1") < version(KERNEL_MIN));
+        assert!(version("6.11-rc1") >= version(KERNEL_MIN));
+        assert!(version("10.0.0-custom") >= version(KERNEL_MIN));
+        assert!(version("nonsense") < version(KERNEL_MIN));
+    }
+
+    #[test]
+    fn this_machine_passes_its_own_examination() {
+        let checks = examine();
+        assert!(checks.len() > probe::OPERATIONS.len());
+        for check in checks {
+            assert_ne!(check.verdict, Verdict::Missing, "{check:?}");
+        }
+    }
+}
