@@ -11,9 +11,10 @@ Left out, since the request ends in libc or CPython and never reaches the host
 (CPython 3.14 and the wasi-libc that componentize-py 0.25.1 brings):
 - MSG_PEEK, dup, shutdown, listen, accept: ENOTSUP
 - SO_REUSEADDR, SO_BROADCAST, IPV6_V6ONLY: ENOPROTOOPT or no such name
-- sendmsg, recvmsg, socketpair, share: no such function on this platform
-- asyncio: its event loop needs a socketpair
+- sendmsg, recvmsg: no such function on this platform
+- socketpair, and with it asyncio's event loop: TCP to oneself, in which libc aborts
 - names (getaddrinfo, 'localhost'): not UDP, and the host may refuse them
+
 Left out, since it traps in wasmtime-wasi 48 ("`connect` needs exclusive access",
 a race with its own background read): connect on a socket that waited for a
 datagram in vain.
