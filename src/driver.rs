@@ -414,10 +414,11 @@ pub(crate) struct Flush {
 
 impl Flush {
     pub(crate) fn poll(&mut self, uring: &Uring, cx: &mut Context<'_>) -> Poll<()> {
-        let mut core = uring.shared.lock();
-        if core.ring.submitted() < self.pushed {
-            core = self.advance(uring, core, cx);
-        }
+        let core = uring.shared.lock();
+        let mut core = match self.advance(uring, core, cx) {
+            Advance::Yielded => return Poll::Pending,
+            Advance::Looked(core) => core,
+        };
         if core.ring.submitted() >= self.pushed {
             return Poll::Ready(());
         }
@@ -432,17 +433,26 @@ impl Flush {
         uring: &'core Uring,
         core: MutexGuard<'core, Core>,
         cx: &Context<'_>,
-    ) -> MutexGuard<'core, Core> {
+    ) -> Advance<'core> {
         if core.entering || core.ring.submitted() >= self.pushed {
-            return core;
+            return Advance::Looked(core);
         }
         if !self.yielded && core.crowd.has_others(self.guest) && is_current_thread() {
             self.yielded = true;
+            drop(core);
             cx.waker().wake_by_ref();
-            return core;
+            return Advance::Yielded;
         }
-        uring.shared.combine(core)
+        Advance::Looked(uring.shared.combine(core))
     }
+}
+
+/// What came of an attempt to get entries into the kernel.
+enum Advance<'core> {
+    /// The caller will be polled again when others have had their turn.
+    Yielded,
+    /// Ours are in, or somebody else is about to bring them in.
+    Looked(MutexGuard<'core, Core>),
 }
 
 /// Whether this thread's runtime has no other: its guests never contend for the ring.
@@ -468,7 +478,10 @@ impl Ticket {
         let mut core = uring.shared.lock();
         let mut done = core.ring.fetch(*key, None);
         if done.is_none() {
-            core = flush.advance(uring, core, cx);
+            core = match flush.advance(uring, core, cx) {
+                Advance::Yielded => return Poll::Pending,
+                Advance::Looked(core) => core,
+            };
             done = core.ring.fetch(*key, Some(cx.waker()));
         }
         drop(core);

@@ -3,8 +3,8 @@
 pub mod limits;
 
 mod ctx;
-pub mod doctor;
 mod datagram;
+pub mod doctor;
 mod driver;
 mod error;
 #[cfg(feature = "p2")]
