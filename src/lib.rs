@@ -1,14 +1,86 @@
-//! An io_uring backend for `wasi:sockets` UDP in Wasmtime hosts on Linux.
+//! UDP sockets of WebAssembly guests on an io_uring: a backend for `wasi:sockets` in Wasmtime 48
+//! hosts on Linux.
+//!
+//! A guest's socket is created by an io_uring operation straight into the ring's fixed-file table.
+//! No file descriptor ever exists for it, and the system calls of many guests are one.
+//!
+//! ```
+//! use wasi_uring::{UdpCtx, UdpCtxView, UdpView, Uring};
+//! use wasmtime::component::{Linker, ResourceTable};
+//! use wasmtime::{Engine, Store};
+//! use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+//!
+//! struct Guest {
+//!     wasi: WasiCtx,
+//!     udp: UdpCtx,
+//!     table: ResourceTable,
+//! }
+//!
+//! impl WasiView for Guest {
+//!     fn ctx(&mut self) -> WasiCtxView<'_> {
+//!         WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+//!     }
+//! }
+//!
+//! impl UdpView for Guest {
+//!     fn udp(&mut self) -> UdpCtxView<'_> {
+//!         UdpCtxView { ctx: &mut self.udp, table: &mut self.table }
+//!     }
+//! }
+//!
+//! # fn main() -> wasmtime::Result<()> {
+//! let uring = Uring::builder().sockets(1024).build()?; // one for many guests
+//!
+//! let engine = Engine::default();
+//! let mut linker = Linker::<Guest>::new(&engine);
+//! wasi_uring::p2::add_to_linker(&mut linker)?; // instead of wasmtime_wasi::p2::add_to_linker_async
+//!
+//! let udp = UdpCtx::builder(&uring).allow(|addr, _use| addr.ip().is_loopback()).sockets_max(64);
+//! let guest =
+//!     Guest { wasi: WasiCtx::default(), udp: udp.build(), table: ResourceTable::new() };
+//! let store = Store::new(&engine, guest);
+//! # let _ = store;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Guests run as before, with Wasmtime's async calls on any tokio runtime that has I/O enabled.
+//!
+//! # Where a datagram goes
+//!
+//! From a guest: [`p2`] hands the call's data to `socket`, which checks each datagram and asks
+//! `policy`; the payloads move into an operation of the `ring`, whose entries the `driver` brings
+//! to the kernel together with those of other guests.
+//!
+//! To a guest: the kernel fills one of the ring's shared buffers and posts a completion; the ring
+//! copies the payload once, into the memory the guest is given, queues it in the socket's inbox and
+//! gives the buffer back; `socket` asks the policy about the sender when the guest takes it.
+//!
+//! | module | its one job |
+//! |---|---|
+//! | [`p2`] | one thin function per WIT method; the linker functions |
+//! | `ctx` | one guest's share: policy, quota, ring |
+//! | `policy` | address checks and quotas, before any operation |
+//! | `socket` | a socket's life cycle, options, sending and receiving |
+//! | `driver` | who enters the kernel and when; the [`Uring`] handle; the reaper |
+//! | `ring` | queues, operations and their memory, slots, buffers, set-up |
+//! | `datagram` | socket addresses and received messages as bytes |
+//! | [`doctor`] | what this kernel and these limits allow |
+//! | [`limits`] | every bound, and how they relate |
+//! | `error` | [`SetupError`] for hosts; one errno table for guests |
+//!
+//! Each depends only on those below it in the list of a datagram's path; only `p2` knows Wasmtime's
+//! linker and tables.
 
+pub mod doctor;
 pub mod limits;
+#[cfg(feature = "p2")]
+pub mod p2;
 
 mod ctx;
 mod datagram;
-pub mod doctor;
 mod driver;
 mod error;
-#[cfg(feature = "p2")]
-pub mod p2;
 mod policy;
 mod ring;
 mod socket;
@@ -21,3 +93,8 @@ pub use error::{KERNEL_MIN, SetupError};
 pub use p2::{UdpCtxView, UdpView};
 pub use policy::SocketAddrUse;
 pub use stats::Stats;
+
+/// The README's example is compiled with the tests.
+#[cfg(all(doctest, feature = "p2"))]
+#[doc = include_str!("../README.md")]
+struct ReadmeExample;

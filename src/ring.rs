@@ -31,7 +31,7 @@ use self::slots::{Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
 use crate::error::Errno;
-use crate::limits::{CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, TEARDOWN_ROUNDS_MAX};
+use crate::limits::{CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX};
 use crate::stats::Stats;
 
 /// The door to the kernel, usable without the driver's lock.
@@ -249,7 +249,8 @@ impl Ring {
     #[expect(unsafe_code, reason = "the completion queue")]
     pub(crate) fn complete_all(&mut self) {
         let mut batch = [const { MaybeUninit::uninit() }; COMPLETIONS_BATCH];
-        loop {
+        // Bounded, for a flood fills the queue as fast as it is emptied; `listen` tells of the rest.
+        for _ in 0..CQ_ENTRIES as usize / COMPLETIONS_BATCH {
             // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
             let mut queue = unsafe { self.io.completion_shared() };
             let batch = queue.fill(&mut batch);
