@@ -46,7 +46,7 @@ impl UdpCtx {
         }
     }
 
-    pub(crate) fn new_socket(&self, family: Family) -> Result<UdpSocket, ErrorCode> {
+    pub(crate) fn new_socket(&mut self, family: Family) -> Result<UdpSocket, ErrorCode> {
         UdpSocket::new(&self.0, family)
     }
 }

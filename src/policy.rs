@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use wasmtime_wasi::sockets::SocketAddrUse;
 
@@ -42,27 +42,33 @@ impl fmt::Debug for Policy {
 }
 
 /// How many sockets one guest may hold. It refuses and never waits.
+///
+/// Two counters that only grow: a guest creates its sockets one after the other, but a store may
+/// be dropped, and its sockets with it, on any thread.
 #[derive(Debug)]
 pub(crate) struct Quota {
-    held: AtomicU32,
-    max: u32,
+    created: AtomicU64,
+    gone: AtomicU64,
+    max: u64,
 }
 
 impl Quota {
     pub(crate) fn new(max: u32) -> Self {
-        Self { held: AtomicU32::new(0), max }
+        Self { created: AtomicU64::new(0), gone: AtomicU64::new(0), max: max.into() }
     }
 
+    /// Takes a unit. One caller at a time: creating a socket borrows the `UdpCtx` mutably.
     pub(crate) fn take(&self) -> bool {
-        if self.held.fetch_add(1, Ordering::Relaxed) >= self.max {
-            self.give_back();
-            return false;
+        let created = self.created.load(Ordering::Relaxed);
+        let has_room = created.saturating_sub(self.gone.load(Ordering::Relaxed)) < self.max;
+        if has_room {
+            self.created.store(created + 1, Ordering::Relaxed);
         }
-        true
+        has_room
     }
 
     pub(crate) fn give_back(&self) {
-        self.held.fetch_sub(1, Ordering::Relaxed);
+        self.gone.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -25,7 +25,33 @@ use crate::ring::inbox::Datagram;
 use crate::socket::{self, OptionValue, SendInFlight, poll_sendable};
 
 /// `wasi:sockets/udp.udp-socket`.
-pub struct UdpSocket(Arc<socket::UdpSocket>);
+pub struct UdpSocket(Held);
+
+/// A socket without streams needs no memory of its own beside the resource table's.
+enum Held {
+    Alone(Option<socket::UdpSocket>),
+    WithStreams(Arc<socket::UdpSocket>),
+}
+
+impl UdpSocket {
+    fn socket(&self) -> &socket::UdpSocket {
+        match &self.0 {
+            Held::Alone(socket) => socket.as_ref().expect("taken only by `share`"),
+            Held::WithStreams(socket) => socket,
+        }
+    }
+
+    fn share(&mut self) -> Arc<socket::UdpSocket> {
+        match &mut self.0 {
+            Held::WithStreams(socket) => Arc::clone(socket),
+            Held::Alone(socket) => {
+                let socket = Arc::new(socket.take().expect("taken only here"));
+                self.0 = Held::WithStreams(Arc::clone(&socket));
+                socket
+            }
+        }
+    }
+}
 
 /// `wasi:sockets/udp.incoming-datagram-stream`.
 pub struct IncomingDatagramStream(Arc<socket::UdpSocket>);
@@ -45,7 +71,7 @@ impl udp_create_socket::Host for UdpCtxView<'_> {
             IpAddressFamily::Ipv6 => Family::V6,
         };
         let socket = self.ctx.new_socket(family)?;
-        Ok(self.table.push(UdpSocket(Arc::new(socket)))?)
+        Ok(self.table.push(UdpSocket(Held::Alone(Some(socket))))?)
     }
 }
 
@@ -60,11 +86,11 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
     ) -> SocketResult<()> {
         // The handle is the capability; it has no content.
         self.table.get(&network)?;
-        Ok(self.table.get(&this)?.0.start_bind(local_address.into())?)
+        Ok(self.table.get(&this)?.socket().start_bind(local_address.into())?)
     }
 
     async fn finish_bind(&mut self, this: Resource<UdpSocket>) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.0.finish_bind().await?)
+        Ok(self.table.get(&this)?.socket().finish_bind().await?)
     }
 
     async fn stream(
@@ -79,7 +105,7 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
             // WIT: the streams of an earlier call must be dropped, else this traps.
             return Err(SocketError::trap(format_err!("UDP streams not dropped yet")));
         }
-        let socket = Arc::clone(&self.table.get(&this)?.0);
+        let socket = self.table.get_mut(&this)?.share();
         socket.stream(remote_address.map(SocketAddr::from)).await?;
         let outgoing =
             OutgoingDatagramStream { socket: Arc::clone(&socket), permit: 0, in_flight: None };
@@ -90,22 +116,22 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
     }
 
     async fn local_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
-        Ok(self.table.get(&this)?.0.local_address().await?.into())
+        Ok(self.table.get(&this)?.socket().local_address().await?.into())
     }
 
     fn remote_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
-        Ok(self.table.get(&this)?.0.remote_address()?.into())
+        Ok(self.table.get(&this)?.socket().remote_address()?.into())
     }
 
     fn address_family(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<IpAddressFamily> {
-        Ok(match self.table.get(&this)?.0.family() {
+        Ok(match self.table.get(&this)?.socket().family() {
             Family::V4 => IpAddressFamily::Ipv4,
             Family::V6 => IpAddressFamily::Ipv6,
         })
     }
 
     fn unicast_hop_limit(&mut self, this: Resource<UdpSocket>) -> SocketResult<u8> {
-        Ok(self.table.get(&this)?.0.hop_limit())
+        Ok(self.table.get(&this)?.socket().hop_limit())
     }
 
     async fn set_unicast_hop_limit(
@@ -113,11 +139,11 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         value: u8,
     ) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.0.set_option(OptionValue::HopLimit(value)).await?)
+        Ok(self.table.get(&this)?.socket().set_option(OptionValue::HopLimit(value)).await?)
     }
 
     fn receive_buffer_size(&mut self, this: Resource<UdpSocket>) -> SocketResult<u64> {
-        Ok(self.table.get(&this)?.0.receive_buffer_size())
+        Ok(self.table.get(&this)?.socket().receive_buffer_size())
     }
 
     async fn set_receive_buffer_size(
@@ -125,11 +151,11 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         value: u64,
     ) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.0.set_option(OptionValue::ReceiveBuffer(value)).await?)
+        Ok(self.table.get(&this)?.socket().set_option(OptionValue::ReceiveBuffer(value)).await?)
     }
 
     fn send_buffer_size(&mut self, this: Resource<UdpSocket>) -> SocketResult<u64> {
-        Ok(self.table.get(&this)?.0.send_buffer_size())
+        Ok(self.table.get(&this)?.socket().send_buffer_size())
     }
 
     async fn set_send_buffer_size(
@@ -137,7 +163,7 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         value: u64,
     ) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.0.set_option(OptionValue::SendBuffer(value)).await?)
+        Ok(self.table.get(&this)?.socket().set_option(OptionValue::SendBuffer(value)).await?)
     }
 
     fn subscribe(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<Resource<DynPollable>> {

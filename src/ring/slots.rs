@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use io_uring::types::DestinationSlot;
 
@@ -21,34 +21,42 @@ impl SlotIndex {
 
 /// How many sockets the table has room for. A socket takes its place when it is created, without
 /// the driver's lock, and learns which slot it is when it is bound.
+///
+/// Two counters that only grow, one for each side: what is taken is their difference.
 #[derive(Debug)]
 pub(crate) struct Room {
-    taken: AtomicU32,
-    capacity: u32,
     created: AtomicU64,
+    gone: AtomicU64,
+    capacity: u64,
 }
 
 impl Room {
     pub(crate) fn new(capacity: u32) -> Arc<Self> {
-        Arc::new(Self { taken: AtomicU32::new(0), capacity, created: AtomicU64::new(0) })
+        Arc::new(Self {
+            created: AtomicU64::new(0),
+            gone: AtomicU64::new(0),
+            capacity: capacity.into(),
+        })
     }
 
     /// Takes a place, or refuses if the table is full.
     pub(crate) fn take(&self) -> bool {
-        if self.taken.fetch_add(1, Ordering::Relaxed) >= self.capacity {
-            self.give_back();
+        let created = self.created.fetch_add(1, Ordering::Relaxed);
+        // A place given back by another thread must be seen to be free by whoever takes it.
+        if created.saturating_sub(self.gone.load(Ordering::Acquire)) >= self.capacity {
+            self.created.fetch_sub(1, Ordering::Relaxed);
             return false;
         }
-        self.created.fetch_add(1, Ordering::Relaxed);
         true
     }
 
     pub(crate) fn give_back(&self) {
-        self.taken.fetch_sub(1, Ordering::Relaxed);
+        self.gone.fetch_add(1, Ordering::Release);
     }
 
     pub(crate) fn taken(&self) -> u64 {
-        self.taken.load(Ordering::Relaxed).into()
+        let gone = self.gone.load(Ordering::Acquire);
+        self.created().saturating_sub(gone)
     }
 
     pub(crate) fn created(&self) -> u64 {
