@@ -213,7 +213,7 @@ fn run_command(args: Vec<OsString>) -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(args) => bench::bench(&args),
-        Command::Doctor(args) => doctor::doctor(&args),
+        Command::Doctor(args) => Ok(doctor::doctor(&args)),
     };
     match ended {
         Ok(code) => code,

@@ -127,7 +127,7 @@ pub(crate) fn receive_header() -> libc::msghdr {
 }
 
 /// Splits a filled buffer into sender and payload: `struct io_uring_recvmsg_out`, room for the
-/// name, the payload (io_uring_prep_recvmsg_multishot(3)).
+/// name, the payload (`io_uring_prep_recvmsg_multishot(3)`).
 ///
 /// `None` if the message was cut or its sender is not an IP address, neither of which a ring with
 /// whole-datagram buffers should ever see.

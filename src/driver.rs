@@ -390,7 +390,7 @@ impl Shared {
     }
 }
 
-/// Whether io_uring_enter will work again once completions were taken (io_uring_enter(2)).
+/// Whether `io_uring_enter` will work again once completions were taken (its manual page).
 fn is_passing(errno: &io::Error) -> bool {
     matches!(errno.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }

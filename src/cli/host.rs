@@ -52,7 +52,7 @@ impl Backend {
 }
 
 pub(crate) fn engine() -> wasmtime::Result<Engine> {
-    Ok(Engine::new(&Config::new())?)
+    Engine::new(&Config::new())
 }
 
 /// A guest program, compiled and linked: instances are made from it.

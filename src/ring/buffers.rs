@@ -87,7 +87,7 @@ impl BufferRing {
     }
 
     fn buffer_start(&self, id: BufferId) -> *mut u8 {
-        self.bytes.start.wrapping_add(usize::from(id.0 & (BUFFERS - 1)) * BUFFER_BYTES)
+        self.bytes.start.cast::<u8>().wrapping_add(usize::from(id.0 & (BUFFERS - 1)) * BUFFER_BYTES)
     }
 
     /// Leaves the memory to the kernel for good.
@@ -98,7 +98,7 @@ impl BufferRing {
 
 /// Anonymous memory of our own, zeroed and paged in on demand.
 struct Mapping {
-    start: *mut u8,
+    start: *mut libc::c_void,
     len: usize,
 }
 
@@ -122,7 +122,7 @@ impl Mapping {
         // Huge pages would make every small datagram cost 2 MiB; if the advice fails, it may.
         // SAFETY: the range is the mapping just made.
         unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
-        Ok(Self { start: start.cast(), len })
+        Ok(Self { start, len })
     }
 }
 
@@ -130,7 +130,7 @@ impl Drop for Mapping {
     #[expect(unsafe_code, reason = "munmap(2)")]
     fn drop(&mut self) {
         // SAFETY: the range was mapped by `anonymous` and no reference into it outlives `self`.
-        unsafe { libc::munmap(self.start.cast(), self.len) };
+        unsafe { libc::munmap(self.start, self.len) };
     }
 }
 

@@ -141,7 +141,7 @@ impl Outgoing {
     }
 }
 
-/// Ends the receive with this `user_data`. By user_data and never by slot: a cancel by file scans
+/// Ends the receive with this `user_data`. Named by it and never by slot: a cancel by file scans
 /// every armed receive of the ring (80 times as dear at 10,000).
 pub(crate) fn cancel(user_data: u64) -> Entry {
     opcode::AsyncCancel::new(user_data).build().flags(Flags::SKIP_SUCCESS).user_data(UNTRACKED)
