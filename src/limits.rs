@@ -15,11 +15,12 @@ pub(crate) const SQ_ENTRIES: u32 = 512;
 /// Completion queue entries: every submission of a full queue and all that the buffers can hold.
 pub(crate) const CQ_ENTRIES: u32 = 4096;
 
-/// Payload of the largest UDP datagram over IPv4: 65,535 less the IP and UDP headers.
-pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+/// Payload of the largest UDP datagram: 65,535 less the UDP header over IPv6 (RFC 8200 counts no
+/// IP header), 20 less over IPv4.
+pub const DATAGRAM_BYTES_MAX: usize = 65_527;
 
-/// Longest payload that `send` accepts at all; between this and [`DATAGRAM_BYTES_MAX`] the kernel
-/// answers `EMSGSIZE`, as it does for wasmtime-wasi.
+/// Longest payload that `send` hands to the kernel, which answers `EMSGSIZE` to what is beyond the
+/// family's maximum, as it does for wasmtime-wasi.
 pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 
 /// Datagrams per `send` or `receive`, the number wasmtime-wasi permits.

@@ -7,6 +7,8 @@
 //! | `start-bind` | the kernel binds; `address-in-use`, `address-not-bindable` and what else it says come from here | these come from `finish-bind` | WIT lists them as finish errors |
 //! | `create-udp-socket` | `unknown` when the process has no descriptors left | `new-socket-limit` when the table or the guest's quota is full | WIT names this code |
 //! | `send` | the first datagram that must wait for room ends the batch | the rest of the batch is accepted too, and waits with it | a batch is one chain |
+//! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's buffer is full | the ring's completion is waited for |
+//! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |
 //! | `unicast-hop-limit` | asks the kernel, which for a connected IPv6 socket answers its route's | the limit that was set, or the system's default when the ring was built | no system call |
 
 mod host;

@@ -11,6 +11,8 @@ pub(crate) mod op;
 pub(crate) mod probe;
 pub(crate) mod slots;
 pub(crate) mod table;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,7 +28,7 @@ use io_uring::{IoUring, cqueue};
 
 use self::buffers::{BufferId, BufferRing};
 use self::inbox::{Datagram, Inbox};
-use self::op::{Op, UNTRACKED};
+use self::op::Op;
 use self::slots::{Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
@@ -50,6 +52,14 @@ impl Gate {
         let taken = unsafe { self.0.submitter().enter::<libc::sigset_t>(entries, 0, flags, None) }?;
         Ok(u32::try_from(taken).unwrap_or(u32::MAX))
     }
+}
+
+/// A completion queue entry.
+#[derive(Clone, Copy, Debug)]
+struct Completion {
+    user_data: u64,
+    result: i32,
+    flags: u32,
 }
 
 /// A bind to a port by number, which must not overtake the closes pushed before it.
@@ -255,9 +265,12 @@ impl Ring {
             let mut queue = unsafe { self.io.completion_shared() };
             let batch = queue.fill(&mut batch);
             drop(queue);
-            for completion in &*batch {
-                self.stats.completions += 1;
-                self.complete(completion);
+            for entry in &*batch {
+                self.complete(Completion {
+                    user_data: entry.user_data(),
+                    result: entry.result(),
+                    flags: entry.flags(),
+                });
             }
             if batch.len() < COMPLETIONS_BATCH {
                 break;
@@ -265,12 +278,16 @@ impl Ring {
         }
     }
 
-    fn complete(&mut self, completion: &cqueue::Entry) {
-        let (user_data, result) = (completion.user_data(), completion.result());
-        if user_data == UNTRACKED {
+    fn complete(&mut self, completion: Completion) {
+        self.stats.completions += 1;
+        let Completion { user_data, result, flags } = completion;
+        let Some((key, slot, op)) = self.ops.find(user_data) else {
+            // Nobody's; a buffer it names is ours again all the same.
+            if let (Some(id), Some(buffers)) = (cqueue::buffer_select(flags), &mut self.buffers) {
+                buffers.publish(BufferId(id));
+            }
             return;
-        }
-        let Some((key, slot, op)) = self.ops.find(user_data) else { return };
+        };
         if let Op::Receive(inbox) = op {
             let inbox = Arc::clone(inbox);
             return self.complete_receive(key, slot, &inbox, completion);
@@ -318,10 +335,9 @@ impl Ring {
         key: OpKey,
         slot: SlotIndex,
         inbox: &Arc<Inbox>,
-        completion: &cqueue::Entry,
+        Completion { result, flags, .. }: Completion,
     ) {
-        let result = completion.result();
-        if let Some(id) = cqueue::buffer_select(completion.flags()) {
+        if let Some(id) = cqueue::buffer_select(flags) {
             self.deliver(BufferId(id), result, inbox);
         } else if result < 0 {
             match -result {
@@ -332,7 +348,7 @@ impl Ring {
             }
         }
         let full = inbox.pause_if_full();
-        if cqueue::more(completion.flags()) {
+        if cqueue::more(flags) {
             if let SlotState::Open { receive } = self.slots.state(slot)
                 && full
                 && matches!(receive, Receive::Armed(_))

@@ -90,6 +90,21 @@ impl BufferRing {
         self.bytes.start.cast::<u8>().wrapping_add(usize::from(id.0 & (BUFFERS - 1)) * BUFFER_BYTES)
     }
 
+    /// How often a buffer was given to the kernel, modulo 2^16.
+    #[cfg(test)]
+    pub(crate) fn published(&self) -> u16 {
+        self.tail
+    }
+
+    /// Plays the kernel: writes into a buffer it holds.
+    #[cfg(test)]
+    #[expect(unsafe_code, reason = "writes a buffer as the kernel would")]
+    pub(crate) fn fill(&mut self, id: BufferId, bytes: &[u8]) {
+        assert!(id.0 < BUFFERS && bytes.len() <= BUFFER_BYTES);
+        // SAFETY: inside the mapping, and no slice of it is alive under `&mut self`.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.buffer_start(id), bytes.len()) };
+    }
+
     /// Leaves the memory to the kernel for good.
     pub(crate) fn leak(self) {
         std::mem::forget(self);

@@ -229,6 +229,19 @@ impl OpTable {
             .all(|place| matches!(place.state, OpState::Vacant | OpState::Done { .. }))
     }
 
+    /// A view for tests that play the kernel: every operation it holds.
+    #[cfg(test)]
+    pub(super) fn held_by_kernel(&self) -> Vec<OpKey> {
+        let held = |place: &&(usize, &Place)| {
+            matches!(place.1.state, OpState::InKernel { .. } | OpState::Abandoned { .. })
+        };
+        let key = |(index, place): (usize, &Place)| OpKey {
+            index: u32::try_from(index).unwrap(),
+            generation: place.generation,
+        };
+        self.places.iter().enumerate().filter(|place| held(&place)).map(key).collect()
+    }
+
     /// The wakers of everybody who waits for the kernel.
     pub(crate) fn take_wakers(&mut self) -> Vec<Waker> {
         self.places

@@ -1,0 +1,204 @@
+//! The test plays the kernel: it completes what the ring has pushed, in any order, without ever
+//! entering. Proptest prints the seed of a failing run.
+
+use proptest::prelude::*;
+
+use super::inbox::InboxLimits;
+use super::*;
+use crate::limits::BUFFERS;
+
+const IORING_CQE_F_BUFFER: u32 = 1;
+const IORING_CQE_F_MORE: u32 = 2;
+const IORING_CQE_BUFFER_SHIFT: u32 = 16;
+
+/// A ring without a kernel behind it, and sockets on it.
+struct Rig {
+    ring: Ring,
+    room: Arc<Room>,
+    sockets: Vec<Socket>,
+    next_buffer: u16,
+}
+
+struct Socket {
+    slot: SlotIndex,
+    inbox: Arc<Inbox>,
+    /// What was delivered and not yet read.
+    expected: VecDeque<u8>,
+}
+
+const LIMITS: InboxLimits = InboxLimits { datagrams: 4, bytes: 1 << 20 };
+
+impl Rig {
+    fn new() -> Self {
+        let probe::Built { ring, room, .. } = probe::build(16).unwrap();
+        Self { ring, room, sockets: Vec::new(), next_buffer: 0 }
+    }
+
+    fn open(&mut self) {
+        assert!(self.room.take());
+        let slot = self.ring.open();
+        let inbox = Arc::new(Inbox::new(LIMITS));
+        self.ring.arm(slot, &inbox);
+        self.sockets.push(Socket { slot, inbox, expected: VecDeque::new() });
+    }
+
+    /// The operation that the kernel holds for a slot and that `is` what is meant.
+    fn held(&mut self, slot: SlotIndex, is: impl Fn(&Op) -> bool) -> Option<u64> {
+        let ops = &mut self.ring.ops;
+        ops.held_by_kernel()
+            .into_iter()
+            .map(OpKey::user_data)
+            .find(|user_data| ops.find(*user_data).is_some_and(|(_, at, op)| at == slot && is(op)))
+    }
+
+    fn held_receive(&mut self, slot: SlotIndex) -> Option<u64> {
+        self.held(slot, |op| matches!(op, Op::Receive(_)))
+    }
+
+    fn held_close(&mut self, slot: SlotIndex) -> u64 {
+        self.held(slot, |op| matches!(op, Op::Close)).expect("a CLOSE was pushed")
+    }
+
+    fn complete(&mut self, user_data: u64, result: i32, flags: u32) {
+        self.ring.complete(Completion { user_data, result, flags });
+    }
+
+    /// Delivers a datagram of one byte; an empty one ends the receive, as the kernel does.
+    fn deliver(&mut self, user_data: u64, byte: u8, more: bool) {
+        let id = BufferId(self.next_buffer % BUFFERS);
+        self.next_buffer += 1;
+        let mut message = vec![0; 16 + 28];
+        message[0] = 16; // the name is a sockaddr_in
+        message[8] = 1; // one byte of payload
+        message[16..18].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
+        message.push(byte);
+        let buffers = self.ring.buffers.as_mut().unwrap();
+        buffers.fill(id, &message);
+        let published = buffers.published();
+        let more = if more { IORING_CQE_F_MORE } else { 0 };
+        let flags = IORING_CQE_F_BUFFER | u32::from(id.0) << IORING_CQE_BUFFER_SHIFT | more;
+        self.complete(user_data, i32::try_from(message.len()).unwrap(), flags);
+        let now = self.ring.buffers.as_ref().unwrap().published();
+        assert_eq!(now, published.wrapping_add(1), "every buffer comes home, once");
+    }
+
+    /// Closes everything, for a ring that is dropped waits for the kernel, which knows of nothing.
+    fn finish(mut self) {
+        for socket in std::mem::take(&mut self.sockets) {
+            self.ring.close(socket.slot, 0);
+        }
+        for key in self.ring.ops.held_by_kernel() {
+            self.complete(key.user_data(), -libc::ECANCELED, 0);
+        }
+        assert!(self.ring.ops.is_quiet());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Kills: a lost re-arm, a buffer kept, an inbox shared by successive owners, a slot given
+    /// away too early, a datagram lost to a pause.
+    #[test]
+    fn whatever_the_kernel_does_datagrams_reach_their_own_socket_in_order(
+        steps in proptest::collection::vec((0_u8..8, any::<prop::sample::Index>(), any::<u8>()), 1..120)
+    ) {
+        let mut rig = Rig::new();
+        let mut stale = Vec::new();
+        rig.open();
+        for (action, which, byte) in steps {
+            if rig.sockets.is_empty() {
+                rig.open();
+            }
+            let at = which.index(rig.sockets.len());
+            let slot = rig.sockets[at].slot;
+            let receive = rig.held_receive(slot);
+            match (action, receive) {
+                (0, _) if rig.sockets.len() < 8 => rig.open(),
+                // A datagram, and the receive goes on or ends.
+                (1 | 2, Some(key)) => {
+                    rig.deliver(key, byte, action == 1);
+                    rig.sockets[at].expected.push_back(byte);
+                }
+                // The receive ends without a datagram: no buffer, or its thread has exited.
+                (3, Some(key)) => rig.complete(key, -libc::ENOBUFS, 0),
+                (4, Some(key)) => rig.complete(key, -libc::ECANCELED, 0),
+                // The guest reads.
+                (5, _) => {
+                    let socket = &mut rig.sockets[at];
+                    socket.inbox.admit(|_| true);
+                    let read = socket.inbox.pop().map(|arrival| arrival.unwrap().payload);
+                    prop_assert_eq!(read, socket.expected.pop_front().map(|byte| vec![byte]));
+                    if socket.inbox.resume_if_drained() {
+                        rig.ring.resume(slot);
+                    }
+                }
+                // The guest drops its socket; the kernel ends the receive and closes.
+                (6, receive) => {
+                    let taken = rig.room.taken();
+                    let socket = rig.sockets.swap_remove(at);
+                    rig.ring.close(slot, socket.inbox.discard());
+                    let close = rig.held_close(slot);
+                    rig.complete(close, 0, 0);
+                    if let Some(key) = receive {
+                        prop_assert_eq!(rig.room.taken(), taken, "its receive is still armed");
+                        // What was on its way arrives late, and reaches nobody.
+                        rig.deliver(key, byte, true);
+                        rig.complete(key, -libc::ECANCELED, 0);
+                        stale.push(key);
+                    }
+                    prop_assert_eq!(rig.room.taken(), taken - 1);
+                }
+                // A completion that should not be: its operation has ended.
+                (7, _) if !stale.is_empty() => {
+                    let key = stale[which.index(stale.len())];
+                    rig.complete(key, -libc::ECANCELED, 0);
+                }
+                _ => {}
+            }
+            // Unless its inbox is full, a socket is listening.
+            for at in 0..rig.sockets.len() {
+                let (slot, queued) = (rig.sockets[at].slot, rig.sockets[at].expected.len());
+                let armed = rig.held_receive(slot).is_some();
+                prop_assert!(armed || queued > LIMITS.datagrams / 2 - 1, "{queued} queued, not armed");
+            }
+        }
+        for socket in &rig.sockets {
+            socket.inbox.admit(|_| true);
+            for expected in &socket.expected {
+                let arrival = socket.inbox.pop().expect("nothing that was delivered is lost");
+                prop_assert_eq!(arrival.unwrap().payload, vec![*expected]);
+            }
+            prop_assert!(socket.inbox.pop().is_none());
+        }
+        rig.finish();
+    }
+}
+
+#[test]
+fn a_bind_by_number_is_held_until_the_close_before_it_is_done() {
+    let mut rig = Rig::new();
+    let bind = || {
+        Op::Bind(Box::new(op::BindOp {
+            family: crate::datagram::Family::V4,
+            options: Vec::new(),
+            addr: std::net::SocketAddr::from(([127, 0, 0, 1], 5000)).into(),
+        }))
+    };
+    assert!(rig.room.take());
+    let old = rig.ring.open();
+    let key = rig.ring.submit_bind(old, bind(), true);
+    rig.complete(key.user_data(), 0, 0);
+    rig.ring.close(old, 0);
+    let close = rig.held_close(old);
+
+    assert!(rig.room.take());
+    let new = rig.ring.open();
+    let pushed = rig.ring.pushed();
+    rig.ring.submit_bind(new, bind(), true);
+    assert_eq!(rig.ring.pushed(), pushed, "held: the close may be giving up this port");
+    rig.complete(close, 0, 0);
+    assert_eq!(rig.ring.pushed(), pushed + 2, "SOCKET and BIND");
+    rig.ring.close(new, 0);
+    rig.finish();
+}
