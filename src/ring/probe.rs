@@ -152,13 +152,18 @@ pub(crate) fn build(sockets: u32) -> Result<Built, SetupError> {
 }
 
 /// `io_uring_setup`, with the flags a ring entered from any thread can have: not SINGLE_ISSUER and
-/// not DEFER_TASKRUN; and not COOP_TASKRUN, with which a datagram for one guest would wait until
-/// another, computing on the thread that armed the receive, next enters the kernel.
+/// not DEFER_TASKRUN (which a ring of one thread's own could have, and gains nothing from).
+///
+/// COOP_TASKRUN: a datagram does not interrupt the thread that armed the receive, but waits for it
+/// to enter the kernel, at most a timer tick (measured: 3 ms in the median beside a thread that
+/// only computes, 0.2 ms without the flag). The interrupts cost more: on two worker threads 64
+/// guests' echo round trips took 33 µs of CPU each with them, 11 without.
 pub(crate) fn set_up() -> Result<IoUring, SetupError> {
     IoUring::builder()
         .setup_cqsize(CQ_ENTRIES)
         // An entry the kernel refuses must not keep those behind it from being submitted.
         .setup_submit_all()
+        .setup_coop_taskrun()
         .dontfork()
         .build(SQ_ENTRIES)
         .map_err(refusal)
