@@ -199,9 +199,18 @@ impl Uring {
         Arc::new(Inbox::new(self.shared.inbox))
     }
 
-    /// The places in the table.
-    pub(crate) fn room(&self) -> &Room {
-        &self.shared.room
+    /// Takes a place in the table for a new socket.
+    pub(crate) fn take_place(&self) -> bool {
+        // The CLOSE that frees a place may be on its way.
+        self.shared.room.take() || {
+            drop(self.shared.combine(self.shared.lock()));
+            self.shared.room.take()
+        }
+    }
+
+    /// Gives back the place of a socket that was never bound.
+    pub(crate) fn give_place_back(&self) {
+        self.shared.room.give_back();
     }
 
     /// Pushes an operation for the caller to wait for.

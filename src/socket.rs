@@ -78,7 +78,7 @@ impl UdpSocket {
         if !ctx.quota.take() {
             return Err(ErrorCode::NewSocketLimit);
         }
-        if !ctx.uring.room().take() {
+        if !ctx.uring.take_place() {
             ctx.quota.give_back();
             return Err(ErrorCode::NewSocketLimit);
         }
@@ -373,15 +373,13 @@ impl UdpSocket {
     /// Whether an arrival is there that the guest may see; those it may not are dropped.
     fn admit(&self, inbox: &Inbox, remote: Option<SocketAddr>) -> bool {
         let (mut not_from_peer, mut by_policy) = (0, 0);
-        let admitted = inbox.admit(|datagram| {
+        let admitted = inbox.admit(|from| {
+            let allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
             // The kernel filters what arrives after the connect, not what was queued before.
-            if remote.is_some_and(|remote| remote != datagram.from) {
-                not_from_peer += 1;
-                return false;
-            }
-            let allowed = self.ctx.policy.check(datagram.from, SocketAddrUse::UdpReceive).is_ok();
+            let is_peer = remote.is_none_or(|remote| remote == from);
             by_policy += u64::from(!allowed);
-            allowed
+            not_from_peer += u64::from(allowed && !is_peer);
+            allowed && is_peer
         });
         if not_from_peer + by_policy > 0 {
             self.ctx.uring.count(|stats| {
@@ -491,7 +489,7 @@ impl Drop for UdpSocket {
         let GuestCtx { uring, guest, quota, .. } = &*self.ctx;
         quota.give_back();
         match self.slot.get() {
-            None => uring.room().give_back(),
+            None => uring.give_place_back(),
             Some(slot) => {
                 // A bind on its way is abandoned first: its ticket must not outlive the slot.
                 self.state.get_mut().unwrap_or_else(PoisonError::into_inner).life =

@@ -84,18 +84,32 @@ impl Inbox {
     }
 
     /// Drops arrivals from the front until one passes `allow`, and says whether one is there.
-    /// Errors always pass. Each datagram is shown to `allow` once.
-    pub(crate) fn admit(&self, mut allow: impl FnMut(&Datagram) -> bool) -> bool {
-        let mut state = self.lock();
-        while let Some(front) = state.arrivals.front() {
-            if state.admitted || front.as_ref().map_or(true, &mut allow) {
+    /// Errors always pass. Each datagram's sender is shown to `allow` once.
+    ///
+    /// `allow` is the host's code and runs without the lock, which the ring takes to deliver. The
+    /// front stays what it was meanwhile: only the socket's one guest takes from it.
+    pub(crate) fn admit(&self, mut allow: impl FnMut(SocketAddr) -> bool) -> bool {
+        loop {
+            let from = {
+                let mut state = self.lock();
+                match state.arrivals.front() {
+                    None => return false,
+                    Some(Ok(datagram)) if !state.admitted => datagram.from,
+                    Some(Ok(_) | Err(_)) => {
+                        state.admitted = true;
+                        return true;
+                    }
+                }
+            };
+            let allowed = allow(from);
+            let mut state = self.lock();
+            if allowed {
                 state.admitted = true;
                 return true;
             }
             let refused = state.arrivals.pop_front();
             state.forget(refused.as_ref());
         }
-        false
     }
 
     /// Takes the first arrival, which `admit` has passed.
@@ -196,7 +210,7 @@ mod tests {
             false
         }));
         assert_eq!(inbox.pop(), Some(Err(Errno(libc::ECONNREFUSED))));
-        assert!(inbox.admit(|datagram| datagram.from.port() == 2));
+        assert!(inbox.admit(|from| from.port() == 2));
         assert!(inbox.admit(|_| unreachable!("an admitted datagram is not shown again")));
         inbox.readmit();
         assert!(!inbox.admit(|_| false), "a new peer looks at it anew");
