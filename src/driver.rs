@@ -7,8 +7,11 @@
 //! push travels along, one enter per tick. A lone guest enters at once.
 //!
 //! Completions that come by themselves (datagrams, sends that had to wait) signal an eventfd
-//! while nobody is inside; a small task per runtime, the reaper, then looks. It also carries out
-//! what nobody waits for, such as the CLOSE of a dropped socket, when its guest next suspends.
+//! while nobody is inside; a small task per runtime, the reaper, then looks. What nobody waits
+//! for, such as the CLOSE of a dropped socket, is left to another, the flusher, which runs when
+//! the guest next suspends, unless somebody enters before. They are two because a worker thread
+//! keeps a task it has woken to itself until its guest suspends, and arrivals must not wait for
+//! a guest that computes.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -17,6 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker, ready};
+use std::thread::ThreadId;
 
 use tokio::runtime::{self, Handle, RuntimeFlavor};
 use tokio::task::coop;
@@ -97,8 +101,8 @@ impl UringBuilder {
                 ring,
                 entering: false,
                 crowd: Crowd::default(),
-                reapers: Vec::new(),
-                reaper_is_due: false,
+                runtimes: Vec::new(),
+                flusher_due: None,
                 flush_wakers: Vec::new(),
             }),
         };
@@ -132,12 +136,19 @@ struct Core {
     /// Somebody is inside, and will look for what was pushed meanwhile.
     entering: bool,
     crowd: Crowd,
-    /// The reaper of each runtime that has waited for this ring.
-    reapers: Vec<(runtime::Id, Waker)>,
-    /// A reaper was woken and has not run.
-    reaper_is_due: bool,
+    /// Each runtime that has used this ring.
+    runtimes: Vec<Attended>,
+    /// The thread that has woken a flusher which has not run.
+    flusher_due: Option<ThreadId>,
     /// Callers that wait until what they pushed has reached the kernel.
     flush_wakers: Vec<Waker>,
+}
+
+/// A runtime with tasks that attend to the ring.
+struct Attended {
+    id: runtime::Id,
+    reaper: Waker,
+    flusher: Waker,
 }
 
 /// Whether several guests are at work: who has pushed since the last enter, and before it.
@@ -255,12 +266,12 @@ impl Uring {
         Flush { guest, pushed: core.ring.pushed(), yielded: false }
     }
 
-    /// Lets a paused receive go on.
+    /// Lets a paused receive go on. At once: its guest may be about to wait for it.
     pub(crate) fn resume(&self, guest: Guest, slot: SlotIndex) {
         let mut core = self.shared.lock();
         core.crowd.push(guest);
         core.ring.resume(slot);
-        self.carry_out(core);
+        drop(self.shared.combine(core));
     }
 
     /// Gives a slot back; the kernel closes its socket when the guest next suspends.
@@ -302,40 +313,44 @@ impl Uring {
     }
 
     /// Sees to it that what was pushed reaches the kernel although nobody waits for it.
-    fn carry_out(&self, core: MutexGuard<'_, Core>) {
-        if core.entering || core.reaper_is_due {
+    fn carry_out(&self, mut core: MutexGuard<'_, Core>) {
+        let me = std::thread::current().id();
+        if core.entering || core.flusher_due == Some(me) {
             return;
         }
-        drop(core);
-        if !self.call_reaper() {
-            // Outside of any runtime there is nobody to leave it to.
-            drop(self.shared.combine(self.shared.lock()));
+        let runtime = Handle::try_current().ok().filter(|_| core.flusher_due.is_none());
+        let Some(handle) = runtime else {
+            // Outside of any runtime there is nobody to leave it to, and another thread's flusher
+            // runs when that thread's guest suspends, not ours.
+            drop(self.shared.combine(core));
+            return;
+        };
+        core.flusher_due = Some(me);
+        match core.runtimes.iter().find(|runtime| runtime.id == handle.id()) {
+            Some(runtime) => runtime.flusher.wake_by_ref(),
+            None => self.attend(core, &handle),
         }
     }
 
-    /// Wakes this runtime's reaper, or starts it; `false` outside of a runtime.
-    fn call_reaper(&self) -> bool {
-        let Ok(handle) = Handle::try_current() else { return false };
-        let mut core = self.shared.lock();
-        core.reaper_is_due = true;
-        if let Some((_, waker)) = core.reapers.iter().find(|(id, _)| *id == handle.id()) {
-            waker.wake_by_ref();
-            return true;
-        }
-        core.reapers.push((handle.id(), Waker::noop().clone()));
+    /// Starts the tasks that attend to the ring in a runtime.
+    fn attend(&self, mut core: MutexGuard<'_, Core>, handle: &Handle) {
+        let (id, nobody) = (handle.id(), Waker::noop());
+        core.runtimes.push(Attended { id, reaper: nobody.clone(), flusher: nobody.clone() });
+        // Not under the lock: a runtime that is shutting down drops its tasks at once.
         drop(core);
-        // Not under the lock: a runtime that is shutting down drops the task at once.
-        handle.spawn(reap(Reaper { shared: Arc::downgrade(&self.shared), runtime: handle.id() }));
-        true
+        let shared = Arc::downgrade(&self.shared);
+        handle.spawn(flush(Weak::clone(&shared), id));
+        handle.spawn(reap(Attendance { shared, id }));
     }
 
-    /// Whether completions that come by themselves will be seen in this runtime.
+    /// Sees to it that completions that come by themselves wake those who wait in this runtime.
     fn ensure_reaper(&self) {
-        let known = Handle::try_current().is_ok_and(|handle| {
-            self.shared.lock().reapers.iter().any(|(id, _)| *id == handle.id())
-        });
-        if !known && !self.call_reaper() {
-            tracing::error!("a wasi-uring socket was awaited outside of a tokio runtime");
+        let Ok(handle) = Handle::try_current() else {
+            return tracing::error!("a wasi-uring socket was awaited outside of a tokio runtime");
+        };
+        let core = self.shared.lock();
+        if !core.runtimes.iter().any(|runtime| runtime.id == handle.id()) {
+            self.attend(core, &handle);
         }
     }
 }
@@ -379,9 +394,8 @@ impl Shared {
             core.ring.take_wakers(&mut wakers);
             let pending = core.ring.pushed() > core.ring.submitted();
             if rounds >= COMBINE_ROUNDS_MAX {
-                // Somebody else's turn: the reaper goes on from here.
-                core.reaper_is_due |= !core.reapers.is_empty();
-                wakers.extend(core.reapers.iter().map(|(_, waker)| waker.clone()));
+                // Somebody else's turn: the reapers go on from here.
+                wakers.extend(core.runtimes.iter().map(|runtime| runtime.reaper.clone()));
                 core.ring.listen();
                 break;
             }
@@ -408,8 +422,9 @@ fn is_passing(errno: &io::Error) -> bool {
 impl Drop for Shared {
     fn drop(&mut self) {
         let core = self.core.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for (_, waker) in core.reapers.drain(..) {
-            waker.wake();
+        for Attended { reaper, flusher, .. } in core.runtimes.drain(..) {
+            reaper.wake();
+            flusher.wake();
         }
     }
 }
@@ -548,17 +563,31 @@ impl Drop for Ticket {
     }
 }
 
-/// One runtime's share in a ring.
-struct Reaper {
-    shared: Weak<Shared>,
-    runtime: runtime::Id,
+/// Carries out what nobody waits for, whenever it is woken, for as long as the ring lives.
+async fn flush(shared: Weak<Shared>, id: runtime::Id) {
+    poll_fn(|cx| {
+        let Some(shared) = shared.upgrade() else { return Poll::Ready(()) };
+        let mut core = shared.lock();
+        core.flusher_due = None;
+        if let Some(runtime) = core.runtimes.iter_mut().find(|runtime| runtime.id == id) {
+            runtime.flusher.clone_from(cx.waker());
+        }
+        drop(shared.combine(core));
+        Poll::Pending
+    })
+    .await;
 }
 
-/// Looks whenever the eventfd was signalled or something was left to carry out, for as long as the
-/// ring and the runtime live.
-async fn reap(reaper: Reaper) {
+/// That a runtime is attended to, for as long as its reaper lives.
+struct Attendance {
+    shared: Weak<Shared>,
+    id: runtime::Id,
+}
+
+/// Looks whenever the eventfd was signalled, for as long as the ring and the runtime live.
+async fn reap(attendance: Attendance) {
     // A runtime without I/O panics here; what completes at once works there all the same.
-    let watch = || reaper.shared.upgrade().map(|shared| shared.arrivals.watch());
+    let watch = || attendance.shared.upgrade().map(|shared| shared.arrivals.watch());
     let arrivals = match catch_unwind(AssertUnwindSafe(watch)) {
         Ok(Some(Ok(arrivals))) => Some(arrivals),
         Ok(None) => return,
@@ -581,11 +610,11 @@ async fn reap(reaper: Reaper) {
                 Err(_runtime_is_gone) => return Poll::Ready(()),
             }
         }
-        let Some(shared) = reaper.shared.upgrade() else { return Poll::Ready(()) };
+        let Some(shared) = attendance.shared.upgrade() else { return Poll::Ready(()) };
         let mut core = shared.lock();
-        core.reaper_is_due = false;
-        if let Some((_, waker)) = core.reapers.iter_mut().find(|(id, _)| *id == reaper.runtime) {
-            waker.clone_from(cx.waker());
+        if let Some(runtime) = core.runtimes.iter_mut().find(|runtime| runtime.id == attendance.id)
+        {
+            runtime.reaper.clone_from(cx.waker());
         }
         drop(shared.combine(core));
         Poll::Pending
@@ -593,14 +622,14 @@ async fn reap(reaper: Reaper) {
     .await;
 }
 
-impl Drop for Reaper {
+impl Drop for Attendance {
     /// The runtime is shutting down. Those who wait in another one start a reaper there; what
     /// nobody waits for is carried out now.
     fn drop(&mut self) {
         let Some(shared) = self.shared.upgrade() else { return };
         let mut core = shared.lock();
-        core.reapers.retain(|(id, _)| *id != self.runtime);
-        core.reaper_is_due = false;
+        core.runtimes.retain(|runtime| runtime.id != self.id);
+        core.flusher_due = None;
         let mut core = shared.combine(core);
         let wakers = core.ring.take_all_wakers();
         drop(core);
