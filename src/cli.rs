@@ -9,11 +9,12 @@ mod run;
 
 use std::ffi::OsString;
 use std::fmt::Display;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use wasi_uring::limits::SOCKETS_MAX;
 
 /// How a command ends if it does not end well.
 #[derive(Debug)]
@@ -130,8 +131,8 @@ pub(crate) struct RunArgs {
     pub(crate) envs: Vec<(String, String)>,
     /// UDP sockets that may be open at once on the rings; each guest may hold its share
     /// [default: 256 per guest, at least 4096, within the open-files limit]
-    #[arg(long, value_name = "N")]
-    pub(crate) sockets: Option<NonZeroU32>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(SOCKETS_MAX)))]
+    pub(crate) sockets: Option<u32>,
     /// End with one line of JSON on stderr: what went through the rings
     #[arg(long)]
     pub(crate) stats: bool,

@@ -27,7 +27,8 @@ use tokio::task::coop;
 
 use crate::error::SetupError;
 use crate::limits::{
-    COMBINE_ROUNDS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT,
+    COMBINE_ROUNDS_MAX, FULL_TABLE_LOOKS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT,
+    SOCKETS_DEFAULT,
 };
 use crate::ring::arrivals::Arrivals;
 use crate::ring::inbox::{Inbox, InboxLimits};
@@ -212,11 +213,20 @@ impl Uring {
 
     /// Takes a place in the table for a new socket.
     pub(crate) fn take_place(&self) -> bool {
-        // The CLOSE that frees a place may be on its way.
-        self.shared.room.take() || {
-            drop(self.shared.combine(self.shared.lock()));
-            self.shared.room.take()
+        for _ in 0..FULL_TABLE_LOOKS_MAX {
+            if self.shared.room.take() {
+                return true;
+            }
+            // The CLOSE that frees a place may be on its way, or in the kernel with another thread.
+            let core = self.shared.lock();
+            if !core.entering {
+                drop(self.shared.combine(core));
+                return self.shared.room.take();
+            }
+            drop(core);
+            std::thread::yield_now();
         }
+        false
     }
 
     /// Gives back the place of a socket that was never bound.

@@ -51,6 +51,9 @@ pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
 /// Bytes queued for one socket before its receive is disarmed.
 pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
 
+/// Looks at a full table, while another thread is in the kernel, before a socket is refused.
+pub(crate) const FULL_TABLE_LOOKS_MAX: u32 = 1000;
+
 /// Completions taken from the queue at a time.
 pub(crate) const COMPLETIONS_BATCH: usize = 64;
 

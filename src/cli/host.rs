@@ -74,9 +74,12 @@ impl Program {
             Backend::Stock => wasmtime_wasi::p2::add_to_linker_async(&mut linker),
         }
         .map_err(Failure::run)?;
-        let pre = linker
-            .instantiate_pre(component)
-            .map_err(|error| Failure::usage(error.context("the component cannot be linked")))?;
+        let pre = linker.instantiate_pre(component).map_err(|error| {
+            Failure::usage(error.context(
+                "the component cannot be linked: it imports what is not in WASI 0.2, or not with \
+                 this type",
+            ))
+        })?;
         let pre = CommandPre::new(pre).map_err(|error| {
             Failure::usage(error.context(
                 "the component does not export wasi:cli/run@0.2: it is no command (build it as \

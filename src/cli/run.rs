@@ -1,5 +1,6 @@
 //! `wasi-uring run`: N instances of a component at once.
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,14 +44,15 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
         }
         RuntimeArg::PerCore | RuntimeArg::TokioUring => run_per_thread(&plan, &program, &rings)?,
     };
-    if args.stats {
-        eprintln!("{}", stats_line(backend, &rings));
-    }
     for failure in failures.iter().take(FAILURES_TOLD_MAX) {
         say(failure);
     }
     if failures.len() > FAILURES_TOLD_MAX {
         say(format_args!("and {} more guests failed", failures.len() - FAILURES_TOLD_MAX));
+    }
+    if args.stats {
+        // The line is for programs, so nothing stands before it; and stderr may be gone.
+        let _ = writeln!(std::io::stderr(), "{}", stats_line(backend, &rings));
     }
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -75,7 +77,7 @@ impl<'a> Plan<'a> {
         };
         let per_ring = |total: usize| u32::try_from(total.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_ring = match args.sockets {
-            Some(sockets) => per_ring(sockets.get() as usize),
+            Some(sockets) => per_ring(sockets as usize),
             None => per_ring((256 * guests).max(4096))
                 .min(u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX))
                 .min(wasi_uring::limits::SOCKETS_MAX),
