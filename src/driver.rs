@@ -68,6 +68,9 @@ impl UringBuilder {
     /// 1 to [`SOCKETS_MAX`](crate::limits::SOCKETS_MAX), by default
     /// [`SOCKETS_DEFAULT`](crate::limits::SOCKETS_DEFAULT).
     ///
+    /// A closed socket keeps its slot until the kernel has let go of it, which takes a moment when
+    /// the receive was armed by another thread; leave some room for those.
+    ///
     /// The kernel registers no table larger than the soft `RLIMIT_NOFILE`, though the sockets
     /// in it do not count against that limit.
     pub fn sockets(mut self, sockets: u32) -> Self {

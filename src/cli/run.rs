@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
+use wasi_uring::limits::SOCKETS_MAX;
 use wasi_uring::{Stats, Uring};
 use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
@@ -61,8 +62,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 struct Plan<'a> {
     args: &'a RunArgs,
     threads: usize,
-    /// Slots of each ring's table, and each guest's share.
-    sockets_per_ring: u32,
+    slots_per_ring: u32,
     sockets_per_guest: u32,
 }
 
@@ -75,23 +75,24 @@ impl<'a> Plan<'a> {
             RuntimeArg::MultiThread => 1,
             RuntimeArg::PerCore | RuntimeArg::TokioUring => threads,
         };
+        let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
+        let largest = files.min(SOCKETS_MAX);
         let per_ring = |total: usize| u32::try_from(total.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_ring = match args.sockets {
             Some(sockets) => per_ring(sockets as usize),
-            None => per_ring((256 * guests).max(4096))
-                .min(u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX))
-                .min(wasi_uring::limits::SOCKETS_MAX),
+            None => per_ring((256 * guests).max(4096)).min(largest),
         };
-        if args.sockets.is_some() {
-            super::doctor::raise_nofile();
-        }
         let guests_per_ring = u32::try_from(guests.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_guest = (sockets_per_ring / guests_per_ring).max(1);
-        Self { args, threads, sockets_per_ring, sockets_per_guest }
+        // A socket keeps its slot until the kernel has let go of it; in the meantime its guest may
+        // open another.
+        let with_closing = sockets_per_ring.saturating_mul(2).min(largest);
+        let slots_per_ring = with_closing.max(sockets_per_ring);
+        Self { args, threads, slots_per_ring, sockets_per_guest }
     }
 
     fn build_ring(&self) -> Result<Uring, wasi_uring::SetupError> {
-        Uring::builder().sockets(self.sockets_per_ring).build()
+        Uring::builder().sockets(self.slots_per_ring).build()
     }
 
     /// A ring for each thread that has its own, given the first; none for stock.
