@@ -203,6 +203,8 @@ impl Uring {
     /// The ring's counters so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        // What came when no runtime was left to look is counted too.
+        self.look();
         self.shared.lock().ring.snapshot()
     }
 
