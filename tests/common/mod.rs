@@ -1,0 +1,304 @@
+//! A rig for tests: the driver guest on either backend, and Rust in place of its program.
+//!
+//! Every function of `wasi:sockets/udp` is a method of [`Rig`], so a scenario decides each call
+//! and sees each answer as a guest would. [`on_both`] runs one on wasmtime-wasi's sockets and on
+//! the ring: what it asserts holds for both, which is how "answers alike" is proved. [`alike`]
+//! goes further where the right answer is the kernel's to know: both must return the same.
+
+#![allow(dead_code, unreachable_pub, reason = "every test binary uses its own part of the rig")]
+#![allow(clippy::needless_pass_by_value, reason = "scenarios are written where they are run")]
+
+mod guest;
+pub mod native;
+
+use std::fmt::Debug;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use wasi_uring::{SocketAddrUse, Stats, UdpCtx, UdpCtxView, UdpView, Uring};
+use wasmtime::component::{Component, Linker, ResourceTable};
+use wasmtime::{Engine, Store};
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+
+pub mod driver {
+    wasmtime::component::bindgen!({
+        path: "tests/guests/driver.wit",
+        world: "driver",
+        exports: { default: async },
+        additional_derives: [PartialEq],
+    });
+}
+
+pub use driver::{ErrorCode, IncomingDatagram, IpAddressFamily, IpSocketAddress, OutgoingDatagram};
+
+/// Port 0 of the loopback interface, in either family.
+pub const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+pub const LOOPBACK_6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0);
+
+/// Who serves the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    Stock,
+    Uring,
+}
+
+pub struct Host {
+    wasi: WasiCtx,
+    table: ResourceTable,
+    udp: UdpCtx,
+}
+
+impl WasiView for Host {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+}
+
+impl UdpView for Host {
+    fn udp(&mut self) -> UdpCtxView<'_> {
+        UdpCtxView { ctx: &mut self.udp, table: &mut self.table }
+    }
+}
+
+pub type Allow = Arc<dyn Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync>;
+
+/// How a rig is set up; start from `Setup::default()`.
+#[derive(Clone)]
+pub struct Setup {
+    /// The 0.2.x the guest imports: 0.2.0 or 0.2.12.
+    pub version: &'static str,
+    /// The address policy; `None` refuses UDP.
+    pub allow: Option<Allow>,
+    pub sockets_max: u32,
+    /// The ring to use, or a new one.
+    pub uring: Option<Uring>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            version: "0.2.0",
+            allow: Some(Arc::new(|_, _| true)),
+            sockets_max: 1024,
+            uring: None,
+        }
+    }
+}
+
+impl Setup {
+    /// A guest of this ring.
+    pub fn of(uring: &Uring) -> Self {
+        Self { uring: Some(uring.clone()), ..Self::default() }
+    }
+
+    pub fn allow(
+        allow: impl Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        Self { allow: Some(Arc::new(allow)), ..Self::default() }
+    }
+}
+
+/// A guest under remote control.
+pub struct Rig {
+    pub backend: Backend,
+    pub uring: Uring,
+    pub store: Store<Host>,
+    pub guest: driver::Driver,
+    /// A network handle.
+    pub network: u32,
+}
+
+/// A bound socket and its streams.
+#[derive(Clone, Copy, Debug)]
+pub struct Endpoint {
+    pub socket: u32,
+    pub incoming: u32,
+    pub outgoing: u32,
+    /// Where it was bound.
+    pub local: SocketAddr,
+}
+
+/// A ring for tests.
+pub fn uring() -> Uring {
+    uring_with(1024)
+}
+
+/// A ring with a table of that many sockets.
+pub fn uring_with(sockets: u32) -> Uring {
+    Uring::builder()
+        .sockets(sockets)
+        .build()
+        .expect("these tests need io_uring: see wasi-uring doctor")
+}
+
+/// The driver guest, compiled once per process.
+fn component(version: &str) -> (&'static Engine, Component) {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    static OLDEST: OnceLock<Component> = OnceLock::new();
+    static NEWEST: OnceLock<Component> = OnceLock::new();
+    let engine = ENGINE.get_or_init(Engine::default);
+    let cell = match version {
+        "0.2.0" => &OLDEST,
+        "0.2.12" => &NEWEST,
+        other => panic!("no test asks for {other}"),
+    };
+    let component = cell.get_or_init(|| {
+        let text = include_str!("../guests/driver.wat").replace("@0.2.0", &format!("@{version}"));
+        Component::new(engine, text).unwrap()
+    });
+    (engine, component.clone())
+}
+
+impl Rig {
+    pub async fn new(backend: Backend, setup: Setup) -> Self {
+        let uring = setup.uring.unwrap_or_else(uring);
+        let (engine, component) = component(setup.version);
+        let mut linker = Linker::new(engine);
+        match backend {
+            Backend::Stock => wasmtime_wasi::p2::add_to_linker_async(&mut linker).unwrap(),
+            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker).unwrap(),
+        }
+        let mut wasi = WasiCtx::builder();
+        let mut udp = UdpCtx::builder(&uring).sockets_max(setup.sockets_max);
+        if let Some(allow) = setup.allow {
+            let same = Arc::clone(&allow);
+            wasi.allow_udp(true).socket_addr_check(move |addr, use_| {
+                let allowed = same(addr, use_);
+                Box::pin(async move { allowed })
+            });
+            udp = udp.allow(move |addr, use_| allow(addr, use_));
+        }
+        let host = Host { wasi: wasi.build(), table: ResourceTable::new(), udp: udp.build() };
+        let mut store = Store::new(engine, host);
+        let guest =
+            driver::Driver::instantiate_async(&mut store, &component, &linker).await.unwrap();
+        let network = guest.call_instance_network(&mut store).await.unwrap();
+        Self { backend, uring, store, guest, network }
+    }
+
+    /// A guest on this ring.
+    pub async fn on_ring(uring: &Uring) -> Self {
+        Self::new(Backend::Uring, Setup::of(uring)).await
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.uring.stats()
+    }
+}
+
+/// Runs a scenario on wasmtime-wasi's sockets and on the ring, each in a runtime of its own.
+pub fn on_both(setup: Setup, scenario: impl AsyncFn(&mut Rig)) {
+    for backend in [Backend::Stock, Backend::Uring] {
+        eprintln!("on {backend:?}:");
+        on(backend, setup.clone(), &scenario);
+    }
+}
+
+/// Runs a scenario on both backends, which must return the same.
+#[track_caller]
+pub fn alike<T: Debug + PartialEq>(setup: Setup, scenario: impl AsyncFn(&mut Rig) -> T) -> T {
+    let stock = on(Backend::Stock, setup.clone(), &scenario);
+    let ring = on(Backend::Uring, setup, &scenario);
+    assert_eq!(ring, stock, "the ring (left) does not answer as wasmtime-wasi (right)");
+    ring
+}
+
+/// Runs a scenario on one backend, on a current-thread runtime.
+pub fn on<T>(backend: Backend, setup: Setup, scenario: impl AsyncFn(&mut Rig) -> T) -> T {
+    block_on(async {
+        let mut rig = Rig::new(backend, setup).await;
+        scenario(&mut rig).await
+    })
+}
+
+/// Runs a future on a current-thread runtime, with a bound.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(within(future))
+}
+
+/// Longest that anything in a test may take before the test says that it hangs.
+pub const BOUND: Duration = Duration::from_mins(1);
+
+/// A future's output, or a panic if it hangs.
+pub async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(BOUND, future).await.expect("hangs")
+}
+
+/// Yields to the runtime until a condition holds, with a bound.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + BOUND / 2;
+    while !condition() {
+        assert!(tokio::time::Instant::now() < deadline, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Lets every other task of a current-thread runtime run a few times.
+pub async fn yield_to_others() {
+    for _ in 0..8 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// The message of a call that must trap.
+#[track_caller]
+pub fn trap<T: Debug>(answer: wasmtime::Result<T>) -> String {
+    format!("{:?}", answer.expect_err("must trap"))
+}
+
+/// A loopback address of the caller's own, so that a port it has given up is not the one that
+/// another test gets for its port 0 meanwhile.
+pub fn own_ip() -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, NEXT.fetch_add(1, Ordering::Relaxed), high, low)
+}
+
+/// An address from its text.
+pub fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+pub fn datagram(data: &[u8], to: Option<SocketAddr>) -> OutgoingDatagram {
+    OutgoingDatagram { data: data.to_vec(), remote_address: to.map(to_wit) }
+}
+
+/// What datagrams carry.
+pub fn payloads(datagrams: &[IncomingDatagram]) -> Vec<&[u8]> {
+    datagrams.iter().map(|datagram| &*datagram.data).collect()
+}
+
+/// Who sent a datagram.
+pub fn sender(datagram: &IncomingDatagram) -> SocketAddr {
+    from_wit(datagram.remote_address)
+}
+
+pub fn to_wit(addr: SocketAddr) -> IpSocketAddress {
+    match addr {
+        SocketAddr::V4(addr) => IpSocketAddress::Ipv4(driver::Ipv4SocketAddress {
+            port: addr.port(),
+            address: addr.ip().octets().into(),
+        }),
+        SocketAddr::V6(addr) => IpSocketAddress::Ipv6(driver::Ipv6SocketAddress {
+            port: addr.port(),
+            flow_info: addr.flowinfo(),
+            address: addr.ip().segments().into(),
+            scope_id: addr.scope_id(),
+        }),
+    }
+}
+
+pub fn from_wit(addr: IpSocketAddress) -> SocketAddr {
+    match addr {
+        IpSocketAddress::Ipv4(addr) => {
+            SocketAddrV4::new(<[u8; 4]>::from(addr.address).into(), addr.port).into()
+        }
+        IpSocketAddress::Ipv6(addr) => {
+            let ip = <[u16; 8]>::from(addr.address).into();
+            SocketAddrV6::new(ip, addr.port, addr.flow_info, addr.scope_id).into()
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Plain sockets of the test itself: senders, witnesses, and the kernel's word on what a guest did.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+
+use super::BOUND;
+
+/// A plain socket whose `recv` is bounded.
+pub fn socket(ip: impl Into<IpAddr>) -> (UdpSocket, SocketAddr) {
+    let socket = UdpSocket::bind((ip.into(), 0)).unwrap();
+    socket.set_read_timeout(Some(BOUND)).unwrap();
+    let addr = socket.local_addr().unwrap();
+    (socket, addr)
+}
+
+/// A port that nobody has: give an `own_ip`, lest another test takes it.
+pub fn closed_port(ip: impl Into<IpAddr>) -> SocketAddr {
+    socket(ip).1
+}
+
+/// Whether somebody has bound an address.
+pub fn is_taken(addr: SocketAddr) -> bool {
+    match UdpSocket::bind(addr) {
+        Ok(_) => false,
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => true,
+        Err(error) => panic!("{addr}: {error}"),
+    }
+}
+
+/// Receives a datagram and says with which time to live (IPv4) it came.
+#[expect(unsafe_code, reason = "std has no recvmsg(2)")]
+pub fn receive_with_ttl(socket: &UdpSocket) -> (Vec<u8>, i32) {
+    #[repr(align(8))]
+    struct Control([u8; 64]);
+    let on: libc::c_int = 1;
+    // SAFETY: the option is an int, and the pointer is to one.
+    let result = unsafe {
+        let value = (&raw const on).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_IP, libc::IP_RECVTTL, value, 4)
+    };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    let mut payload = vec![0_u8; 65_536];
+    let mut control = Control([0; 64]);
+    let mut part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
+    // SAFETY: all fields of a msghdr may be zero.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = control.0.len() as _;
+    // SAFETY: the header's pointers are to locals of the sizes it gives.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, 0) };
+    let len = usize::try_from(received).expect("a datagram within the read timeout");
+    payload.truncate(len);
+    // struct cmsghdr: a length, level and type, then the int.
+    let int = |at: usize| i32::from_ne_bytes(control.0[at..at + 4].try_into().unwrap());
+    assert_eq!((int(8), int(12)), (libc::IPPROTO_IP, libc::IP_TTL), "the only control message");
+    (payload, int(16))
+}
