@@ -7,7 +7,8 @@ use crate::datagram::Family;
 use crate::driver::{Guest, Uring};
 use crate::error::ErrorCode;
 use crate::limits::GUEST_SOCKETS_DEFAULT;
-use crate::policy::{Policy, Quota, SocketAddrUse};
+use crate::policy::{Policy, SocketAddrUse};
+use crate::ring::slots::Room;
 use crate::socket::UdpSocket;
 
 /// The UDP configuration of one guest. Make one per store, as one makes a
@@ -21,7 +22,7 @@ pub(crate) struct GuestCtx {
     pub(crate) uring: Uring,
     pub(crate) guest: Guest,
     pub(crate) policy: Policy,
-    pub(crate) quota: Quota,
+    pub(crate) quota: Arc<Room>,
 }
 
 /// Configures a [`UdpCtx`].
@@ -31,6 +32,13 @@ pub struct UdpCtxBuilder {
     uring: Uring,
     policy: Policy,
     sockets_max: u32,
+}
+
+impl Drop for GuestCtx {
+    /// The guest and all its sockets are gone; the runtime that would close them may be, too.
+    fn drop(&mut self) {
+        self.uring.carry_out_now();
+    }
 }
 
 impl UdpCtx {
@@ -83,7 +91,7 @@ impl UdpCtxBuilder {
             uring: self.uring,
             guest: Guest::new(),
             policy: self.policy,
-            quota: Quota::new(self.sockets_max),
+            quota: Room::new(self.sockets_max),
         }))
     }
 }

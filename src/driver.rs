@@ -2,8 +2,8 @@
 //!
 //! There is one door and no thread behind it. Callers push entries under a short lock; whoever
 //! finds the ring free enters for everybody who has pushed, looks again for what came meanwhile,
-//! and wakes those whose completions are in (flat combining). On a current-thread runtime nobody
-//! contends, so a caller yields once before it enters if other guests use the ring: what they
+//! and wakes those whose completions are in (flat combining). The guests of a current-thread
+//! runtime never contend with each other, so there a caller yields once before it enters if other guests use the ring: what they
 //! push travels along, one enter per tick. A lone guest enters at once.
 //!
 //! Completions that come by themselves (datagrams, sends that had to wait) signal an eventfd
@@ -27,7 +27,7 @@ use tokio::task::coop;
 
 use crate::error::SetupError;
 use crate::limits::{
-    COMBINE_ROUNDS_MAX, FULL_TABLE_LOOKS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT,
+    COMBINE_ROUNDS_MAX, FULL_ROOM_LOOKS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT,
     SOCKETS_DEFAULT,
 };
 use crate::ring::arrivals::Arrivals;
@@ -36,7 +36,7 @@ use crate::ring::op::Op;
 use crate::ring::probe::{self, Defaults};
 use crate::ring::slots::{Room, SlotIndex};
 use crate::ring::table::{OpKey, Outcome};
-use crate::ring::{Gate, Ring};
+use crate::ring::{Done, Gate, Ring};
 use crate::stats::Stats;
 
 /// A ring and its fixed-file table: the handle that every guest's sockets are made through.
@@ -51,7 +51,8 @@ pub struct Uring {
 
 impl fmt::Debug for Uring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Uring").field("stats", &self.stats()).finish_non_exhaustive()
+        let stats = self.shared.lock().ring.snapshot();
+        f.debug_struct("Uring").field("stats", &stats).finish_non_exhaustive()
     }
 }
 
@@ -142,8 +143,8 @@ struct Core {
     crowd: Crowd,
     /// Each runtime that has used this ring.
     runtimes: Vec<Attended>,
-    /// The thread that has woken a flusher which has not run.
-    flusher_due: Option<ThreadId>,
+    /// Where a flusher was woken that has not run.
+    flusher_due: Option<(ThreadId, runtime::Id)>,
     /// Callers that wait until what they pushed has reached the kernel.
     flush_wakers: Vec<Waker>,
 }
@@ -200,7 +201,7 @@ impl Uring {
         }
     }
 
-    /// The ring's counters so far.
+    /// The ring's counters so far, what has come and nobody has looked at included.
     #[must_use]
     pub fn stats(&self) -> Stats {
         // What came when no runtime was left to look is counted too.
@@ -216,17 +217,18 @@ impl Uring {
         Arc::new(Inbox::new(self.shared.inbox))
     }
 
-    /// Takes a place in the table for a new socket.
-    pub(crate) fn take_place(&self) -> bool {
-        for _ in 0..FULL_TABLE_LOOKS_MAX {
-            if self.shared.room.take() {
+    /// Takes a place in a room, be it the table's or a guest's quota.
+    pub(crate) fn take_place(&self, room: &Room) -> bool {
+        for _ in 0..FULL_ROOM_LOOKS_MAX {
+            if room.take() {
                 return true;
             }
-            // The CLOSE that frees a place may be on its way, or in the kernel with another thread.
+            // The CLOSE that frees a place may be on its way, or in the kernel with another
+            // thread, which takes microseconds.
             let core = self.shared.lock();
             if !core.entering {
                 drop(self.shared.combine(core));
-                return self.shared.room.take();
+                return room.take();
             }
             drop(core);
             std::thread::yield_now();
@@ -234,9 +236,9 @@ impl Uring {
         false
     }
 
-    /// Gives back the place of a socket that was never bound.
-    pub(crate) fn give_place_back(&self) {
-        self.shared.room.give_back();
+    /// The places in the table.
+    pub(crate) fn room(&self) -> &Room {
+        &self.shared.room
     }
 
     /// Pushes an operation for the caller to wait for.
@@ -290,17 +292,17 @@ impl Uring {
     }
 
     /// Gives a slot back; the kernel closes its socket when the guest next suspends.
-    pub(crate) fn close(&self, guest: Guest, slot: SlotIndex, unread: u64) {
+    pub(crate) fn close(&self, guest: Guest, slot: SlotIndex, quota: &Arc<Room>, unread: u64) {
         let mut core = self.shared.lock();
         let before = core.ring.pushed();
-        core.ring.close(slot, unread);
+        core.ring.close(slot, quota, unread);
         if core.ring.pushed() > before {
             core.crowd.push(guest);
             self.carry_out(core);
         }
     }
 
-    /// Books completions that have come, without entering the kernel for anybody.
+    /// Books completions that have come.
     pub(crate) fn look(&self) {
         let mut core = self.shared.lock();
         if core.entering {
@@ -309,7 +311,11 @@ impl Uring {
         core.ring.complete_all();
         let mut wakers = Vec::new();
         core.ring.take_wakers(&mut wakers);
-        if core.ring.pushed() > core.ring.submitted() {
+        if core.ring.has_task_work() {
+            // Completions wait for a thread to enter, perhaps this one: a guest that looks again
+            // and again makes no other system call.
+            drop(self.shared.combine_with(core, true));
+        } else if core.ring.pushed() > core.ring.submitted() {
             self.carry_out(core);
         } else {
             drop(core);
@@ -329,21 +335,35 @@ impl Uring {
 
     /// Sees to it that what was pushed reaches the kernel although nobody waits for it.
     fn carry_out(&self, mut core: MutexGuard<'_, Core>) {
-        let me = std::thread::current().id();
-        if core.entering || core.flusher_due == Some(me) {
+        if core.entering {
             return;
         }
-        let runtime = Handle::try_current().ok().filter(|_| core.flusher_due.is_none());
-        let Some(handle) = runtime else {
-            // Outside of any runtime there is nobody to leave it to, and another thread's flusher
-            // runs when that thread's guest suspends, not ours.
+        let handle = Handle::try_current();
+        let here = handle.as_ref().map(|handle| (std::thread::current().id(), handle.id())).ok();
+        match (core.flusher_due, handle) {
+            (Some(due), _) if here == Some(due) => {}
+            (None, Ok(handle)) => {
+                core.flusher_due = here;
+                let runtime = core.runtimes.iter().find(|runtime| runtime.id == handle.id());
+                match runtime.map(|runtime| runtime.flusher.clone()) {
+                    Some(flusher) => {
+                        drop(core);
+                        flusher.wake();
+                    }
+                    None => self.attend(core, &handle),
+                }
+            }
+            // Outside of any runtime there is nobody to leave it to, and a flusher that is due
+            // elsewhere runs when a guest suspends there, not here.
+            (_, Err(_)) | (Some(_), Ok(_)) => drop(self.shared.combine(core)),
+        }
+    }
+
+    /// Carries out what is left now, for the guest that left it is gone.
+    pub(crate) fn carry_out_now(&self) {
+        let core = self.shared.lock();
+        if core.ring.pushed() > core.ring.submitted() {
             drop(self.shared.combine(core));
-            return;
-        };
-        core.flusher_due = Some(me);
-        match core.runtimes.iter().find(|runtime| runtime.id == handle.id()) {
-            Some(runtime) => runtime.flusher.wake_by_ref(),
-            None => self.attend(core, &handle),
         }
     }
 
@@ -376,7 +396,16 @@ impl Shared {
     }
 
     /// Enters for everybody who has pushed, unless somebody is inside already.
-    fn combine<'core>(&'core self, mut core: MutexGuard<'core, Core>) -> MutexGuard<'core, Core> {
+    fn combine<'core>(&'core self, core: MutexGuard<'core, Core>) -> MutexGuard<'core, Core> {
+        self.combine_with(core, false)
+    }
+
+    /// `look`: enters even if nothing was pushed, for what only an enter brings to light.
+    fn combine_with<'core>(
+        &'core self,
+        mut core: MutexGuard<'core, Core>,
+        mut look: bool,
+    ) -> MutexGuard<'core, Core> {
         if core.entering {
             return core;
         }
@@ -387,20 +416,22 @@ impl Shared {
         loop {
             rounds += 1;
             let entries = core.ring.ready_to_enter();
-            let overflow = core.ring.has_overflow();
-            if entries > 0 || overflow {
+            let look = std::mem::take(&mut look) || core.ring.has_overflow();
+            if entries > 0 || look {
                 core.crowd.enter();
                 core.ring.stats.enters += 1;
                 drop(core);
                 wakers.drain(..).for_each(Waker::wake);
-                let taken = self.gate.enter(entries, overflow);
+                let taken = self.gate.enter(entries, look);
                 core = self.lock();
                 match taken {
                     Ok(taken) => core.ring.stats.submissions += u64::from(taken),
                     Err(errno) if is_passing(&errno) => {}
                     Err(errno) => {
+                        // Nothing that trying again at once would mend; the next caller tries.
                         tracing::error!(%errno, "io_uring_enter failed");
-                        rounds = COMBINE_ROUNDS_MAX;
+                        core.ring.listen();
+                        break;
                     }
                 }
                 wakers.append(&mut core.flush_wakers);
@@ -512,7 +543,7 @@ pub(crate) struct Ticket {
 
 impl Ticket {
     /// Ready with what came of the operation after its last completion.
-    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Op, Outcome)> {
+    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<Done> {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { uring, key, flush, fetched } = self;
         let mut core = uring.shared.lock();
@@ -535,7 +566,7 @@ impl Ticket {
     }
 
     /// What came of the operation, if its last completion is in.
-    pub(crate) fn try_done(&mut self) -> Option<(Op, Outcome)> {
+    pub(crate) fn try_done(&mut self) -> Option<Done> {
         let done = self.uring.shared.lock().ring.fetch(self.key, None);
         self.fetched |= done.is_some();
         done
@@ -543,6 +574,7 @@ impl Ticket {
 
     /// Ready when the last completion is in.
     pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.uring.look();
         if self.uring.shared.lock().ring.is_done(self.key, cx.waker()) {
             return Poll::Ready(());
         }
@@ -551,7 +583,7 @@ impl Ticket {
     }
 
     /// Waits for the last completion.
-    pub(crate) async fn done(mut self) -> (Op, Outcome) {
+    pub(crate) async fn done(mut self) -> Done {
         poll_fn(|cx| self.poll_done(cx)).await
     }
 

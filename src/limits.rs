@@ -51,8 +51,9 @@ pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
 /// Bytes queued for one socket before its receive is disarmed.
 pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
 
-/// Looks at a full table, while another thread is in the kernel, before a socket is refused.
-pub(crate) const FULL_TABLE_LOOKS_MAX: u32 = 1000;
+/// Looks at a full table or quota, while another thread is in the kernel, before a socket is
+/// refused.
+pub(crate) const FULL_ROOM_LOOKS_MAX: u32 = 1000;
 
 /// Completions taken from the queue at a time.
 pub(crate) const COMPLETIONS_BATCH: usize = 64;
@@ -60,7 +61,8 @@ pub(crate) const COMPLETIONS_BATCH: usize = 64;
 /// Rounds that one caller enters the kernel for others before the reaper takes over.
 pub(crate) const COMBINE_ROUNDS_MAX: u32 = 16;
 
-/// Rounds that teardown waits for the kernel to give memory back before it leaks it.
+/// Rounds without progress that teardown waits for the kernel to give memory back before it
+/// leaks it.
 pub(crate) const TEARDOWN_ROUNDS_MAX: u32 = 64;
 
 const _: () = {

@@ -1,9 +1,8 @@
-//! What a guest may do, decided before any operation is pushed: address checks and quotas.
+//! What a guest may do with addresses, decided before any operation is pushed.
 
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use wasmtime_wasi::sockets::SocketAddrUse;
 
@@ -41,37 +40,6 @@ impl fmt::Debug for Policy {
     }
 }
 
-/// How many sockets one guest may hold. It refuses and never waits.
-///
-/// Two counters that only grow: a guest creates its sockets one after the other, but a store may
-/// be dropped, and its sockets with it, on any thread.
-#[derive(Debug)]
-pub(crate) struct Quota {
-    created: AtomicU64,
-    gone: AtomicU64,
-    max: u64,
-}
-
-impl Quota {
-    pub(crate) fn new(max: u32) -> Self {
-        Self { created: AtomicU64::new(0), gone: AtomicU64::new(0), max: max.into() }
-    }
-
-    /// Takes a unit. One caller at a time: creating a socket borrows the `UdpCtx` mutably.
-    pub(crate) fn take(&self) -> bool {
-        let created = self.created.load(Ordering::Relaxed);
-        let has_room = created.saturating_sub(self.gone.load(Ordering::Relaxed)) < self.max;
-        if has_room {
-            self.created.store(created + 1, Ordering::Relaxed);
-        }
-        has_room
-    }
-
-    pub(crate) fn give_back(&self) {
-        self.gone.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 /// Whether a socket of this family may use the address at all. IPv4-mapped addresses would
 /// leave the family, and IPv4-compatible ones were deprecated by RFC 4291.
 pub(crate) fn is_of_family(addr: SocketAddr, family: crate::datagram::Family) -> bool {
@@ -103,15 +71,6 @@ mod tests {
         assert_eq!(Policy::default().udp(), Err(ErrorCode::AccessDenied));
         let addr = "127.0.0.1:1".parse().unwrap();
         assert!(Policy::default().check(addr, SocketAddrUse::UdpBind).is_err());
-    }
-
-    #[test]
-    fn quota_refuses_at_its_bound_and_takes_units_back() {
-        let quota = Quota::new(2);
-        assert!(quota.take() && quota.take());
-        assert!(!quota.take() && !quota.take());
-        quota.give_back();
-        assert!(quota.take() && !quota.take());
     }
 
     #[test]

@@ -54,6 +54,13 @@ impl Gate {
     }
 }
 
+/// What came of an operation, for its caller.
+pub(crate) struct Done {
+    pub(crate) outcome: Outcome,
+    /// What FIXED_FD_INSTALL has made.
+    pub(crate) descriptor: Option<OwnedFd>,
+}
+
 /// A completion queue entry.
 #[derive(Clone, Copy, Debug)]
 struct Completion {
@@ -120,14 +127,14 @@ impl Ring {
 
     /// The owner of a slot is gone: cancels its receive, closes its file, and gives the slot away
     /// once the last completion of both has come.
-    pub(crate) fn close(&mut self, slot: SlotIndex, unread: u64) {
+    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>, unread: u64) {
         self.stats.dropped_at_close += unread;
         let (ops, slots) = (&mut self.ops, &mut self.slots);
         self.held.retain(|held| {
             let mine = ops.find(held.key.user_data()).is_some_and(|(_, other, _)| other == slot);
             if mine {
                 ops.withdraw(held.key);
-                slots.end(slot);
+                slots.end(slot, false);
             }
             !mine
         });
@@ -142,7 +149,7 @@ impl Ring {
             // answers EBADF, which is as good.
             SlotState::Open { .. } => {}
         }
-        self.slots.close(slot);
+        self.slots.close(slot, quota);
         self.submit_unclaimed(slot, Op::Close);
     }
 
@@ -150,15 +157,15 @@ impl Ring {
 
     /// Pushes an operation that somebody will wait for.
     pub(crate) fn submit(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+        self.slots.begin(slot, matches!(op, Op::Send(_)));
         let key = self.ops.insert(op, slot);
-        self.slots.begin(slot);
         self.push(key);
         key
     }
 
     fn submit_unclaimed(&mut self, slot: SlotIndex, op: Op) -> OpKey {
         let key = self.ops.insert_unclaimed(op, slot);
-        self.slots.begin(slot);
+        self.slots.begin(slot, false);
         self.push(key);
         key
     }
@@ -171,7 +178,7 @@ impl Ring {
             return self.submit(slot, op);
         }
         let key = self.ops.insert(op, slot);
-        self.slots.begin(slot);
+        self.slots.begin(slot, false);
         self.held.push_back(Held { key, closes_before });
         key
     }
@@ -244,6 +251,13 @@ impl Ring {
         unsafe { self.io.submission_shared() }.cq_overflow()
     }
 
+    /// Whether completions wait for the thread that armed a receive to enter the kernel.
+    #[expect(unsafe_code, reason = "the submission queue's flags")]
+    pub(crate) fn has_task_work(&mut self) -> bool {
+        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
+        unsafe { self.io.submission_shared() }.taskrun()
+    }
+
     /// Entries pushed so far; an operation has reached the kernel when `submitted` is as large.
     pub(crate) fn pushed(&self) -> u64 {
         self.pushed
@@ -265,6 +279,7 @@ impl Ring {
             let mut queue = unsafe { self.io.completion_shared() };
             let batch = queue.fill(&mut batch);
             drop(queue);
+            let pauses = self.stats.pauses;
             for entry in &*batch {
                 self.complete(Completion {
                     user_data: entry.user_data(),
@@ -272,7 +287,8 @@ impl Ring {
                     flags: entry.flags(),
                 });
             }
-            if batch.len() < COMPLETIONS_BATCH {
+            // A receive that is to pause must be cancelled before more of it is taken.
+            if batch.len() < COMPLETIONS_BATCH || self.stats.pauses > pauses {
                 break;
             }
         }
@@ -281,6 +297,14 @@ impl Ring {
     fn complete(&mut self, completion: Completion) {
         self.stats.completions += 1;
         let Completion { user_data, result, flags } = completion;
+        if let Some(receive) = op::cancelled_by(user_data) {
+            // Only failures complete. If the receive has not ended, the cancel came while it was
+            // between two waits: once more, for without its end the slot is lost.
+            if self.ops.find(receive).is_some() {
+                self.push_chain(&[op::cancel(receive)]);
+            }
+            return;
+        }
         let Some((key, slot, op)) = self.ops.find(user_data) else {
             // Nobody's; a buffer it names is ours again all the same.
             if let (Some(id), Some(buffers)) = (cqueue::buffer_select(flags), &mut self.buffers) {
@@ -292,16 +316,17 @@ impl Ring {
             let inbox = Arc::clone(inbox);
             return self.complete_receive(key, slot, &inbox, completion);
         }
+        let is_send = matches!(op, Op::Send(_));
         let Some(ended) = self.ops.complete(key, result) else { return };
-        self.end(slot);
+        self.end(slot, is_send);
         match ended {
             Ended::Fetchable(waker) => self.wakers.extend(waker),
-            Ended::Unclaimed(op, outcome) => self.discard(&op, outcome),
+            Ended::Unclaimed(op, outcome) => drop(self.done(&op, outcome)),
         }
     }
 
-    fn end(&mut self, slot: SlotIndex) {
-        self.slots.end(slot);
+    fn end(&mut self, slot: SlotIndex, is_send: bool) {
+        self.slots.end(slot, is_send);
         while let Some(held) = self.held.pop_front() {
             if !self.slots.closes().all_finished_before(held.closes_before) {
                 self.held.push_front(held);
@@ -311,23 +336,23 @@ impl Ring {
         }
     }
 
-    /// What an operation left behind that nobody will fetch.
-    #[expect(unsafe_code, reason = "an installed descriptor is ours to close")]
-    fn discard(&mut self, op: &Op, outcome: Outcome) {
-        match op {
-            Op::Send(_) => self.count_sent(outcome),
-            Op::Install if outcome.succeeded == 1 => {
-                let fd = outcome.value.cast_signed();
-                // SAFETY: FIXED_FD_INSTALL has just made this descriptor for us alone.
-                drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-            Op::Install
-            | Op::Bind(_)
-            | Op::Connect(_)
-            | Op::SetOption(_)
-            | Op::Receive(_)
-            | Op::Close => {}
+    /// Takes what an operation left behind. Called once for each that was fetched or that nobody
+    /// will fetch; a descriptor that nobody wants closes itself
+    /// (`descriptors_are_not_left_behind_by_calls_given_up`).
+    #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
+    fn done(&mut self, op: &Op, outcome: Outcome) -> Done {
+        if let Op::Send(_) = op {
+            self.stats.datagrams_sent += u64::from(outcome.succeeded);
+            self.stats.bytes_sent += outcome.sum;
         }
+        let installed = matches!(op, Op::Install) && outcome.succeeded == 1;
+        let descriptor = installed.then(|| {
+            let fd: RawFd = outcome.value.cast_signed();
+            // SAFETY: FIXED_FD_INSTALL has just made this descriptor for us alone, and the
+            // operation has left the table, so this happens once.
+            unsafe { OwnedFd::from_raw_fd(fd) }
+        });
+        Done { outcome, descriptor }
     }
 
     fn complete_receive(
@@ -377,7 +402,7 @@ impl Ring {
             SlotState::Free => {}
         }
         self.ops.complete(key, result);
-        self.end(slot);
+        self.end(slot, false);
         // The guest may have drained the inbox while the cancel was on its way.
         if inbox.resume_if_drained() {
             self.resume(slot);
@@ -438,12 +463,9 @@ impl Ring {
     // ---- callers ----------------------------------------------------------------------------
 
     /// What came of an operation that is done; else remembers whom to wake, if told.
-    pub(crate) fn fetch(&mut self, key: OpKey, waker: Option<&Waker>) -> Option<(Op, Outcome)> {
-        let fetched = self.ops.fetch(key, waker)?;
-        if let (Op::Send(_), outcome) = fetched {
-            self.count_sent(outcome);
-        }
-        Some(fetched)
+    pub(crate) fn fetch(&mut self, key: OpKey, waker: Option<&Waker>) -> Option<Done> {
+        let (op, outcome) = self.ops.fetch(key, waker)?;
+        Some(self.done(&op, outcome))
     }
 
     /// Whether an operation is done; else remembers whom to wake.
@@ -457,13 +479,8 @@ impl Ring {
 
     pub(crate) fn abandon(&mut self, key: OpKey) {
         if let Some((op, outcome)) = self.ops.abandon(key) {
-            self.discard(&op, outcome);
+            drop(self.done(&op, outcome));
         }
-    }
-
-    fn count_sent(&mut self, outcome: Outcome) {
-        self.stats.datagrams_sent += u64::from(outcome.succeeded);
-        self.stats.bytes_sent += outcome.sum;
     }
 
     pub(crate) fn snapshot(&self) -> Stats {
@@ -478,7 +495,9 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let gate = self.gate();
         let bound = Timespec::new().nsec(1_000_000);
-        for _ in 0..TEARDOWN_ROUNDS_MAX {
+        let mut idle = 0;
+        while idle < TEARDOWN_ROUNDS_MAX {
+            let (submitted, completed) = (self.submitted(), self.stats.completions);
             let entries = self.ready_to_enter();
             if let Ok(taken) = gate.enter(entries, true) {
                 self.stats.submissions += u64::from(taken);
@@ -489,6 +508,9 @@ impl Drop for Ring {
             }
             // NotFound: nothing was left to cancel, so its completions are in the queue.
             let _ = self.io.submitter().register_sync_cancel(Some(bound), CancelBuilder::any());
+            if (submitted, completed) == (self.submitted(), self.stats.completions) {
+                idle += 1;
+            }
         }
         tracing::warn!("io_uring operations did not end in time; their memory is leaked");
         std::mem::forget(std::mem::take(&mut self.ops));
@@ -497,13 +519,4 @@ impl Drop for Ring {
             buffers.leak();
         }
     }
-}
-
-/// Takes ownership of a descriptor that FIXED_FD_INSTALL has made.
-#[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
-pub(crate) fn installed_socket(outcome: Outcome) -> std::net::UdpSocket {
-    let fd: RawFd = outcome.value.cast_signed();
-    // SAFETY: the kernel has just made this descriptor for us alone, and the operation's result is
-    // fetched once.
-    unsafe { std::net::UdpSocket::from_raw_fd(fd) }
 }

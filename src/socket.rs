@@ -12,12 +12,11 @@ use crate::driver::{Flush, Ticket};
 use crate::error::{Errno, ErrorCode};
 use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
 use crate::policy::{SocketAddrUse, is_of_family, is_remote};
+use crate::ring::Done;
 use crate::ring::inbox::{Datagram, Inbox};
-use crate::ring::installed_socket;
 use crate::ring::op::{BindOp, Op, Outgoing, SendOp, SocketOption};
 use crate::ring::probe::{FamilyDefaults, hop_limit_option};
 use crate::ring::slots::SlotIndex;
-use crate::ring::table::Outcome;
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
 pub(crate) struct UdpSocket {
@@ -36,6 +35,10 @@ struct State {
     /// What the kernel last said, if nothing has happened since that may change it.
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,
+    /// The receive's way into the kernel.
+    arming: Option<Flush>,
+    /// Sends that wait for room: they hold up the next `send`, of whichever stream.
+    in_flight: Option<Ticket>,
 }
 
 /// A socket's life. The kernel knows of it from `Binding` on.
@@ -64,9 +67,6 @@ pub(crate) enum OptionValue {
     SendBuffer(u64),
 }
 
-/// Sends that the kernel has not finished: they hold up the next `send`.
-pub(crate) type SendInFlight = Option<Ticket>;
-
 impl UdpSocket {
     /// Takes a place in the table. The kernel is not asked: an unbound socket is "effectively an
     /// in-memory configuration object" (wasi:sockets, create-udp-socket).
@@ -75,10 +75,10 @@ impl UdpSocket {
         if ctx.uring.defaults().of(family).is_none() {
             return Err(ErrorCode::NotSupported);
         }
-        if !ctx.quota.take() {
+        if !ctx.uring.take_place(&ctx.quota) {
             return Err(ErrorCode::NewSocketLimit);
         }
-        if !ctx.uring.take_place() {
+        if !ctx.uring.take_place(ctx.uring.room()) {
             ctx.quota.give_back();
             return Err(ErrorCode::NewSocketLimit);
         }
@@ -92,6 +92,8 @@ impl UdpSocket {
                 options: Options::default(),
                 local: None,
                 remote: None,
+                arming: None,
+                in_flight: None,
             }),
         })
     }
@@ -108,8 +110,7 @@ impl UdpSocket {
 
     /// Validates, asks the policy, and pushes SOCKET, the options and BIND as one chain.
     pub(crate) fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
-        let mut state = self.lock();
-        match state.life {
+        match self.lock().life {
             SocketState::Unbound => {}
             SocketState::Binding(_) | SocketState::Settled(_) => {
                 return Err(ErrorCode::ConcurrencyConflict);
@@ -119,7 +120,9 @@ impl UdpSocket {
         if !is_of_family(addr, self.family) {
             return Err(ErrorCode::InvalidArgument);
         }
+        // The host's code, so not under the lock.
         self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
+        let mut state = self.lock();
         let op = Op::Bind(Box::new(BindOp {
             family: self.family,
             options: state.options.to_set(self.family),
@@ -132,7 +135,8 @@ impl UdpSocket {
         self.slot.get_or_init(|| slot);
         state.life = SocketState::Binding(ticket);
         // The kernel picks what the guest left open; then only it knows.
-        state.local = Some(addr).filter(|addr| named_port && !addr.ip().is_unspecified());
+        let is_known = named_port && !addr.ip().is_unspecified();
+        state.local = is_known.then(|| as_the_kernel_names(addr));
         Ok(())
     }
 
@@ -165,7 +169,7 @@ impl UdpSocket {
     }
 
     /// Pushes an operation on the socket, which is bound, and waits for it.
-    async fn run(&self, op: Op) -> (Op, Outcome) {
+    async fn run(&self, op: Op) -> Done {
         self.submit(op).done().await
     }
 
@@ -212,7 +216,7 @@ impl UdpSocket {
         }
         match result {
             Ok(()) => {
-                self.lock().remote = Some(peer_name(remote));
+                self.lock().remote = Some(as_the_kernel_names(remote));
                 Ok(())
             }
             Err(Errno(libc::EAFNOSUPPORT)) => Err(ErrorCode::InvalidArgument),
@@ -223,8 +227,7 @@ impl UdpSocket {
     async fn run_connect(&self, addr: RawAddr) -> Result<(), Errno> {
         self.lock().local = None;
         let op = Op::Connect(Box::new(addr));
-        let (_, outcome) = self.run(op).await;
-        outcome.error.map_or(Ok(()), Err)
+        self.run(op).await.outcome.error.map_or(Ok(()), Err)
     }
 
     // ---- addresses --------------------------------------------------------------------------
@@ -247,13 +250,15 @@ impl UdpSocket {
     /// Linux before 6.19 has no getsockname on the ring, so the direct descriptor is made a file
     /// descriptor for a moment.
     async fn ask_local_address(&self) -> Result<SocketAddr, ErrorCode> {
-        let (_, outcome) = self.run(Op::Install).await;
-        if let Some(errno) = outcome.error {
-            return Err(errno.into());
+        let Done { outcome, descriptor } = self.run(Op::Install).await;
+        match (descriptor, outcome.error) {
+            (Some(descriptor), _) => std::net::UdpSocket::from(descriptor)
+                .local_addr()
+                .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL)).into()),
+            // The process has no descriptor to spare: no limit on sockets, as the table has it.
+            (None, Some(Errno(libc::EMFILE | libc::ENFILE))) => Err(ErrorCode::OutOfMemory),
+            (None, errno) => Err(errno.map_or(ErrorCode::Unknown, ErrorCode::from)),
         }
-        installed_socket(outcome)
-            .local_addr()
-            .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL)).into())
     }
 
     pub(crate) fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
@@ -295,7 +300,7 @@ impl UdpSocket {
         if self.is_bound().await {
             for option in options.to_set(self.family).into_iter().filter(|o| !o.is_v6only()) {
                 let op = Op::SetOption(Box::new(option));
-                let (_, outcome) = self.run(op).await;
+                let outcome = self.run(op).await.outcome;
                 if let Some(errno) = outcome.error {
                     return Err(errno.into());
                 }
@@ -313,14 +318,20 @@ impl UdpSocket {
 
     /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox.
     async fn arm(&self) {
-        if self.inbox.get().is_none() {
-            let mut flush = self.start_receive();
-            poll_fn(|cx| flush.poll(&self.ctx.uring, cx)).await;
-        }
-    }
-
-    fn start_receive(&self) -> Flush {
-        self.ctx.uring.arm(self.ctx.guest, self.bound_slot(), self.inbox())
+        poll_fn(|cx| {
+            let mut state = self.lock();
+            if self.inbox.get().is_none() {
+                let GuestCtx { uring, guest, .. } = &*self.ctx;
+                state.arming = Some(uring.arm(*guest, self.bound_slot(), self.inbox()));
+            }
+            // Kept until it is done, for a guest may look once and come back.
+            if let Some(flush) = &mut state.arming {
+                ready!(flush.poll(&self.ctx.uring, cx));
+                state.arming = None;
+            }
+            Poll::Ready(())
+        })
+        .await;
     }
 
     /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
@@ -348,9 +359,7 @@ impl UdpSocket {
                 Some(Err(_)) | None => break,
             }
         }
-        if inbox.resume_if_drained() {
-            self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
-        }
+        self.resume_if_drained(inbox);
         Ok(datagrams)
     }
 
@@ -370,6 +379,12 @@ impl UdpSocket {
         .await;
     }
 
+    fn resume_if_drained(&self, inbox: &Inbox) {
+        if inbox.resume_if_drained() {
+            self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
+        }
+    }
+
     /// Whether an arrival is there that the guest may see; those it may not are dropped.
     fn admit(&self, inbox: &Inbox, remote: Option<SocketAddr>) -> bool {
         let (mut not_from_peer, mut by_policy) = (0, 0);
@@ -387,6 +402,10 @@ impl UdpSocket {
                 stats.dropped_by_policy += by_policy;
             });
         }
+        if !admitted {
+            // What was dropped may have filled it.
+            self.resume_if_drained(inbox);
+        }
         admitted
     }
 
@@ -395,17 +414,19 @@ impl UdpSocket {
     /// Sends datagrams in order, as one chain, and returns how many the kernel took or will take.
     ///
     /// WIT: "If at least one datagram has been sent successfully, this function never returns an
-    /// error." What must wait for room stays in `in_flight`, with whatever error it meets.
+    /// error." What must wait for room is told of by the next `send`, if it fails.
     pub(crate) async fn send(
         &self,
-        in_flight: &mut SendInFlight,
         datagrams: Vec<(Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
-        if let Some(earlier) = in_flight {
-            let Some((_, outcome)) = earlier.try_done() else { return Ok(0) };
-            *in_flight = None;
-            if let Some(errno) = outcome.error {
-                return Err(errno.into());
+        {
+            let mut state = self.lock();
+            if let Some(earlier) = &mut state.in_flight {
+                let Some(Done { outcome, .. }) = earlier.try_done() else { return Ok(0) };
+                state.in_flight = None;
+                if let Some(errno) = outcome.error {
+                    return Err(errno.into());
+                }
             }
         }
         let remote = self.lock().remote;
@@ -432,10 +453,18 @@ impl UdpSocket {
             Some(_) => Ok(outcome.succeeded.into()),
             None => {
                 if !is_all {
-                    *in_flight = Some(ticket);
+                    self.lock().in_flight = Some(ticket);
                 }
                 Ok(accepted_len)
             }
+        }
+    }
+
+    /// Ready when the kernel has taken all that was sent.
+    pub(crate) fn poll_sendable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match &self.lock().in_flight {
+            Some(ticket) => ticket.poll_is_done(cx),
+            None => Poll::Ready(()),
         }
     }
 
@@ -470,7 +499,7 @@ impl State {
     /// Ready when no bind is on its way.
     fn poll_settled(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let SocketState::Binding(ticket) = &mut self.life {
-            let (_, outcome) = ready!(ticket.poll_done(cx));
+            let outcome = ready!(ticket.poll_done(cx)).outcome;
             let result = outcome.error.map_or(Ok(()), |errno| {
                 Err(match errno {
                     // bind(2): the address is not of the socket's family.
@@ -487,25 +516,20 @@ impl State {
 impl Drop for UdpSocket {
     fn drop(&mut self) {
         let GuestCtx { uring, guest, quota, .. } = &*self.ctx;
-        quota.give_back();
         match self.slot.get() {
-            None => uring.give_place_back(),
+            None => {
+                quota.give_back();
+                uring.room().give_back();
+            }
             Some(slot) => {
-                // A bind on its way is abandoned first: its ticket must not outlive the slot.
-                self.state.get_mut().unwrap_or_else(PoisonError::into_inner).life =
-                    SocketState::Unbound;
+                // What is on its way is abandoned first: no ticket may outlive the slot.
+                let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+                state.life = SocketState::Unbound;
+                state.in_flight = None;
                 let unread = self.inbox.get().map_or(0, |inbox| inbox.discard());
-                uring.close(*guest, *slot, unread);
+                uring.close(*guest, *slot, quota, unread);
             }
         }
-    }
-}
-
-/// Whether the earlier sends have left the process.
-pub(crate) fn poll_sendable(in_flight: &mut SendInFlight, cx: &mut Context<'_>) -> Poll<()> {
-    match in_flight {
-        Some(ticket) => ticket.poll_is_done(cx),
-        None => Poll::Ready(()),
     }
 }
 
@@ -553,9 +577,9 @@ fn clamp_to_int(bytes: u64) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX).min(i32::MAX.unsigned_abs())
 }
 
-/// A peer's address as getpeername(2) would give it back: without flow information, and with a
-/// scope only where the address needs one (RFC 4007: link-local).
-fn peer_name(addr: SocketAddr) -> SocketAddr {
+/// An address as getsockname(2) and getpeername(2) give it back: without flow information, and
+/// with a scope only where the address needs one (RFC 4007: link-local).
+fn as_the_kernel_names(addr: SocketAddr) -> SocketAddr {
     let SocketAddr::V6(addr) = addr else { return addr };
     let ip = addr.ip();
     let scoped =

@@ -22,7 +22,7 @@ use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::limits::BATCH_DATAGRAMS_MAX;
 use crate::ring::inbox::Datagram;
-use crate::socket::{self, OptionValue, SendInFlight, poll_sendable};
+use crate::socket::{self, OptionValue};
 
 /// `wasi:sockets/udp.udp-socket`.
 pub struct UdpSocket(Held);
@@ -61,7 +61,6 @@ pub struct OutgoingDatagramStream {
     socket: Arc<socket::UdpSocket>,
     /// Datagrams the last `check-send` permitted.
     permit: usize,
-    in_flight: SendInFlight,
 }
 
 impl udp_create_socket::Host for UdpCtxView<'_> {
@@ -107,8 +106,7 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         }
         let socket = self.table.get_mut(&this)?.share();
         socket.stream(remote_address.map(SocketAddr::from)).await?;
-        let outgoing =
-            OutgoingDatagramStream { socket: Arc::clone(&socket), permit: 0, in_flight: None };
+        let outgoing = OutgoingDatagramStream { socket: Arc::clone(&socket), permit: 0 };
         Ok((
             self.table.push_child(IncomingDatagramStream(socket), &this)?,
             self.table.push_child(outgoing, &this)?,
@@ -223,7 +221,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
     fn check_send(&mut self, this: Resource<OutgoingDatagramStream>) -> SocketResult<u64> {
         let stream = self.table.get_mut(&this)?;
         let mut now = Context::from_waker(Waker::noop());
-        let is_ready = poll_sendable(&mut stream.in_flight, &mut now).is_ready();
+        let is_ready = stream.socket.poll_sendable(&mut now).is_ready();
         stream.permit = if is_ready { BATCH_DATAGRAMS_MAX } else { 0 };
         Ok(stream.permit as u64)
     }
@@ -248,7 +246,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
             .into_iter()
             .map(|datagram| (datagram.data, datagram.remote_address.map(SocketAddr::from)))
             .collect();
-        Ok(stream.socket.send(&mut stream.in_flight, datagrams).await?)
+        Ok(stream.socket.send(datagrams).await?)
     }
 
     fn subscribe(
@@ -258,8 +256,8 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
         subscribe(self.table, this)
     }
 
-    /// Does not wait: what `send` accepted is the kernel's, and outlives the stream, the socket
-    /// and its slot's CLOSE.
+    /// Does not wait: what `send` accepted goes on its way, and outlives the stream, the socket and
+    /// its slot's CLOSE.
     fn drop(&mut self, this: Resource<OutgoingDatagramStream>) -> wasmtime::Result<()> {
         self.table.delete(this)?;
         Ok(())
@@ -269,7 +267,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
 #[async_trait]
 impl Pollable for OutgoingDatagramStream {
     async fn ready(&mut self) {
-        poll_fn(|cx| poll_sendable(&mut self.in_flight, cx)).await;
+        poll_fn(|cx| self.socket.poll_sendable(cx)).await;
     }
 }
 

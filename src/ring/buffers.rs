@@ -38,7 +38,8 @@ impl BufferRing {
         let bytes = Mapping::anonymous(BYTES_BYTES)?;
         // SAFETY: `entries` is page-aligned, holds BUFFERS entries and lives as long as the ring:
         // `Ring` drops its buffers only when the kernel holds no operation, and leaks them else.
-        // (`every_buffer_comes_home_after_cancel` reads what would be overwritten.)
+        // (`whatever_the_kernel_does_datagrams_reach_their_own_socket_in_order` reads what would be
+        // overwritten.)
         unsafe {
             io.submitter().register_buf_ring_with_flags(
                 entries.start.expose_provenance() as u64,
@@ -59,8 +60,8 @@ impl BufferRing {
     pub(crate) fn publish(&mut self, id: BufferId) {
         let at = usize::from(self.tail & (BUFFERS - 1));
         let entry = self.entries.start.cast::<BufRingEntry>().wrapping_add(at);
-        // SAFETY: `at` is below BUFFERS, so the entry is inside the mapping; the kernel does not
-        // read it before the tail moves past it below, and BUFFERS ids fill no more than all.
+        // SAFETY: `at` is below BUFFERS, so the entry is inside the mapping. The kernel only reads
+        // entries, and this one not before the tail moves past it below.
         let entry = unsafe { &mut *entry };
         entry.set_addr(self.buffer_start(id).expose_provenance() as u64);
         entry.set_len(u32::try_from(BUFFER_BYTES).expect("68 KiB"));

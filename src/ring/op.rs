@@ -10,9 +10,6 @@ use super::inbox::Inbox;
 use super::slots::SlotIndex;
 use crate::datagram::{Family, RawAddr};
 
-/// `user_data` of entries whose completion nobody waits for (cancels that found nothing).
-pub(crate) const UNTRACKED: u64 = u64::MAX;
-
 /// The group that the ring's receive buffers are registered under.
 pub(crate) const BUFFER_GROUP: u16 = 0;
 
@@ -141,8 +138,16 @@ impl Outgoing {
     }
 }
 
+/// Marks the `user_data` of a cancel: the top bit of a table index, which is never that large.
+const CANCEL: u64 = 1 << 31;
+
 /// Ends the receive with this `user_data`. Named by it and never by slot: a cancel by file scans
 /// every armed receive of the ring (80 times as dear at 10,000).
-pub(crate) fn cancel(user_data: u64) -> Entry {
-    opcode::AsyncCancel::new(user_data).build().flags(Flags::SKIP_SUCCESS).user_data(UNTRACKED)
+pub(crate) fn cancel(receive: u64) -> Entry {
+    opcode::AsyncCancel::new(receive).build().flags(Flags::SKIP_SUCCESS).user_data(receive | CANCEL)
+}
+
+/// The receive that a cancel was meant for, if this `user_data` is a cancel's.
+pub(crate) fn cancelled_by(user_data: u64) -> Option<u64> {
+    (user_data & CANCEL != 0).then_some(user_data & !CANCEL)
 }

@@ -164,6 +164,7 @@ pub(crate) fn set_up() -> Result<IoUring, SetupError> {
         // An entry the kernel refuses must not keep those behind it from being submitted.
         .setup_submit_all()
         .setup_coop_taskrun()
+        .setup_taskrun_flag()
         .dontfork()
         .build(SQ_ENTRIES)
         .map_err(refusal)

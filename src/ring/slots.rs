@@ -19,8 +19,8 @@ impl SlotIndex {
     }
 }
 
-/// How many sockets the table has room for. A socket takes its place when it is created, without
-/// the driver's lock, and learns which slot it is when it is bound.
+/// A number of places for sockets: a ring's table has one, and every guest's quota is one. It
+/// refuses and never waits.
 ///
 /// Two counters that only grow, one for each side: what is taken is their difference.
 #[derive(Debug)]
@@ -39,15 +39,14 @@ impl Room {
         })
     }
 
-    /// Takes a place, or refuses if the table is full.
+    /// Takes a place, or refuses if there is none.
     pub(crate) fn take(&self) -> bool {
-        let created = self.created.fetch_add(1, Ordering::Relaxed);
-        // A place given back by another thread must be seen to be free by whoever takes it.
-        if created.saturating_sub(self.gone.load(Ordering::Acquire)) >= self.capacity {
-            self.created.fetch_sub(1, Ordering::Relaxed);
-            return false;
-        }
-        true
+        let one_more = |created: u64| {
+            // A place given back by another thread is seen to be free by whoever takes it.
+            let taken = created.saturating_sub(self.gone.load(Ordering::Acquire));
+            (taken < self.capacity).then_some(created + 1)
+        };
+        self.created.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
     }
 
     pub(crate) fn give_back(&self) {
@@ -71,9 +70,11 @@ pub(crate) enum SlotState {
     Open {
         receive: Receive,
     },
-    /// Not owned; waits for the completions of its CLOSE and of every other operation.
+    /// Not owned; waits for the completions of its CLOSE and of every other operation. Sends that
+    /// wait for room keep their guest's place as well, else it could pile up any number of them.
     Closing {
         close: u64,
+        quota: Option<Arc<Room>>,
     },
 }
 
@@ -92,6 +93,8 @@ struct Slot {
     state: SlotState,
     /// Operations that have not had their last completion.
     ops: u32,
+    /// Those of them that are sends.
+    sends: u32,
 }
 
 pub(crate) struct SlotTable {
@@ -114,7 +117,7 @@ impl SlotTable {
             return slot;
         }
         let index = u32::try_from(self.slots.len()).expect("no more slots than the room has");
-        self.slots.push(Slot { state, ops: 0 });
+        self.slots.push(Slot { state, ops: 0, sends: 0 });
         SlotIndex(index)
     }
 
@@ -123,27 +126,45 @@ impl SlotTable {
     }
 
     /// An operation on the slot is about to be pushed.
-    pub(crate) fn begin(&mut self, slot: SlotIndex) {
-        self.slots[slot.0 as usize].ops += 1;
+    pub(crate) fn begin(&mut self, slot: SlotIndex, is_send: bool) {
+        let entry = &mut self.slots[slot.0 as usize];
+        entry.ops += 1;
+        entry.sends += u32::from(is_send);
     }
 
     /// An operation on the slot had its last completion. The slot becomes free if it was closing
-    /// and this was the last.
-    pub(crate) fn end(&mut self, slot: SlotIndex) {
+    /// and this was the last; its close is over, for those who wait for its port, when only sends
+    /// are left.
+    pub(crate) fn end(&mut self, slot: SlotIndex, is_send: bool) {
         let entry = &mut self.slots[slot.0 as usize];
         entry.ops -= 1;
-        if let (SlotState::Closing { close }, 0) = (&entry.state, entry.ops) {
+        entry.sends -= u32::from(is_send);
+        let SlotState::Closing { close, quota } = &mut entry.state else { return };
+        if entry.ops == entry.sends {
             self.closes.finish(*close);
+        }
+        if entry.ops == 0 {
+            if let Some(quota) = quota.take() {
+                quota.give_back();
+            }
             entry.state = SlotState::Free;
             self.free.push(slot);
             self.room.give_back();
         }
     }
 
-    /// The owner is gone and a CLOSE will be pushed.
-    pub(crate) fn close(&mut self, slot: SlotIndex) {
+    /// The owner is gone and a CLOSE will be pushed. A guest that has sends on their way gets its
+    /// place back after them, others at once.
+    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>) {
         let close = self.closes.start();
-        self.slots[slot.0 as usize].state = SlotState::Closing { close };
+        let entry = &mut self.slots[slot.0 as usize];
+        let quota = if entry.sends > 0 {
+            Some(Arc::clone(quota))
+        } else {
+            quota.give_back();
+            None
+        };
+        entry.state = SlotState::Closing { close, quota };
     }
 
     pub(crate) fn closes(&self) -> &CloseLog {
@@ -217,14 +238,36 @@ mod tests {
         assert!(room.take());
         let mut slots = SlotTable::new(Arc::clone(&room));
         let slot = slots.open();
-        slots.begin(slot); // a receive
-        slots.begin(slot); // the close
-        slots.close(slot);
-        slots.end(slot);
+        let quota = Room::new(1);
+        assert!(quota.take());
+        slots.begin(slot, false); // a receive
+        slots.begin(slot, false); // the close
+        slots.close(slot, &quota);
+        assert!(quota.take(), "the guest may open another");
+        slots.end(slot, false);
         assert!(!room.take(), "the receive may still use the file");
-        slots.end(slot);
+        slots.end(slot, false);
         assert!(room.take());
         assert_eq!(slots.open(), slot);
+    }
+
+    #[test]
+    fn a_send_that_waits_keeps_its_guests_place_but_holds_up_no_bind() {
+        let room = Room::new(1);
+        let quota = Room::new(1);
+        assert!(room.take() && quota.take());
+        let mut slots = SlotTable::new(Arc::clone(&room));
+        let slot = slots.open();
+        slots.begin(slot, true);
+        slots.close(slot, &quota);
+        slots.begin(slot, false); // the close
+        let bound = slots.closes().next();
+        assert!(!slots.closes().all_finished_before(bound));
+        slots.end(slot, false);
+        assert!(slots.closes().all_finished_before(bound));
+        assert!(!quota.take() && !room.take());
+        slots.end(slot, true);
+        assert!(quota.take() && room.take());
     }
 
     #[test]

@@ -5,11 +5,11 @@
 
 use std::task::Waker;
 
-use super::op::{Op, UNTRACKED};
+use super::op::Op;
 use super::slots::SlotIndex;
 use crate::error::Errno;
 
-/// Names one operation, once: its place in the table and how often the place was reused.
+/// Names one operation: its place in the table and how often, modulo 2^32, the place was reused.
 /// It travels through the kernel as `user_data`, so a late completion cannot reach a successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OpKey {
@@ -25,7 +25,7 @@ impl OpKey {
     fn from_user_data(user_data: u64) -> Option<Self> {
         let index = u32::try_from(user_data & u64::from(u32::MAX)).ok()?;
         let generation = u32::try_from(user_data >> 32).ok()?;
-        (user_data != UNTRACKED).then_some(Self { index, generation })
+        Some(Self { index, generation })
     }
 }
 
@@ -93,7 +93,7 @@ impl OpTable {
         let index = self.vacant.pop().unwrap_or_else(|| {
             let place = Place { generation: 0, slot, pending, outcome, state: OpState::Vacant };
             self.places.push(place);
-            u32::try_from(self.places.len() - 1).expect("fewer than 2^32 operations in flight")
+            u32::try_from(self.places.len() - 1).expect("fewer than 2^31 operations in flight")
         });
         let place = &mut self.places[index as usize];
         *place = Place { generation: place.generation, slot, pending, outcome, state };
@@ -160,8 +160,8 @@ impl OpTable {
                 self.vacate(key);
                 Some((op, outcome))
             }
-            OpState::InKernel { op, .. } => {
-                place.state = OpState::InKernel { op, waker: waker.cloned() };
+            OpState::InKernel { op, waker: earlier } => {
+                place.state = OpState::InKernel { op, waker: waker.cloned().or(earlier) };
                 None
             }
             other @ (OpState::Abandoned { .. } | OpState::Vacant) => {
@@ -216,8 +216,6 @@ impl OpTable {
     fn vacate(&mut self, key: OpKey) {
         let place = &mut self.places[key.index as usize];
         place.state = OpState::Vacant;
-        // A generation of u32::MAX with index u32::MAX would read as UNTRACKED; the index never
-        // gets there.
         place.generation = place.generation.wrapping_add(1);
         self.vacant.push(key.index);
     }

@@ -15,6 +15,8 @@ const IORING_CQE_BUFFER_SHIFT: u32 = 16;
 struct Rig {
     ring: Ring,
     room: Arc<Room>,
+    /// One guest's, for all.
+    quota: Arc<Room>,
     sockets: Vec<Socket>,
     next_buffer: u16,
 }
@@ -31,7 +33,7 @@ const LIMITS: InboxLimits = InboxLimits { datagrams: 4, bytes: 1 << 20 };
 impl Rig {
     fn new() -> Self {
         let probe::Built { ring, room, .. } = probe::build(16).unwrap();
-        Self { ring, room, sockets: Vec::new(), next_buffer: 0 }
+        Self { ring, room, quota: Room::new(16), sockets: Vec::new(), next_buffer: 0 }
     }
 
     fn open(&mut self) {
@@ -85,7 +87,7 @@ impl Rig {
     /// Closes everything, for a ring that is dropped waits for the kernel, which knows of nothing.
     fn finish(mut self) {
         for socket in std::mem::take(&mut self.sockets) {
-            self.ring.close(socket.slot, 0);
+            self.ring.close(socket.slot, &self.quota, 0);
         }
         for key in self.ring.ops.held_by_kernel() {
             self.complete(key.user_data(), -libc::ECANCELED, 0);
@@ -137,7 +139,7 @@ proptest! {
                 (6, receive) => {
                     let taken = rig.room.taken();
                     let socket = rig.sockets.swap_remove(at);
-                    rig.ring.close(slot, socket.inbox.discard());
+                    rig.ring.close(slot, &rig.quota, socket.inbox.discard());
                     let close = rig.held_close(slot);
                     rig.complete(close, 0, 0);
                     if let Some(key) = receive {
@@ -189,7 +191,7 @@ fn a_bind_by_number_is_held_until_the_close_before_it_is_done() {
     let old = rig.ring.open();
     let key = rig.ring.submit_bind(old, bind(), true);
     rig.complete(key.user_data(), 0, 0);
-    rig.ring.close(old, 0);
+    rig.ring.close(old, &rig.quota, 0);
     let close = rig.held_close(old);
 
     assert!(rig.room.take());
@@ -199,6 +201,84 @@ fn a_bind_by_number_is_held_until_the_close_before_it_is_done() {
     assert_eq!(rig.ring.pushed(), pushed, "held: the close may be giving up this port");
     rig.complete(close, 0, 0);
     assert_eq!(rig.ring.pushed(), pushed + 2, "SOCKET and BIND");
-    rig.ring.close(new, 0);
+    rig.ring.close(new, &rig.quota, 0);
     rig.finish();
+}
+
+#[test]
+fn a_cancel_that_misses_its_receive_is_sent_again() {
+    let mut rig = Rig::new();
+    rig.open();
+    let slot = rig.sockets[0].slot;
+    let receive = rig.held_receive(slot).unwrap();
+    let socket = rig.sockets.pop().unwrap();
+    rig.ring.close(slot, &rig.quota, socket.inbox.discard());
+    let close = rig.held_close(slot);
+    rig.complete(close, 0, 0);
+    let cancel = receive | 1 << 31;
+    for missed in [-libc::ENOENT, -libc::EALREADY] {
+        let pushed = rig.ring.pushed();
+        rig.complete(cancel, missed, 0);
+        assert_eq!(rig.ring.pushed(), pushed + 1, "once more");
+    }
+    rig.complete(receive, -libc::ECANCELED, 0);
+    let pushed = rig.ring.pushed();
+    rig.complete(cancel, -libc::ENOENT, 0);
+    assert_eq!(rig.ring.pushed(), pushed, "the receive has ended");
+    assert_eq!(rig.room.taken(), 0);
+    rig.finish();
+}
+
+/// Enters the kernel until nothing is left to come.
+fn enter(ring: &mut Ring) {
+    let gate = ring.gate();
+    for _ in 0..3 {
+        let entries = ring.ready_to_enter();
+        gate.enter(entries, true).unwrap();
+        ring.complete_all();
+    }
+}
+
+/// With the real kernel: `Op::completions` and the linked chain rely on it.
+#[test]
+fn a_failing_socket_operation_completes_its_bind_once() {
+    use crate::datagram::Family;
+    use crate::ring::op::{BindOp, SocketOption};
+    let bad_option = SocketOption { level: libc::SOL_SOCKET, name: -1, value: 1 };
+    let foreign = std::net::SocketAddr::from(([192, 0, 2, 1], 0));
+    let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let cases = [
+        // The middle of the chain fails, its end fails, nothing fails.
+        (vec![bad_option], local, Some(Errno(libc::ENOPROTOOPT))),
+        (vec![], foreign, Some(Errno(libc::EADDRNOTAVAIL))),
+        (vec![], local, None),
+    ];
+    for (options, addr, error) in cases {
+        let probe::Built { mut ring, room, .. } = probe::build(4).unwrap();
+        assert!(room.take());
+        let slot = ring.open();
+        let bind = BindOp { family: Family::V4, options, addr: addr.into() };
+        let key = ring.submit_bind(slot, Op::Bind(Box::new(bind)), false);
+        enter(&mut ring);
+        assert_eq!(ring.stats.completions, 1, "{error:?}");
+        let done = ring.fetch(key, None).expect("the one completion was the last");
+        assert_eq!(done.outcome.error, error);
+        ring.close(slot, &Room::new(1), 0);
+        enter(&mut ring);
+        assert_eq!((ring.stats.completions, room.taken()), (2, 0), "{error:?}");
+    }
+    // The head fails: a slot beyond the table. The kernel does not count that as a failure of
+    // the chain, and BIND finds the slot empty; one completion all the same.
+    let probe::Built { mut ring, room, .. } = probe::build(1).unwrap();
+    assert!(room.take());
+    let bind = BindOp { family: Family::V4, options: vec![], addr: local.into() };
+    let (first, beyond) = (ring.open(), ring.open());
+    let key = ring.submit_bind(beyond, Op::Bind(Box::new(bind)), false);
+    enter(&mut ring);
+    assert_eq!(ring.stats.completions, 1);
+    assert_eq!(ring.fetch(key, None).unwrap().outcome.error, Some(Errno(libc::EBADF)));
+    for slot in [first, beyond] {
+        ring.close(slot, &Room::new(1), 0);
+    }
+    enter(&mut ring);
 }
