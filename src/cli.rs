@@ -115,7 +115,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
     pub(crate) backend: BackendArg,
     /// Instances to run at once; instance 0 has the terminal's stdin, stdout and stderr
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_guests)]
     pub(crate) guests: NonZeroUsize,
     /// Threads that run guests [default: one per core]
     #[arg(long, value_name = "N")]
@@ -146,7 +146,7 @@ pub(crate) struct RunArgs {
 #[derive(Args)]
 pub(crate) struct DemoArgs {
     /// Guests at once
-    #[arg(long, value_name = "N", default_value = "1000")]
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = parse_guests)]
     pub(crate) guests: NonZeroUsize,
     /// Rounds per backend; more rounds, less noise
     #[arg(long, value_name = "N", default_value = "5")]
@@ -183,6 +183,16 @@ pub(crate) struct DoctorArgs {
     /// Print JSON instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// More guests than any machine's memory holds would only overflow what is computed from them.
+const GUESTS_MAX: usize = 1_000_000;
+
+fn parse_guests(text: &str) -> Result<NonZeroUsize, String> {
+    match text.parse::<NonZeroUsize>() {
+        Ok(guests) if guests.get() <= GUESTS_MAX => Ok(guests),
+        _ => Err(format!("{text} is not in 1..={GUESTS_MAX}")),
+    }
 }
 
 fn parse_env(text: &str) -> Result<(String, String), String> {

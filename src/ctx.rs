@@ -55,7 +55,7 @@ impl UdpCtx {
     }
 
     pub(crate) fn new_socket(&mut self, family: Family) -> Result<UdpSocket, ErrorCode> {
-        UdpSocket::new(&self.0, family)
+        UdpSocket::new(&mut self.0, family)
     }
 }
 

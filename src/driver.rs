@@ -217,21 +217,26 @@ impl Uring {
         Arc::new(Inbox::new(self.shared.inbox))
     }
 
-    /// Takes a place in a room, be it the table's or a guest's quota.
-    pub(crate) fn take_place(&self, room: &Room) -> bool {
+    /// Takes a place in a room, be it the table's or a guest's quota, by one of its methods.
+    pub(crate) fn take_place(&self, take: impl Fn() -> bool) -> bool {
+        take() || self.take_place_after_closes(take)
+    }
+
+    /// The CLOSE that frees a place may be on its way, or in the kernel with another thread, which
+    /// takes microseconds.
+    #[cold]
+    fn take_place_after_closes(&self, take: impl Fn() -> bool) -> bool {
         for _ in 0..FULL_ROOM_LOOKS_MAX {
-            if room.take() {
-                return true;
-            }
-            // The CLOSE that frees a place may be on its way, or in the kernel with another
-            // thread, which takes microseconds.
             let core = self.shared.lock();
             if !core.entering {
                 drop(self.shared.combine(core));
-                return room.take();
+                return take();
             }
             drop(core);
             std::thread::yield_now();
+            if take() {
+                return true;
+            }
         }
         false
     }

@@ -36,9 +36,9 @@ struct State {
     local: Option<SocketAddr>,
     remote: Option<SocketAddr>,
     /// The receive's way into the kernel.
-    arming: Option<Flush>,
+    arming: Option<Box<Flush>>,
     /// Sends that wait for room: they hold up the next `send`, of whichever stream.
-    in_flight: Option<Ticket>,
+    in_flight: Option<Box<Ticket>>,
 }
 
 /// A socket's life. The kernel knows of it from `Binding` on.
@@ -70,15 +70,15 @@ pub(crate) enum OptionValue {
 impl UdpSocket {
     /// Takes a place in the table. The kernel is not asked: an unbound socket is "effectively an
     /// in-memory configuration object" (wasi:sockets, create-udp-socket).
-    pub(crate) fn new(ctx: &Arc<GuestCtx>, family: Family) -> Result<Self, ErrorCode> {
+    pub(crate) fn new(ctx: &mut Arc<GuestCtx>, family: Family) -> Result<Self, ErrorCode> {
         ctx.policy.udp()?;
         if ctx.uring.defaults().of(family).is_none() {
             return Err(ErrorCode::NotSupported);
         }
-        if !ctx.uring.take_place(&ctx.quota) {
+        if !ctx.uring.take_place(|| ctx.quota.take_alone()) {
             return Err(ErrorCode::NewSocketLimit);
         }
-        if !ctx.uring.take_place(ctx.uring.room()) {
+        if !ctx.uring.take_place(|| ctx.uring.room().take()) {
             ctx.quota.give_back();
             return Err(ErrorCode::NewSocketLimit);
         }
@@ -322,7 +322,8 @@ impl UdpSocket {
             let mut state = self.lock();
             if self.inbox.get().is_none() {
                 let GuestCtx { uring, guest, .. } = &*self.ctx;
-                state.arming = Some(uring.arm(*guest, self.bound_slot(), self.inbox()));
+                let flush = uring.arm(*guest, self.bound_slot(), self.inbox());
+                state.arming = Some(Box::new(flush));
             }
             // Kept until it is done, for a guest may look once and come back.
             if let Some(flush) = &mut state.arming {
@@ -453,7 +454,7 @@ impl UdpSocket {
             Some(_) => Ok(outcome.succeeded.into()),
             None => {
                 if !is_all {
-                    self.lock().in_flight = Some(ticket);
+                    self.lock().in_flight = Some(Box::new(ticket));
                 }
                 Ok(accepted_len)
             }

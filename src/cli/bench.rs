@@ -10,7 +10,7 @@ use wasmtime::error::Context;
 
 use super::host::Backend;
 use super::measure::{Contest, Sample, Summary, Work};
-use super::{BenchArgs, Failure, RuntimeArg, doctor, print, say};
+use super::{BenchArgs, Failure, RuntimeArg, print, say};
 
 /// A mode of the built-in guest and how many operations one guest alone does in a round.
 pub(crate) const MODES: &[(&str, usize)] = &[
@@ -32,7 +32,6 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         let error = wasmtime::format_err!("no bench is named {unknown}; there are {}", known());
         return Err(Failure::usage(error));
     }
-    doctor::raise_nofile();
     let contest = Contest::new().map_err(Failure::run)?;
     let runtime = match args.runtime {
         RuntimeArg::PerCore => tokio::runtime::Builder::new_current_thread().enable_all().build(),

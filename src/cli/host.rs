@@ -195,20 +195,20 @@ fn is_local(use_: SocketAddrUse) -> bool {
     matches!(use_, SocketAddrUse::UdpBind | SocketAddrUse::TcpBind | SocketAddrUse::TcpListen)
 }
 
-/// Decides on a backend: tries a ring, and for `auto` falls back to stock and says so once.
+/// Decides on a backend: tries to build the rings, and for `auto` falls back to stock and says so once.
 pub(crate) fn choose(
     wanted: BackendArg,
-    build: impl FnOnce() -> Result<Uring, SetupError>,
-) -> Result<(Backend, Option<Uring>), Failure> {
+    build: impl FnOnce() -> Result<Vec<Uring>, SetupError>,
+) -> Result<(Backend, Vec<Uring>), Failure> {
     if wanted == BackendArg::Stock {
-        return Ok((Backend::Stock, None));
+        return Ok((Backend::Stock, Vec::new()));
     }
     match build() {
-        Ok(uring) => Ok((Backend::Uring, Some(uring))),
+        Ok(rings) => Ok((Backend::Uring, rings)),
         Err(error) if wanted == BackendArg::Auto => {
             metrics::counter!("wasi_uring_fallbacks_total").increment(1);
             tracing::warn!(%error, "no io_uring: UDP sockets are wasmtime-wasi's");
-            Ok((Backend::Stock, None))
+            Ok((Backend::Stock, Vec::new()))
         }
         Err(error) => {
             let hint = "`wasi-uring doctor` shows everything this machine lacks";

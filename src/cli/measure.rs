@@ -17,8 +17,8 @@ use super::host::{Backend, GuestConfig, Net, Program};
 /// The guest that every measurement runs: its modes are in its header.
 const LIFE: &str = include_str!("guests/life.wat");
 
-/// Slots of the ring measured: room for ten thousand guests with a socket each.
-const SOCKETS: u32 = 16_384;
+/// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting.
+const SOCKETS_MAX: u32 = 16_384;
 
 /// What each guest is told to do, and how often.
 #[derive(Clone, Debug)]
@@ -44,16 +44,20 @@ pub(crate) struct Contest {
     stock: Arc<Program>,
     uring: Arc<Program>,
     ring: Uring,
+    sockets: u32,
 }
 
 impl Contest {
     pub(crate) fn new() -> wasmtime::Result<Self> {
+        let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
+        let sockets = SOCKETS_MAX.min(files);
         let engine = Engine::default();
         let component = Component::new(&engine, LIFE)?;
         Ok(Self {
             stock: Arc::new(Program::link(&engine, &component, Backend::Stock)?),
             uring: Arc::new(Program::link(&engine, &component, Backend::Uring)?),
-            ring: Uring::builder().sockets(SOCKETS).build()?,
+            ring: Uring::builder().sockets(sockets).build()?,
+            sockets,
         })
     }
 
@@ -75,8 +79,12 @@ impl Contest {
                 let mut wasi = WasiCtx::builder();
                 net.configure(&mut wasi);
                 wasi.args(&["life", work.mode, &work.count.to_string()]);
-                let config =
-                    GuestConfig { wasi, net: &net, uring: Some(&self.ring), sockets_max: SOCKETS };
+                let config = GuestConfig {
+                    wasi,
+                    net: &net,
+                    uring: Some(&self.ring),
+                    sockets_max: self.sockets,
+                };
                 guests.push(program.instantiate(config).await?);
             }
             let enters = self.ring.stats().enters;

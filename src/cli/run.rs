@@ -8,7 +8,7 @@ use std::time::Duration;
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
 use wasi_uring::limits::SOCKETS_MAX;
-use wasi_uring::{Stats, Uring};
+use wasi_uring::{SetupError, Stats, Uring};
 use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
@@ -28,9 +28,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let component = component?;
 
     let plan = Plan::new(args);
-    let (backend, first) = host::choose(args.backend, || plan.build_ring())?;
+    let (backend, rings) = host::choose(args.backend, || plan.rings())?;
     let program = Arc::new(Program::link(&engine, &component, backend)?);
-    let rings = plan.rings(first)?;
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {
             let ring = rings.first().cloned();
@@ -91,20 +90,13 @@ impl<'a> Plan<'a> {
         Self { args, threads, slots_per_ring, sockets_per_guest }
     }
 
-    fn build_ring(&self) -> Result<Uring, wasi_uring::SetupError> {
-        Uring::builder().sockets(self.slots_per_ring).build()
-    }
-
-    /// A ring for each thread that has its own, given the first; none for stock.
-    fn rings(&self, first: Option<Uring>) -> Result<Vec<Uring>, Failure> {
-        let Some(first) = first else { return Ok(Vec::new()) };
-        let mut rings = vec![first];
-        if self.args.runtime != RuntimeArg::MultiThread {
-            for _ in 1..self.threads {
-                rings.push(self.build_ring().map_err(Failure::usage)?);
-            }
-        }
-        Ok(rings)
+    /// One ring, or one for each thread that has its own.
+    fn rings(&self) -> Result<Vec<Uring>, SetupError> {
+        let rings = match self.args.runtime {
+            RuntimeArg::MultiThread => 1,
+            RuntimeArg::PerCore | RuntimeArg::TokioUring => self.threads,
+        };
+        (0..rings).map(|_| Uring::builder().sockets(self.slots_per_ring).build()).collect()
     }
 
     fn wasi(&self, guest: usize) -> WasiCtxBuilder {
@@ -132,7 +124,8 @@ fn run_per_thread(
                 scope.spawn(move || {
                     let guests = run_guests_on(plan, program, ring, net, mine);
                     if plan.args.runtime == RuntimeArg::TokioUring {
-                        return Ok(tokio_uring::start(guests));
+                        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())?;
+                        return Ok(runtime.block_on(guests));
                     }
                     let runtime =
                         tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -136,15 +136,12 @@ pub(crate) fn build(sockets: u32) -> Result<Built, SetupError> {
     let io = set_up()?;
     check_operations(&io)?;
     register_table(&io, sockets)?;
-    let buffers = BufferRing::register(&io).map_err(|errno| match errno.raw_os_error() {
-        Some(libc::ENOMEM) => memlock(),
-        _ => SetupError::Io { step: "registering the buffer ring", errno },
-    })?;
+    let buffers = BufferRing::register(&io).map_err(step("registering the buffer ring"))?;
     check_options(&io)?;
     let arrivals = Arrivals::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
     io.submitter()
         .register_eventfd(arrivals.as_raw_fd())
-        .map_err(|errno| SetupError::Io { step: "registering the eventfd", errno })?;
+        .map_err(step("registering the eventfd"))?;
     let defaults = Defaults::probe()?;
     let room = Room::new(sockets);
     let ring = Ring::new(io, buffers, Arc::clone(&room));
@@ -170,6 +167,14 @@ pub(crate) fn set_up() -> Result<IoUring, SetupError> {
         .map_err(refusal)
 }
 
+/// What a failing step says, where its errno has no meaning of its own.
+fn step(step: &'static str) -> impl Fn(io::Error) -> SetupError {
+    move |errno| match errno.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::ENOMEM) => refusal(errno),
+        _ => SetupError::Io { step, errno },
+    }
+}
+
 fn refusal(errno: io::Error) -> SetupError {
     match errno.raw_os_error() {
         Some(libc::ENOSYS) => SetupError::NoIoUring,
@@ -179,8 +184,10 @@ fn refusal(errno: io::Error) -> SetupError {
             _ if seccomp_is_filtering() => SetupError::DeniedBySeccomp { errno },
             _ => SetupError::Denied { errno },
         },
-        // A set-up flag the kernel does not know: IORING_SETUP_SUBMIT_ALL came with 5.18.
-        Some(libc::EINVAL) => SetupError::MissingOperation { operation: "IORING_SETUP_SUBMIT_ALL" },
+        // A set-up flag the kernel does not know; the newest came with 5.19.
+        Some(libc::EINVAL) => {
+            SetupError::MissingOperation { operation: "IORING_SETUP_COOP_TASKRUN" }
+        }
         _ => SetupError::Io { step: "io_uring_setup", errno },
     }
 }
@@ -203,9 +210,7 @@ fn memlock() -> SetupError {
 
 fn check_operations(io: &IoUring) -> Result<(), SetupError> {
     let mut probe = Probe::new();
-    io.submitter()
-        .register_probe(&mut probe)
-        .map_err(|errno| SetupError::Io { step: "probing io_uring's operations", errno })?;
+    io.submitter().register_probe(&mut probe).map_err(step("probing io_uring's operations"))?;
     match OPERATIONS.iter().find(|(_, code, _)| !probe.is_supported(*code)) {
         Some((operation, ..)) => Err(SetupError::MissingOperation { operation }),
         None => Ok(()),
@@ -217,8 +222,7 @@ fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {
         Some(libc::EMFILE) => {
             SetupError::TableBeyondNofile { sockets, limit: soft_limit(libc::RLIMIT_NOFILE) }
         }
-        Some(libc::ENOMEM) => memlock(),
-        _ => SetupError::Io { step: "registering the fixed-file table", errno },
+        _ => step("registering the fixed-file table")(errno),
     })
 }
 
@@ -251,9 +255,7 @@ fn check_options(io: &IoUring) -> Result<(), SetupError> {
         ("IORING_OP_CLOSE of a fixed-file slot", opcode::Close::new(fd).build()),
     ];
     for (operation, entry) in steps {
-        match run_alone(io, &entry)
-            .map_err(|errno| SetupError::Io { step: "a trial operation", errno })?
-        {
+        match run_alone(io, &entry).map_err(step("a trial operation"))? {
             0 => {}
             // A machine without IPv4 has nothing to try it on.
             result if result == -libc::EAFNOSUPPORT => return Ok(()),

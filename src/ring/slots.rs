@@ -49,6 +49,17 @@ impl Room {
         self.created.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
     }
 
+    /// As `take`, for callers that are the only one to take: a guest's calls come one after the
+    /// other, and `UdpCtx` is borrowed mutably by each that creates a socket.
+    pub(crate) fn take_alone(&self) -> bool {
+        let created = self.created.load(Ordering::Relaxed);
+        let has_room = created.saturating_sub(self.gone.load(Ordering::Acquire)) < self.capacity;
+        if has_room {
+            self.created.store(created + 1, Ordering::Relaxed);
+        }
+        has_room
+    }
+
     pub(crate) fn give_back(&self) {
         self.gone.fetch_add(1, Ordering::Release);
     }
