@@ -9,6 +9,7 @@ mod run;
 
 use std::ffi::OsString;
 use std::fmt::Display;
+use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -214,6 +215,9 @@ pub(crate) fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        // It would say so on the stderr that is gone, and panic.
+        .log_internal_errors(false)
         .without_time()
         .init();
     run_command(std::env::args_os().collect())

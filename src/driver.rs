@@ -82,8 +82,8 @@ impl UringBuilder {
     /// How much may wait in one socket's queue, in datagrams and in payload bytes, before its
     /// receive is paused and the kernel's own buffer (`SO_RCVBUF`) takes over.
     ///
-    /// Either is at least 1. What the kernel has already delivered when a queue fills is still
-    /// queued: at most one datagram per buffer of the ring.
+    /// Either is at least 1. What the kernel delivers before it ends the receive of a full queue is
+    /// still queued.
     pub fn queue_per_socket(mut self, datagrams: usize, bytes: usize) -> Self {
         self.inbox = InboxLimits { datagrams: datagrams.max(1), bytes: bytes.max(1) };
         self

@@ -1,8 +1,8 @@
 //! UDP sockets of WebAssembly guests on an io_uring: a backend for `wasi:sockets` in Wasmtime 48
 //! hosts on Linux.
 //!
-//! A guest's socket is created by an io_uring operation straight into the ring's fixed-file table.
-//! No file descriptor ever exists for it, and the system calls of many guests are one.
+//! A guest's socket is created by an io_uring operation straight into the ring's fixed-file table,
+//! without a file descriptor, and the system calls of many guests are one.
 //!
 //! ```
 //! use wasi_uring::{UdpCtx, UdpCtxView, UdpView, Uring};
@@ -53,24 +53,25 @@
 //! to the kernel together with those of other guests.
 //!
 //! To a guest: the kernel fills one of the ring's shared buffers and posts a completion; the ring
-//! copies the payload once, into the memory the guest is given, queues it in the socket's inbox and
-//! gives the buffer back; `socket` asks the policy about the sender when the guest takes it.
+//! copies the payload into memory of its own size, queues it in the socket's inbox and gives the
+//! buffer back; `socket` asks the policy about the sender when the guest takes it, and Wasmtime
+//! copies it into the guest.
 //!
 //! | module | its one job |
 //! |---|---|
 //! | [`p2`] | one thin function per WIT method; the linker functions |
 //! | `ctx` | one guest's share: policy, quota, ring |
-//! | `policy` | address checks and quotas, before any operation |
 //! | `socket` | a socket's life cycle, options, sending and receiving |
+//! | `policy` | address checks, before any operation |
 //! | `driver` | who enters the kernel and when; the [`Uring`] handle; the reaper |
 //! | `ring` | queues, operations and their memory, slots, buffers, set-up |
 //! | `datagram` | socket addresses and received messages as bytes |
 //! | [`doctor`] | what this kernel and these limits allow |
+//! | `stats` | what went through a ring |
 //! | [`limits`] | every bound, and how they relate |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //!
-//! Each depends only on those below it in the list of a datagram's path; only `p2` knows Wasmtime's
-//! linker and tables.
+//! Dependencies point down the path of a datagram, and only `p2` knows Wasmtime's linker and tables.
 
 pub mod doctor;
 pub mod limits;

@@ -9,6 +9,11 @@
 //! | `send` | the first datagram that must wait for room ends the batch | the rest of the batch is accepted too, and waits with it | a batch is one chain |
 //! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's buffer is full | the ring's completion is waited for |
 //! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |
+//! | `send` | asks the policy about each datagram when its turn comes | asks about the whole batch first | one chain goes to the kernel |
+//! | `drop` of an outgoing stream | waits for a send in the background | does not wait; the next stream's `check-send` does | what was accepted outlives the stream |
+//! | `start-bind` after a failed one | can be called again at once | `concurrency-conflict` until `finish-bind` has told the error | the error is the finish's |
+//! | buffer sizes | asks the kernel | as the kernel's limits were when the ring was built | no system call |
+//! | `local-address` | never fails on a bound socket | `out-of-memory` when the process has no descriptor left | getsockname needs one for a moment |
 //! | `unicast-hop-limit` | asks the kernel, which for a connected IPv6 socket answers its route's | the limit that was set, or the system's default when the ring was built | no system call |
 
 mod host;

@@ -124,21 +124,26 @@ fn run_per_thread(
                 scope.spawn(move || {
                     let guests = run_guests_on(plan, program, ring, net, mine);
                     if plan.args.runtime == RuntimeArg::TokioUring {
-                        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())?;
+                        let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).context(
+                            "cannot start a tokio-uring runtime, which is an io_uring itself; \
+                             --runtime per-core needs none",
+                        )?;
                         return Ok(runtime.block_on(guests));
                     }
-                    let runtime =
-                        tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+                    let runtime = tokio::runtime::Builder::new_current_thread()
+                        .enable_all()
+                        .build()
+                        .context("cannot start a runtime")?;
                     Ok(runtime.block_on(guests))
                 })
             })
             .collect();
         let mut failures = Vec::new();
         for thread in threads {
-            let ended: std::io::Result<Vec<String>> = thread
+            let ended: wasmtime::Result<Vec<String>> = thread
                 .join()
                 .map_err(|_| Failure::run(wasmtime::format_err!("a guest thread panicked")))?;
-            failures.extend(ended.context("cannot start a runtime").map_err(Failure::run)?);
+            failures.extend(ended.map_err(Failure::run)?);
         }
         Ok(failures)
     })

@@ -53,8 +53,8 @@ impl Inbox {
     }
 
     /// Queues what arrived and returns the waker of whoever waits for it. A full inbox still
-    /// takes it: what the kernel has delivered is never lost, and the excess is bounded by the
-    /// ring's buffers.
+    /// takes it: what the kernel has delivered is never lost. The excess is what was delivered
+    /// before the cancel of its receive, which is pushed at once.
     pub(crate) fn push(&self, arrival: Arrival) -> Option<Waker> {
         let mut state = self.lock();
         state.bytes += arrival.as_ref().map_or(0, |datagram| datagram.payload.len());
@@ -164,8 +164,8 @@ impl InboxState {
 mod tests {
     use super::*;
 
-    fn datagram(port: u16, bytes: usize) -> Arrival {
-        Ok(Datagram { payload: vec![0; bytes], from: ([127, 0, 0, 1], port).into() })
+    fn datagram(port: u16, bytes: usize) -> Datagram {
+        Datagram { payload: vec![0; bytes], from: ([127, 0, 0, 1], port).into() }
     }
 
     fn inbox(datagrams: usize, bytes: usize) -> Inbox {
@@ -177,7 +177,7 @@ mod tests {
         let inbox = inbox(4, 1000);
         for port in 1..=4 {
             assert!(!inbox.pause_if_full());
-            inbox.push(datagram(port, 1));
+            inbox.push(Ok(datagram(port, 1)));
         }
         assert!(inbox.pause_if_full());
         inbox.pop();
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn bytes_fill_an_inbox_too_and_leave_it_with_their_datagram() {
         let inbox = inbox(100, 1000);
-        inbox.push(datagram(1, 1000));
+        inbox.push(Ok(datagram(1, 1000)));
         assert!(inbox.pause_if_full());
         inbox.pop();
         assert!(inbox.resume_if_drained());
@@ -201,9 +201,9 @@ mod tests {
     #[test]
     fn refused_senders_are_dropped_and_errors_pass() {
         let inbox = inbox(10, 1000);
-        inbox.push(datagram(1, 1));
+        inbox.push(Ok(datagram(1, 1)));
         inbox.push(Err(Errno(libc::ECONNREFUSED)));
-        inbox.push(datagram(2, 1));
+        inbox.push(Ok(datagram(2, 1)));
         let mut shown = 0;
         assert!(inbox.admit(|_| {
             shown += 1;

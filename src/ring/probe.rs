@@ -198,9 +198,9 @@ pub(crate) fn io_uring_disabled() -> Option<u8> {
     text.trim().parse().ok()
 }
 
-/// Whether this process runs under a seccomp filter.
+/// Whether this thread runs under a seccomp filter.
 pub(crate) fn seccomp_is_filtering() -> bool {
-    std::fs::read_to_string("/proc/self/status")
+    std::fs::read_to_string("/proc/thread-self/status")
         .is_ok_and(|status| status.lines().any(|line| line == "Seccomp:\t2"))
 }
 

@@ -255,8 +255,6 @@ impl OpTable {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -305,7 +303,6 @@ mod tests {
             let mut table = OpTable::default();
             let mut held: Vec<(OpKey, Model)> = Vec::new();
             let mut stale: Vec<OpKey> = Vec::new();
-            let mut done: HashMap<u64, Vec<i32>> = HashMap::new();
             for (action, index, value) in steps {
                 match action {
                     0 => {
@@ -330,23 +327,21 @@ mod tests {
                         prop_assert_eq!(ended.is_some(), model.results.len() == expected);
                         if ended.is_some() {
                             let (key, model) = held.swap_remove(at);
-                            match ended {
-                                Some(Ended::Unclaimed(..)) => {
+                            let outcome = match ended {
+                                Some(Ended::Unclaimed(_, outcome)) => {
                                     prop_assert!(model.abandoned);
-                                    stale.push(key);
+                                    outcome
                                 }
-                                _ => {
+                                Some(Ended::Fetchable(_)) | None => {
                                     prop_assert!(!model.abandoned);
-                                    done.insert(key.user_data(), model.results);
-                                    let (_, outcome) = table.fetch(key, None).unwrap();
-                                    let results = done.remove(&key.user_data()).unwrap();
-                                    let ok = results.iter().take_while(|result| **result >= 0).count();
-                                    prop_assert_eq!(outcome.succeeded as usize, ok);
-                                    let first = results.iter().find(|result| **result < 0);
-                                    prop_assert_eq!(outcome.error, first.map(|result| Errno(-result)));
-                                    stale.push(key);
+                                    table.fetch(key, None).unwrap().1
                                 }
-                            }
+                            };
+                            let ok = model.results.iter().take_while(|result| **result >= 0);
+                            prop_assert_eq!(outcome.succeeded as usize, ok.count());
+                            let first = model.results.iter().find(|result| **result < 0);
+                            prop_assert_eq!(outcome.error, first.map(|result| Errno(-result)));
+                            stale.push(key);
                         }
                     }
                     2 if !held.is_empty() => {
