@@ -29,12 +29,13 @@ pub(crate) struct UdpSocket {
     state: Mutex<State>,
 }
 
+/// Small, for most sockets of a crowd never need most of it.
 struct State {
     life: SocketState,
     options: Options,
     /// What the kernel last said, if nothing has happened since that may change it.
-    local: Option<SocketAddr>,
-    remote: Option<SocketAddr>,
+    local: Option<Box<SocketAddr>>,
+    remote: Option<Box<SocketAddr>>,
     /// The receive's way into the kernel.
     arming: Option<Box<Flush>>,
     /// Sends that wait for room: they hold up the next `send`, of whichever stream.
@@ -45,7 +46,7 @@ struct State {
 enum SocketState {
     Unbound,
     /// `start-bind` has pushed the chain that makes and binds the socket.
-    Binding(Ticket),
+    Binding(Box<Ticket>),
     /// Binding failed or succeeded, and `finish-bind` has yet to tell the guest.
     Settled(Result<(), ErrorCode>),
     Bound,
@@ -133,10 +134,10 @@ impl UdpSocket {
         let slot = self.slot.get().copied();
         let (slot, ticket) = uring.submit_bind(*guest, slot, op, named_port);
         self.slot.get_or_init(|| slot);
-        state.life = SocketState::Binding(ticket);
+        state.life = SocketState::Binding(Box::new(ticket));
         // The kernel picks what the guest left open; then only it knows.
         let is_known = named_port && !addr.ip().is_unspecified();
-        state.local = is_known.then(|| as_the_kernel_names(addr));
+        state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
         Ok(())
     }
 
@@ -216,7 +217,7 @@ impl UdpSocket {
         }
         match result {
             Ok(()) => {
-                self.lock().remote = Some(as_the_kernel_names(remote));
+                self.lock().remote = Some(Box::new(as_the_kernel_names(remote)));
                 Ok(())
             }
             Err(Errno(libc::EAFNOSUPPORT)) => Err(ErrorCode::InvalidArgument),
@@ -237,12 +238,12 @@ impl UdpSocket {
         if !self.is_bound().await {
             return Err(ErrorCode::InvalidState);
         }
-        if let Some(local) = self.lock().local {
-            return Ok(local);
+        if let Some(local) = self.lock().local.as_deref() {
+            return Ok(*local);
         }
         let local = self.ask_local_address().await?;
         if local.port() != 0 {
-            self.lock().local = Some(local);
+            self.lock().local = Some(Box::new(local));
         }
         Ok(local)
     }
@@ -261,8 +262,12 @@ impl UdpSocket {
         }
     }
 
+    fn remote(&self) -> Option<SocketAddr> {
+        self.lock().remote.as_deref().copied()
+    }
+
     pub(crate) fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
-        self.lock().remote.ok_or(ErrorCode::InvalidState)
+        self.remote().ok_or(ErrorCode::InvalidState)
     }
 
     // ---- options ----------------------------------------------------------------------------
@@ -343,7 +348,7 @@ impl UdpSocket {
         }
         self.arm().await;
         let inbox = self.inbox();
-        let remote = self.lock().remote;
+        let remote = self.remote();
         if !self.admit(inbox, remote) {
             self.ctx.uring.look();
         }
@@ -368,7 +373,7 @@ impl UdpSocket {
     pub(crate) async fn receivable(&self) {
         self.arm().await;
         let inbox = self.inbox();
-        let remote = self.lock().remote;
+        let remote = self.remote();
         poll_fn(|cx| {
             if self.admit(inbox, remote) {
                 return Poll::Ready(());
@@ -430,7 +435,7 @@ impl UdpSocket {
                 }
             }
         }
-        let remote = self.lock().remote;
+        let remote = self.remote();
         let mut refused = None;
         let mut accepted = Vec::with_capacity(datagrams.len());
         for (payload, to) in datagrams {
