@@ -78,7 +78,7 @@ impl UdpCtxBuilder {
 
     /// Sockets the guest may hold at once; the next `create-udp-socket` answers
     /// `new-socket-limit`. By default
-    /// [`GUEST_SOCKETS_DEFAULT`](crate::limits::GUEST_SOCKETS_DEFAULT).
+    /// [`GUEST_SOCKETS_DEFAULT`].
     pub fn sockets_max(mut self, sockets_max: u32) -> Self {
         self.sockets_max = sockets_max;
         self

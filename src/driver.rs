@@ -67,7 +67,7 @@ pub struct UringBuilder {
 impl UringBuilder {
     /// Slots of the fixed-file table, which bound the sockets open at once over all guests:
     /// 1 to [`SOCKETS_MAX`](crate::limits::SOCKETS_MAX), by default
-    /// [`SOCKETS_DEFAULT`](crate::limits::SOCKETS_DEFAULT).
+    /// [`SOCKETS_DEFAULT`].
     ///
     /// A closed socket keeps its slot until the kernel has let go of it, which takes a moment when
     /// the receive was armed by another thread; leave some room for those.
