@@ -9,7 +9,7 @@ use common::{
     Backend, ErrorCode, IpAddressFamily, LOOPBACK, Rig, Setup, alike, block_on, datagram,
     eventually, native, on_both, own_ip, payloads, uring_with,
 };
-use wasi_uring::SocketAddrUse;
+use wasi_uring::{SocketAddrUse, Uring};
 
 // ---- address checks -----------------------------------------------------------------------------
 
@@ -338,4 +338,50 @@ fn a_full_table_refuses_every_guest_until_a_place_is_free() {
         b.bind(socket, LOOPBACK).await.unwrap();
         assert_eq!(a.create(IpAddressFamily::Ipv4).await, Err(ErrorCode::NewSocketLimit));
     });
+}
+
+// ---- refused senders and full queues --------------------------------------------------------------
+
+/// The queue fills with what the guest may not see, so nothing ever wakes it to drain the queue.
+#[test]
+fn a_burst_of_refused_senders_does_not_end_the_receive() {
+    let uring = Uring::builder().sockets(4).queue_per_socket(4, 1 << 20).build().unwrap();
+    let (friend, friend_addr) = native::socket(LOOPBACK.ip());
+    let setup = Setup {
+        uring: Some(uring.clone()),
+        ..Setup::allow(move |addr, use_| {
+            !matches!(use_, SocketAddrUse::UdpReceive) || addr == friend_addr
+        })
+    };
+    common::on(Backend::Uring, setup, async |rig| {
+        let endpoint = rig.endpoint(LOOPBACK).await;
+        let (stranger, _) = native::socket(LOOPBACK.ip());
+        assert!(rig.receive(endpoint.incoming, 16).await.unwrap().is_empty(), "armed");
+        for n in 0..20_u8 {
+            stranger.send_to(&[n], endpoint.local).unwrap();
+        }
+        friend.send_to(b"seen", endpoint.local).unwrap();
+        let received = rig.receive_blocking(endpoint.incoming).await.unwrap();
+        assert_eq!(received[0].data, b"seen");
+        assert!(uring.stats().pauses > 0, "the queue was full");
+        assert_eq!(uring.stats().dropped_by_policy, 20);
+    });
+}
+
+/// As a host may do it: the runtime is kept for later, the store is not.
+#[test]
+fn a_store_dropped_after_its_runtime_stopped_gives_everything_back() {
+    let uring = uring_with(4);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let rig = runtime.block_on(async {
+        let mut rig = Rig::on_ring(&uring).await;
+        let (first, _) = rig.bound(LOOPBACK).await;
+        let (_second, _) = rig.bound(LOOPBACK).await;
+        // Leaves a CLOSE to the flusher, which this runtime will not run again.
+        rig.drop_socket(first).await;
+        rig
+    });
+    drop(rig);
+    assert_eq!(uring.stats().sockets_open, 0);
+    drop(runtime);
 }
