@@ -1,13 +1,16 @@
-//! The ring under every kind of tokio runtime, several at once, and one after another.
+//! The ring under every kind of tokio runtime, and several at once. Runtimes that end are in
+//! `runtimes/endings.rs`, of the same binary.
 
 mod common;
+#[path = "runtimes/endings.rs"]
+mod endings;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::mpsc;
 
 use common::{
     BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, eventually, native,
-    payloads, uring, uring_with, within,
+    payloads, uring, within,
 };
 use tokio::runtime::Builder;
 use wasi_uring::Uring;
@@ -126,160 +129,33 @@ fn guests_of_two_runtimes_send_to_each_other() {
     });
 }
 
-// ---- runtimes that end --------------------------------------------------------------------------
-
-/// A guest with a socket whose receive is armed, made in a runtime that has ended since.
-fn armed_in_a_former_runtime(uring: &Uring) -> (Rig, Endpoint) {
-    block_on(async {
-        let mut rig = Rig::on_ring(uring).await;
-        let endpoint = rig.endpoint(LOOPBACK).await;
-        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-        (rig, endpoint)
-    })
-}
-
-async fn goes_on(mut rig: Rig, endpoint: Endpoint) {
-    let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
-    for data in [&b"first"[..], b"second"] {
-        let pollable = rig.subscribe_incoming(endpoint.incoming).await;
-        let send = async {
-            common::yield_to_others().await;
-            native.send_to(data, endpoint.local).unwrap();
-        };
-        tokio::join!(biased; rig.block(pollable), send);
-        rig.drop_pollable(pollable).await;
-        assert_eq!(payloads(&rig.receive(endpoint.incoming, 16).await.unwrap()), [data]);
-    }
-    echo(&mut rig).await;
-}
-
+/// Every datagram pauses the receive, and the guest drains the queue while the pause is still on
+/// its way, on the other worker.
 #[test]
-fn a_socket_outlives_the_runtime_it_was_made_in() {
-    let uring = uring();
-    let (rig, endpoint) = armed_in_a_former_runtime(&uring);
-    block_on(goes_on(rig, endpoint));
-}
-
-/// The kernel cancels what a thread has submitted when that thread exits.
-#[test]
-fn a_socket_outlives_the_thread_that_armed_its_receive() {
-    let uring = uring();
-    let (rig, endpoint) = std::thread::scope(|scope| {
-        scope.spawn(|| armed_in_a_former_runtime(&uring)).join().unwrap()
-    });
-    block_on(goes_on(rig, endpoint));
-}
-
-#[test]
-fn a_datagram_that_arrives_between_two_runtimes_is_received_in_the_second() {
-    let uring = uring();
-    for thread_ends in [false, true] {
-        let (mut rig, endpoint) = if thread_ends {
-            std::thread::scope(|scope| {
-                scope.spawn(|| armed_in_a_former_runtime(&uring)).join().unwrap()
-            })
-        } else {
-            armed_in_a_former_runtime(&uring)
-        };
-        let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
-        native.send_to(b"meanwhile", endpoint.local).unwrap();
-        block_on(async {
-            let received = rig.receive_blocking(endpoint.incoming).await.unwrap();
-            assert_eq!(payloads(&received), [b"meanwhile"]);
+fn queues_of_one_datagram_pause_and_resume_under_two_workers() {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(within(async {
+        let [mut asking, mut answering] = two_guests(Backend::Uring).await;
+        let a = asking.endpoint(LOOPBACK).await;
+        let b = answering.endpoint(LOOPBACK).await;
+        let batch = |n: u32, to: SocketAddr| vec![common::datagram(&n.to_be_bytes(), Some(to)); 3];
+        let asked = tokio::spawn(async move {
+            for n in 0..1000_u32 {
+                asking.send_all(a.outgoing, &batch(n, b.local)).await.unwrap();
+                let received = asking.receive_exactly(a.incoming, 3).await;
+                assert_eq!(payloads(&received), [n.to_be_bytes(); 3]);
+            }
         });
-    }
-}
-
-#[test]
-fn a_store_dropped_outside_of_any_runtime_gives_its_slots_back() {
-    let uring = uring();
-    let (rig, endpoint) = armed_in_a_former_runtime(&uring);
-    drop(rig);
-    block_on(eventually("the slot is free", || uring.stats().sockets_open == 0));
-    assert!(!native::is_taken(endpoint.local));
-}
-
-#[test]
-fn a_guest_that_waits_goes_on_when_the_runtime_of_the_others_ends() {
-    let uring = uring();
-    let (ready, is_ready) = tokio::sync::oneshot::channel();
-    let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
-    std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| {
-            block_on(async {
-                let mut rig = Rig::on_ring(&uring).await;
-                let endpoint = rig.endpoint(LOOPBACK).await;
-                assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-                ready.send(endpoint.local).unwrap();
-                payloads(&rig.receive_blocking(endpoint.incoming).await.unwrap()) == [b"at last"]
-            })
+        let answered = tokio::spawn(async move {
+            for n in 0..1000_u32 {
+                let received = answering.receive_exactly(b.incoming, 3).await;
+                assert_eq!(payloads(&received), [n.to_be_bytes(); 3]);
+                answering.send_all(b.outgoing, &batch(n, a.local)).await.unwrap();
+            }
         });
-        let local = is_ready.blocking_recv().unwrap();
-        for _ in 0..10 {
-            block_on(echo_in_a_store_of_its_own(uring.clone()));
-        }
-        native.send_to(b"at last", local).unwrap();
-        assert!(waiting.join().unwrap());
-    });
-}
-
-/// Drops a guest, outside of any runtime, whose receive ends after the close that cancels it: on
-/// the thread that has armed it, which goes on. Nobody uses the ring afterwards.
-fn drop_with_a_receive_of_another_thread(uring: &Uring) {
-    std::thread::scope(|scope| {
-        let (give, take) = mpsc::channel();
-        let (end, ended) = mpsc::channel::<()>();
-        let thread = scope.spawn(move || {
-            give.send(armed_in_a_former_runtime(uring)).unwrap();
-            let _ = ended.recv_timeout(BOUND);
-        });
-        drop(take.recv().unwrap());
-        drop(end);
-        thread.join().unwrap();
-    });
-}
-
-#[test]
-fn places_given_back_while_no_runtime_runs_are_there_for_the_next_guest() {
-    let uring = uring_with(1);
-    for _ in 0..20 {
-        drop_with_a_receive_of_another_thread(&uring);
-        block_on(async {
-            let mut rig = Rig::on_ring(&uring).await;
-            let socket = rig.create(IpAddressFamily::Ipv4).await.unwrap();
-            rig.bind(socket, LOOPBACK).await.unwrap();
-            rig.drop_socket(socket).await;
-            eventually("the slot is free", || uring.stats().sockets_open == 0).await;
-        });
-    }
-}
-
-#[test]
-fn counters_are_right_although_nobody_uses_the_ring() {
-    for _ in 0..20 {
-        let uring = uring();
-        drop_with_a_receive_of_another_thread(&uring);
-        block_on(eventually("the slot is free", || uring.stats().sockets_open == 0));
-    }
-}
-
-#[test]
-fn a_ring_that_goes_with_its_last_guest_gives_the_ports_back() {
-    let (rig, endpoint) = armed_in_a_former_runtime(&uring());
-    let connected = block_on(async {
-        let mut rig = Rig::on_ring(&uring()).await;
-        let mut endpoint = rig.endpoint(LOOPBACK).await;
-        let itself = endpoint.local;
-        rig.reconnect(&mut endpoint, Some(itself)).await.unwrap();
-        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-        itself
-    });
-    drop(rig);
-    block_on(async {
-        for local in [endpoint.local, connected] {
-            eventually("the port is free", || !native::is_taken(local)).await;
-        }
-    });
+        asked.await.unwrap();
+        answered.await.unwrap();
+    }));
 }
 
 // ---- guests that compute ------------------------------------------------------------------------
@@ -379,6 +255,27 @@ fn a_lone_guest_enters_once_per_life() {
         }
         let enters = uring.stats().enters - before;
         assert!(enters <= 101, "{enters}");
+    });
+}
+
+#[test]
+fn a_lone_guest_is_served_without_yielding() {
+    block_on(async {
+        let mut rig = Rig::on_ring(&uring()).await;
+        let (_native, peer) = native::socket(Ipv4Addr::LOCALHOST);
+        for _ in 0..3 {
+            let life = async {
+                let endpoint = rig.endpoint(LOOPBACK).await;
+                rig.send_one(endpoint.outgoing, b"x", Some(peer)).await.unwrap();
+                assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
+                rig.close(endpoint).await;
+            };
+            tokio::select! {
+                biased;
+                () = life => {}
+                () = std::future::ready(()) => panic!("it waits, though nobody is before it"),
+            }
+        }
     });
 }
 
