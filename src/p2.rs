@@ -12,6 +12,8 @@
 //! | `send` | asks the policy about each datagram when its turn comes | asks about the whole batch first | one chain goes to the kernel |
 //! | `drop` of an outgoing stream | waits for a send in the background | does not wait; the next stream's `check-send` does | what was accepted outlives the stream |
 //! | `start-bind` after a failed one | can be called again at once | `concurrency-conflict` until `finish-bind` has told the error | the error is the finish's |
+//! | datagrams seen by `poll` and not taken | the first is lost when the streams are dropped | they wait for the next streams | nothing that arrived is lost |
+//! | `receive` and `send` on a refusing peer | whichever comes first tells `connection-refused`; a refusal comes before datagrams | once the receive is armed, `receive` tells it, after the datagrams before it | the armed receive takes the error |
 //! | buffer sizes | asks the kernel | as the kernel's limits were when the ring was built | no system call |
 //! | `local-address` | never fails on a bound socket | `out-of-memory` when the process has no descriptor left | getsockname needs one for a moment |
 //! | `unicast-hop-limit` | asks the kernel, which for a connected IPv6 socket answers its route's | the limit that was set, or the system's default when the ring was built | no system call |

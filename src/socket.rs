@@ -355,14 +355,17 @@ impl UdpSocket {
         let mut datagrams = Vec::new();
         let mut bytes = 0;
         while datagrams.len() < max && bytes < RECEIVE_BYTES_MAX && self.admit(inbox, remote) {
+            // An error behind datagrams is told by the next call.
+            if !datagrams.is_empty() && inbox.starts_with_error() {
+                break;
+            }
             match inbox.pop() {
                 Some(Ok(datagram)) => {
                     bytes += 1 + datagram.payload.len();
                     datagrams.push(datagram);
                 }
-                // As wasmtime-wasi: an error behind datagrams ends the batch and is not told.
-                Some(Err(errno)) if datagrams.is_empty() => return Err(errno.into()),
-                Some(Err(_)) | None => break,
+                Some(Err(errno)) => return Err(errno.into()),
+                None => break,
             }
         }
         self.resume_if_drained(inbox);

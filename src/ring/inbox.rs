@@ -112,6 +112,10 @@ impl Inbox {
         }
     }
 
+    pub(crate) fn starts_with_error(&self) -> bool {
+        matches!(self.lock().arrivals.front(), Some(Err(_)))
+    }
+
     /// Takes the first arrival, which `admit` has passed.
     pub(crate) fn pop(&self) -> Option<Arrival> {
         let mut state = self.lock();

@@ -268,24 +268,31 @@ fn a_refusing_peer_is_told_by_the_next_send_if_nobody_receives() {
     });
 }
 
+/// The kernel tells a pending error before what is queued, unless that was taken before.
 #[test]
-fn a_refusal_behind_a_datagram_does_not_cost_the_datagram() {
+fn a_refusal_and_a_datagram_before_it_are_both_heard_in_either_order() {
     on_both(Setup::default(), async |rig| {
-        let ip = own_ip();
-        let (native, peer) = native::socket(ip);
-        let (socket, local) = rig.bound(LOOPBACK).await;
-        let (incoming, outgoing) = rig.stream(socket, Some(peer)).await.unwrap();
-        assert_eq!(rig.receive(incoming, 1).await, Ok(vec![]));
-        native.send_to(b"last words", local).unwrap();
-        drop(native);
-        rig.send_one(outgoing, b"still there?", None).await.unwrap();
-        // The kernel tells a pending error before what is queued, unless that was taken before; and
-        // an error that ends a batch is told to nobody.
-        loop {
-            match rig.receive_blocking(incoming).await {
-                Ok(datagrams) => break assert_eq!(payloads(&datagrams), [b"last words"]),
-                Err(error) => assert_eq!(error, ErrorCode::ConnectionRefused),
+        for armed in [false, true] {
+            let (native, peer) = native::socket(own_ip());
+            let (socket, local) = rig.bound(LOOPBACK).await;
+            let (incoming, outgoing) = rig.stream(socket, Some(peer)).await.unwrap();
+            if armed {
+                assert_eq!(rig.receive(incoming, 1).await, Ok(vec![]));
             }
+            native.send_to(b"last words", local).unwrap();
+            drop(native);
+            rig.send_one(outgoing, b"still there?", None).await.unwrap();
+            let (mut words, mut refusals) = (0, 0);
+            for _ in 0..2 {
+                match rig.receive_blocking(incoming).await {
+                    Ok(datagrams) => words += datagrams.len(),
+                    Err(error) => {
+                        assert_eq!(error, ErrorCode::ConnectionRefused);
+                        refusals += 1;
+                    }
+                }
+            }
+            assert_eq!((words, refusals), (1, 1), "armed: {armed}");
         }
     });
 }
