@@ -28,7 +28,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let component = component?;
 
     let plan = Plan::new(args);
-    let (backend, rings) = host::choose(args.backend, || plan.rings())?;
+    let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
     let program = Arc::new(Program::link(&engine, &component, backend)?);
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {
@@ -61,6 +61,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 struct Plan<'a> {
     args: &'a RunArgs,
     threads: usize,
+    /// One, or one for each thread that has its own.
+    rings: usize,
     slots_per_ring: u32,
     sockets_per_guest: u32,
 }
@@ -87,16 +89,12 @@ impl<'a> Plan<'a> {
         // open another.
         let with_closing = sockets_per_ring.saturating_mul(2).min(largest);
         let slots_per_ring = with_closing.max(sockets_per_ring);
-        Self { args, threads, slots_per_ring, sockets_per_guest }
+        Self { args, threads, rings, slots_per_ring, sockets_per_guest }
     }
 
-    /// One ring, or one for each thread that has its own.
-    fn rings(&self) -> Result<Vec<Uring>, SetupError> {
-        let rings = match self.args.runtime {
-            RuntimeArg::MultiThread => 1,
-            RuntimeArg::PerCore | RuntimeArg::TokioUring => self.threads,
-        };
-        (0..rings).map(|_| Uring::builder().sockets(self.slots_per_ring).build()).collect()
+    fn build_rings(&self) -> Result<Vec<Uring>, SetupError> {
+        let build = |_| Uring::builder().sockets(self.slots_per_ring).build();
+        (0..self.rings).map(build).collect()
     }
 
     fn wasi(&self, guest: usize) -> WasiCtxBuilder {
