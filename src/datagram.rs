@@ -1,10 +1,16 @@
-//! The wire between Rust and the kernel's C structures: socket addresses out and in, and the
-//! layout of a received message. Pure functions over bytes; nothing here makes a system call.
+//! The wire between Rust and the kernel's C structures: socket addresses, control data, messages
+//! out and in. Pure functions over bytes; nothing here makes a system call.
+//!
+//! A message may carry several datagrams of one size, the last of them shorter: GSO (`UDP_SEGMENT`)
+//! on the way out, GRO (`UDP_GRO`) on the way in. Guests see datagrams only.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::ops::Range;
 use std::ptr;
 
-use crate::limits::{NAME_BYTES, RECEIVE_HEADER_BYTES};
+use crate::limits::{
+    CONTROL_BYTES, DATAGRAM_BYTES_MAX_V4, NAME_BYTES, RECEIVE_HEADER_BYTES, SEGMENTS_MAX,
+};
 
 /// The two families WASI knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +54,25 @@ impl RawAddr {
             Self::V6(raw) => size_of_val(raw),
         };
         libc::socklen_t::try_from(bytes).expect("a sockaddr is tens of bytes")
+    }
+}
+
+impl PartialEq for RawAddr {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::V4(a), Self::V4(b)) => {
+                (a.sin_addr.s_addr, a.sin_port) == (b.sin_addr.s_addr, b.sin_port)
+            }
+            (Self::V6(a), Self::V6(b)) => {
+                let key = |raw: &libc::sockaddr_in6| {
+                    let libc::sockaddr_in6 { sin6_port, sin6_flowinfo, sin6_scope_id, .. } = *raw;
+                    (raw.sin6_addr.s6_addr, sin6_port, sin6_flowinfo, sin6_scope_id)
+                };
+                key(a) == key(b)
+            }
+            (Self::Unspec(_), Self::Unspec(_)) => true,
+            (Self::V4(_) | Self::V6(_) | Self::Unspec(_), _) => false,
+        }
     }
 }
 
@@ -105,19 +130,85 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at + N)?.try_into().ok()
 }
 
-/// A received message, still in the ring's buffer.
-#[derive(Debug)]
-pub(crate) struct Received<'buffer> {
-    pub(crate) from: SocketAddr,
-    pub(crate) payload: &'buffer [u8],
+/// One datagram on its way out; without an address it goes to the peer of a connected socket.
+pub(crate) struct Outgoing {
+    pub(crate) payload: Vec<u8>,
+    pub(crate) to: Option<RawAddr>,
 }
 
-/// The header a multishot recvmsg is armed with: it asks for the sender's address and for no
-/// control data. The kernel copies it when the entry is prepared.
-pub(crate) fn receive_header() -> libc::msghdr {
+/// The datagrams from the front that can travel as one message: of one size up to `segment_max`
+/// bytes and to one peer, the last perhaps shorter. At least one, unless there is none.
+pub(crate) fn front_run(datagrams: &[Outgoing], segment_max: usize) -> usize {
+    let Some((first, others)) = datagrams.split_first() else { return 0 };
+    let segment = first.payload.len();
+    if segment == 0 || segment > segment_max {
+        return 1;
+    }
+    let (mut run, mut bytes) = (1, segment);
+    for next in others.iter().take(SEGMENTS_MAX - 1) {
+        let len = next.payload.len();
+        // A segment of no bytes would not be sent at all.
+        let fits = (1..=segment).contains(&len) && bytes + len <= DATAGRAM_BYTES_MAX_V4;
+        if !fits || next.to != first.to {
+            break;
+        }
+        run += 1;
+        bytes += len;
+        if len < segment {
+            break;
+        }
+    }
+    run
+}
+
+/// Several datagrams as one message for sendmsg(2), which the kernel takes apart (udp(7),
+/// `UDP_SEGMENT`). Points into the datagrams it was made of, and into itself.
+pub(crate) struct GsoMessage {
+    header: libc::msghdr,
+    control: ControlData,
+    parts: Vec<libc::iovec>,
+}
+
+// SAFETY: the pointers are only read by the kernel, whichever thread hands them over; they stay
+// good because the operation table keeps message and datagrams together
+// (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`).
+#[expect(unsafe_code, reason = "msghdr and iovec hold raw pointers")]
+unsafe impl Send for GsoMessage {}
+
+impl GsoMessage {
+    /// A message of a run that `front_run` has found.
+    pub(crate) fn new(run: &[Outgoing]) -> Box<Self> {
+        let first = run.first();
+        let segment = first.map_or(0, |datagram| datagram.payload.len());
+        let parts = run.iter().map(|Outgoing { payload, .. }| libc::iovec {
+            iov_base: payload.as_ptr().cast_mut().cast(),
+            iov_len: payload.len(),
+        });
+        let mut message = Box::new(Self {
+            header: empty_header(),
+            control: ControlData::segment_size(u16::try_from(segment).unwrap_or(u16::MAX)),
+            parts: parts.collect(),
+        });
+        if let Some(to) = first.and_then(|datagram| datagram.to.as_ref()) {
+            message.header.msg_name = to.as_ptr().cast_mut().cast();
+            message.header.msg_namelen = to.len();
+        }
+        message.header.msg_iov = message.parts.as_mut_ptr();
+        message.header.msg_iovlen = message.parts.len() as _;
+        message.header.msg_control = message.control.0.as_mut_ptr().cast();
+        message.header.msg_controllen = message.control.0.len() as _;
+        message
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const libc::msghdr {
+        &raw const self.header
+    }
+}
+
+fn empty_header() -> libc::msghdr {
     libc::msghdr {
         msg_name: ptr::null_mut(),
-        msg_namelen: libc::socklen_t::try_from(NAME_BYTES).expect("28"),
+        msg_namelen: 0,
         msg_iov: ptr::null_mut(),
         msg_iovlen: 0,
         msg_control: ptr::null_mut(),
@@ -126,22 +217,90 @@ pub(crate) fn receive_header() -> libc::msghdr {
     }
 }
 
-/// Splits a filled buffer into sender and payload: `struct io_uring_recvmsg_out`, room for the
-/// name, the payload (`io_uring_prep_recvmsg_multishot(3)`).
+/// One control message (cmsg(3)): its length, level and type, then a value of up to eight bytes.
+#[repr(align(8))]
+struct ControlData([u8; CONTROL_BYTES]);
+
+/// Length, level and type.
+const CONTROL_HEADER: Range<usize> = 0..16;
+
+impl ControlData {
+    fn segment_size(bytes: u16) -> Self {
+        let value = bytes.to_ne_bytes();
+        let len = CONTROL_HEADER.end + value.len();
+        let mut data = [0; CONTROL_BYTES];
+        data[..8].copy_from_slice(&len.to_ne_bytes());
+        data[8..12].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
+        data[12..16].copy_from_slice(&libc::UDP_SEGMENT.to_ne_bytes());
+        data[CONTROL_HEADER.end..len].copy_from_slice(&value);
+        Self(data)
+    }
+}
+
+/// A received message, still in the ring's buffer.
+#[derive(Debug)]
+pub(crate) struct Received<'buffer> {
+    pub(crate) from: SocketAddr,
+    payload: &'buffer [u8],
+    /// Bytes of every datagram but the last.
+    segment: usize,
+}
+
+impl<'buffer> Received<'buffer> {
+    pub(crate) fn bytes(&self) -> usize {
+        self.payload.len()
+    }
+
+    /// The payloads of the datagrams it carries; an empty datagram is one.
+    pub(crate) fn payloads(&self) -> impl ExactSizeIterator<Item = &'buffer [u8]> {
+        let (payload, segment) = (self.payload, self.segment);
+        let count = payload.len().div_ceil(segment).max(1);
+        (0..count).map(move |at| {
+            let rest = &payload[at * segment..];
+            &rest[..rest.len().min(segment)]
+        })
+    }
+}
+
+/// The header a multishot recvmsg is armed with: it asks for the sender's address and leaves room
+/// for one control message. The kernel copies it when the entry is prepared.
+pub(crate) fn receive_header() -> libc::msghdr {
+    libc::msghdr {
+        msg_namelen: libc::socklen_t::try_from(NAME_BYTES).expect("28"),
+        msg_controllen: CONTROL_BYTES as _,
+        ..empty_header()
+    }
+}
+
+/// Reads a filled buffer: `struct io_uring_recvmsg_out`, room for the name, room for control data,
+/// the payload (`io_uring_prep_recvmsg_multishot(3)`).
 ///
 /// `None` if the message was cut or its sender is not an IP address, neither of which a ring with
 /// whole-datagram buffers should ever see.
 pub(crate) fn parse_received(filled: &[u8]) -> Option<Received<'_>> {
     let name_len = u32::from_ne_bytes(field(filled, 0)?);
+    let control_len = u32::from_ne_bytes(field(filled, 4)?);
     let payload_len = u32::from_ne_bytes(field(filled, 8)?);
     let flags = u32::from_ne_bytes(field(filled, 12)?);
     if flags & libc::MSG_TRUNC.cast_unsigned() != 0 {
         return None;
     }
-    let (name, payload) = filled.get(RECEIVE_HEADER_BYTES..)?.split_at_checked(NAME_BYTES)?;
+    let (name, rest) = filled.get(RECEIVE_HEADER_BYTES..)?.split_at_checked(NAME_BYTES)?;
+    let (control, payload) = rest.split_at_checked(CONTROL_BYTES)?;
     let from = decode_addr(name.get(..usize::try_from(name_len).ok()?)?)?;
     let payload = payload.get(..usize::try_from(payload_len).ok()?)?;
-    Some(Received { from, payload })
+    let segment = control.get(..usize::try_from(control_len).ok()?).and_then(decode_segment_size);
+    let segment = segment.unwrap_or(payload.len()).max(1);
+    Some(Received { from, payload, segment })
+}
+
+/// The size of the datagrams in a message (udp(7), `UDP_GRO`), the only control data we ask for.
+fn decode_segment_size(control: &[u8]) -> Option<usize> {
+    let level = libc::c_int::from_ne_bytes(field(control, 8)?);
+    let name = libc::c_int::from_ne_bytes(field(control, 12)?);
+    let size = libc::c_int::from_ne_bytes(field(control, CONTROL_HEADER.end)?);
+    let is_ours = level == libc::SOL_UDP && name == libc::UDP_GRO;
+    is_ours.then(|| usize::try_from(size).ok()).flatten()
 }
 
 #[cfg(test)]
@@ -189,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_cut_message_is_refused() {
-        let mut bytes = vec![0_u8; 16 + NAME_BYTES];
+        let mut bytes = vec![0_u8; 16 + NAME_BYTES + CONTROL_BYTES];
         bytes[0] = 16; // namelen
         bytes[16..18].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
         assert!(parse_received(&bytes).is_some());

@@ -27,15 +27,15 @@ use tokio::task::coop;
 
 use crate::error::SetupError;
 use crate::limits::{
-    COMBINE_ROUNDS_MAX, FULL_ROOM_LOOKS_MAX, INBOX_BYTES_DEFAULT, INBOX_DATAGRAMS_DEFAULT,
-    SOCKETS_DEFAULT,
+    COMBINE_ROUNDS_MAX, FLUSH_BYTES, FULL_ROOM_LOOKS_MAX, INBOX_BYTES_DEFAULT,
+    INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT,
 };
 use crate::ring::arrivals::Arrivals;
 use crate::ring::inbox::{Inbox, InboxLimits};
 use crate::ring::op::Op;
 use crate::ring::probe::{self, Defaults};
 use crate::ring::slots::{Room, SlotIndex};
-use crate::ring::table::{OpKey, Outcome};
+use crate::ring::table::OpKey;
 use crate::ring::{Done, Gate, Ring};
 use crate::stats::Stats;
 
@@ -213,10 +213,6 @@ impl Uring {
         &self.shared.defaults
     }
 
-    pub(crate) fn new_inbox(&self) -> Arc<Inbox> {
-        Arc::new(Inbox::new(self.shared.inbox))
-    }
-
     /// Takes a place in a room, be it the table's or a guest's quota, by one of its methods.
     pub(crate) fn take_place(&self, take: impl Fn() -> bool) -> bool {
         take() || self.take_place_after_closes(take)
@@ -277,15 +273,14 @@ impl Uring {
         Ticket { uring: self.clone(), key, flush, fetched: false }
     }
 
-    /// Arms a socket's receive; what to wait for so that datagrams already there are seen.
-    pub(crate) fn arm(&self, guest: Guest, slot: SlotIndex, inbox: &Arc<Inbox>) -> Flush {
+    /// Arms a socket's receive: where its datagrams will be, and what to wait for so that those
+    /// already there are seen.
+    pub(crate) fn arm(&self, guest: Guest, slot: SlotIndex) -> (Arc<Inbox>, Flush) {
+        let inbox = Arc::new(Inbox::new(self.shared.inbox));
         let mut core = self.shared.lock();
-        let before = core.ring.pushed();
-        core.ring.arm(slot, inbox);
-        if core.ring.pushed() > before {
-            core.crowd.push(guest);
-        }
-        Flush { guest, pushed: core.ring.pushed(), yielded: false }
+        core.ring.arm(slot, &inbox);
+        core.crowd.push(guest);
+        (inbox, Flush { guest, pushed: core.ring.pushed(), yielded: false })
     }
 
     /// Lets a paused receive go on. At once: its guest may be about to wait for it.
@@ -513,7 +508,9 @@ impl Flush {
         if core.entering || core.ring.submitted() >= self.pushed {
             return Advance::Looked(core);
         }
-        if !self.yielded && core.crowd.has_others(self.guest) && is_current_thread() {
+        // Until they are sent, payloads push each other out of the cache.
+        let is_light = core.ring.unsent_bytes() < FLUSH_BYTES;
+        if !self.yielded && is_light && core.crowd.has_others(self.guest) && is_current_thread() {
             self.yielded = true;
             drop(core);
             cx.waker().wake_by_ref();
@@ -592,18 +589,25 @@ impl Ticket {
         poll_fn(|cx| self.poll_done(cx)).await
     }
 
-    /// Waits until the operation has reached the kernel, and says what has come of it so far;
-    /// `true` if that is all.
-    pub(crate) async fn submitted(&mut self) -> (Outcome, bool) {
-        let Self { uring, key, flush, .. } = self;
-        poll_fn(|cx| {
-            let coop = ready!(coop::poll_proceed(cx));
-            ready!(flush.poll(uring, cx));
-            coop.made_progress();
-            Poll::Ready(())
-        })
-        .await;
-        uring.shared.lock().ring.progress(*key).unwrap_or_default()
+    /// Ready when the operation has reached the kernel, with what came of it if it is done by then.
+    pub(crate) fn poll_submitted(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done>> {
+        let coop = ready!(coop::poll_proceed(cx));
+        let Self { uring, key, flush, fetched } = self;
+        let mut core = uring.shared.lock();
+        if core.ring.submitted() < flush.pushed {
+            core = match flush.advance(uring, core, cx) {
+                Advance::Yielded => return Poll::Pending,
+                Advance::Looked(core) => core,
+            };
+            if core.ring.submitted() < flush.pushed {
+                core.flush_wakers.push(cx.waker().clone());
+                return Poll::Pending;
+            }
+        }
+        let done = core.ring.fetch(*key, None);
+        *fetched = done.is_some();
+        coop.made_progress();
+        Poll::Ready(done)
     }
 }
 

@@ -19,6 +19,13 @@ pub(crate) const CQ_ENTRIES: u32 = 4096;
 /// IP header), 20 less over IPv4.
 pub const DATAGRAM_BYTES_MAX: usize = 65_527;
 
+/// Payload of the largest UDP datagram over IPv4, and of the largest message of several datagrams
+/// over either family.
+pub(crate) const DATAGRAM_BYTES_MAX_V4: usize = 65_507;
+
+/// Datagrams in one message (`UDP_MAX_SEGMENTS`, which newer kernels have doubled).
+pub(crate) const SEGMENTS_MAX: usize = 64;
+
 /// Longest payload that `send` hands to the kernel, which answers `EMSGSIZE` to what is beyond the
 /// family's maximum, as it does for wasmtime-wasi.
 pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
@@ -45,6 +52,13 @@ pub(crate) const RECEIVE_HEADER_BYTES: usize = 16;
 /// Room for the sender's address: a `sockaddr_in6`.
 pub(crate) const NAME_BYTES: usize = 28;
 
+/// Room for one control message with a value of up to eight bytes.
+pub(crate) const CONTROL_BYTES: usize = 24;
+
+/// Datagrams waiting in an inbox from which on its socket is one that receives in bursts, and is
+/// told to take equal ones in one message (`UDP_GRO`). The others are spared the operation.
+pub(crate) const BURST_DATAGRAMS: usize = 4;
+
 /// Datagrams queued for one socket before its receive is disarmed.
 pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
 
@@ -57,6 +71,9 @@ pub(crate) const FULL_ROOM_LOOKS_MAX: u32 = 1000;
 
 /// Completions taken from the queue at a time.
 pub(crate) const COMPLETIONS_BATCH: usize = 64;
+
+/// Payload bytes pushed since the last enter after which a guest does not wait for others to push.
+pub(crate) const FLUSH_BYTES: usize = 16 * 1024;
 
 /// Rounds that one caller enters the kernel for others before the reaper takes over.
 pub(crate) const COMBINE_ROUNDS_MAX: u32 = 16;
@@ -71,7 +88,7 @@ const _: () = {
     assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS as u32, "submissions and arrivals both fit");
     assert!(BUFFERS.is_power_of_two(), "the kernel masks the buffer ring's tail");
     assert!(
-        RECEIVE_HEADER_BYTES + NAME_BYTES + DATAGRAM_BYTES_MAX <= BUFFER_BYTES,
+        RECEIVE_HEADER_BYTES + NAME_BYTES + CONTROL_BYTES + DATAGRAM_BYTES_MAX <= BUFFER_BYTES,
         "a whole datagram fits one buffer",
     );
     assert!(BUFFER_BYTES.is_multiple_of(4096), "buffers start on pages");

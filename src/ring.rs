@@ -28,12 +28,14 @@ use io_uring::{IoUring, cqueue};
 
 use self::buffers::{BufferId, BufferRing};
 use self::inbox::{Datagram, Inbox};
-use self::op::Op;
+use self::op::{Again, Op, SocketOption};
 use self::slots::{Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
 use crate::error::Errno;
-use crate::limits::{CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX};
+use crate::limits::{
+    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX,
+};
 use crate::stats::Stats;
 
 /// The door to the kernel, usable without the driver's lock.
@@ -56,7 +58,9 @@ impl Gate {
 
 /// What came of an operation, for its caller.
 pub(crate) struct Done {
-    pub(crate) outcome: Outcome,
+    pub(crate) error: Option<Errno>,
+    /// Datagrams that a `send` got into the kernel.
+    pub(crate) sent: u64,
     /// What FIXED_FD_INSTALL has made.
     pub(crate) descriptor: Option<OwnedFd>,
 }
@@ -89,6 +93,8 @@ pub(crate) struct Ring {
     chain: Vec<Entry>,
     /// Entries pushed so far, the backlog's included.
     pushed: u64,
+    /// Payload bytes pushed since everything was last handed to the kernel.
+    unsent_bytes: usize,
     wakers: Vec<Waker>,
     pub(crate) stats: Stats,
 }
@@ -109,6 +115,7 @@ impl Ring {
             held: VecDeque::new(),
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             pushed: 0,
+            unsent_bytes: 0,
             wakers: Vec::new(),
             stats: Stats::default(),
         }
@@ -150,13 +157,21 @@ impl Ring {
             SlotState::Open { .. } => {}
         }
         self.slots.close(slot, quota);
+        if self.slots.takes_bursts(slot) {
+            // Of the others' receive buffers none has come near to its end.
+            self.submit_unclaimed(slot, Op::CountDrops(Box::default()));
+        }
         self.submit_unclaimed(slot, Op::Close);
     }
 
     // ---- submissions ------------------------------------------------------------------------
 
     /// Pushes an operation that somebody will wait for.
-    pub(crate) fn submit(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+    pub(crate) fn submit(&mut self, slot: SlotIndex, mut op: Op) -> OpKey {
+        if let Op::Send(send) = &mut op {
+            send.plan(self.slots.segment_max(slot));
+            self.unsent_bytes += send.bytes();
+        }
         self.slots.begin(slot, matches!(op, Op::Send(_)));
         let key = self.ops.insert(op, slot);
         self.push(key);
@@ -241,7 +256,13 @@ impl Ring {
         }
         // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
         let queue = unsafe { self.io.submission_shared() };
+        self.unsent_bytes = 0;
         u32::try_from(queue.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Payload bytes that wait for an enter.
+    pub(crate) fn unsent_bytes(&self) -> usize {
+        self.unsent_bytes
     }
 
     /// Whether completions are kept aside because their queue was full.
@@ -316,12 +337,33 @@ impl Ring {
             let inbox = Arc::clone(inbox);
             return self.complete_receive(key, slot, &inbox, completion);
         }
+        let Some((op, outcome)) = self.ops.count(key, result) else { return };
+        if let Op::Send(send) = op {
+            let again = send.settle(outcome.succeeded as usize, outcome.error);
+            // Once its slot is closing there is no socket to try again with.
+            if let Some(again) = again
+                && matches!(self.slots.state(slot), SlotState::Open { .. })
+            {
+                if let Again::Apart { segment_max } = again {
+                    self.slots.limit_segments(slot, segment_max);
+                    self.stats.gso_refusals += 1;
+                }
+                send.plan(self.slots.segment_max(slot));
+                self.ops.restart(key);
+                return self.push(key);
+            }
+        }
         let is_send = matches!(op, Op::Send(_));
-        let Some(ended) = self.ops.complete(key, result) else { return };
         self.end(slot, is_send);
-        match ended {
-            Ended::Fetchable(waker) => self.wakers.extend(waker),
-            Ended::Unclaimed(op, outcome) => drop(self.done(&op, outcome)),
+        self.finish(key);
+    }
+
+    /// Ends an operation that had its last completion.
+    fn finish(&mut self, key: OpKey) {
+        match self.ops.end(key) {
+            Some(Ended::Fetchable(waker)) => self.wakers.extend(waker),
+            Some(Ended::Unclaimed(op, outcome)) => drop(self.done(&op, outcome)),
+            None => {}
         }
     }
 
@@ -341,9 +383,17 @@ impl Ring {
     /// (`descriptors_are_not_left_behind_by_calls_given_up`).
     #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
     fn done(&mut self, op: &Op, outcome: Outcome) -> Done {
-        if let Op::Send(_) = op {
-            self.stats.datagrams_sent += u64::from(outcome.succeeded);
+        let mut sent = 0;
+        if let Op::Send(send) = op {
+            sent = send.sent();
+            self.stats.datagrams_sent += sent;
+            self.stats.datagrams_coalesced += send.coalesced();
             self.stats.bytes_sent += outcome.sum;
+        }
+        if let Op::CountDrops(memory) = op
+            && outcome.succeeded == 1
+        {
+            self.stats.dropped_by_kernel += u64::from(memory.drops());
         }
         let installed = matches!(op, Op::Install) && outcome.succeeded == 1;
         let descriptor = installed.then(|| {
@@ -352,7 +402,7 @@ impl Ring {
             // operation has left the table, so this happens once.
             unsafe { OwnedFd::from_raw_fd(fd) }
         });
-        Done { outcome, descriptor }
+        Done { error: outcome.error, sent, descriptor }
     }
 
     fn complete_receive(
@@ -363,13 +413,13 @@ impl Ring {
         Completion { result, flags, .. }: Completion,
     ) {
         if let Some(id) = cqueue::buffer_select(flags) {
-            self.deliver(BufferId(id), result, inbox);
+            self.deliver(slot, BufferId(id), result, inbox);
         } else if result < 0 {
             match -result {
                 // No buffer was free (they are by the time it is armed again), or it was
                 // cancelled: by us, or because the thread that armed it has exited.
                 libc::ENOBUFS | libc::ECANCELED => {}
-                errno => self.wakers.extend(inbox.push(Err(Errno(errno)))),
+                errno => self.wakers.extend(inbox.push_error(Errno(errno))),
             }
         }
         let full = inbox.pause_if_full();
@@ -401,30 +451,50 @@ impl Ring {
             SlotState::Closing { .. } => self.stats.dropped_at_close += inbox.discard(),
             SlotState::Free => {}
         }
-        self.ops.complete(key, result);
         self.end(slot, false);
+        self.finish(key);
         // The guest may have drained the inbox while the cancel was on its way.
         if inbox.resume_if_drained() {
             self.resume(slot);
         }
     }
 
-    /// Moves a datagram from its buffer to the inbox and sends the buffer home.
-    fn deliver(&mut self, id: BufferId, result: i32, inbox: &Inbox) {
+    /// Moves what a buffer holds to the inbox, each datagram into memory of its own size, and
+    /// sends the buffer home.
+    fn deliver(&mut self, slot: SlotIndex, id: BufferId, result: i32, inbox: &Inbox) {
         let Some(buffers) = &mut self.buffers else { return };
         let received = usize::try_from(result)
             .ok()
             .and_then(|len| buffers.filled(id, len))
             .and_then(parse_received);
+        let mut queued = 0;
         if let Some(received) = received {
-            self.stats.datagrams_received += 1;
-            self.stats.bytes_received += received.payload.len() as u64;
-            let datagram = Datagram { payload: received.payload.to_vec(), from: received.from };
-            self.wakers.extend(inbox.push(Ok(datagram)));
+            let payloads = received.payloads();
+            let count = payloads.len() as u64;
+            self.stats.datagrams_received += count;
+            self.stats.datagrams_split += if count > 1 { count } else { 0 };
+            self.stats.bytes_received += received.bytes() as u64;
+            let from = received.from;
+            let arrived =
+                inbox.push(payloads.map(|payload| Datagram { payload: payload.to_vec(), from }));
+            queued = arrived.queued;
+            self.wakers.extend(arrived.waker);
         } else if result >= 0 {
             self.stats.dropped_malformed += 1;
         }
         buffers.publish(id);
+        if queued >= BURST_DATAGRAMS {
+            self.take_bursts(slot);
+        }
+    }
+
+    /// Has the kernel hand over equal datagrams of one sender in one message, from now on.
+    fn take_bursts(&mut self, slot: SlotIndex) {
+        if matches!(self.slots.state(slot), SlotState::Open { .. }) && self.slots.mark_bursts(slot)
+        {
+            let on = SocketOption { level: libc::SOL_UDP, name: libc::UDP_GRO, value: 1 };
+            self.submit_unclaimed(slot, Op::SetOption(Box::new(on)));
+        }
     }
 
     /// Wakers of those whose completions were booked.
@@ -471,10 +541,6 @@ impl Ring {
     /// Whether an operation is done; else remembers whom to wake.
     pub(crate) fn is_done(&mut self, key: OpKey, waker: &Waker) -> bool {
         self.ops.is_done(key, waker)
-    }
-
-    pub(crate) fn progress(&mut self, key: OpKey) -> Option<(Outcome, bool)> {
-        self.ops.progress(key)
     }
 
     pub(crate) fn abandon(&mut self, key: OpKey) {

@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use crate::ctx::GuestCtx;
-use crate::datagram::{Family, RawAddr};
+use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::driver::{Flush, Ticket};
 use crate::error::{Errno, ErrorCode};
 use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
 use crate::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::ring::Done;
-use crate::ring::inbox::{Datagram, Inbox};
-use crate::ring::op::{BindOp, Op, Outgoing, SendOp, SocketOption};
+use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
+use crate::ring::op::{BindOp, Op, SendOp, SocketOption};
 use crate::ring::probe::{FamilyDefaults, hop_limit_option};
 use crate::ring::slots::SlotIndex;
 
@@ -58,6 +58,13 @@ struct Options {
     hop_limit: Option<u8>,
     receive_buffer: Option<u32>,
     send_buffer: Option<u32>,
+}
+
+/// Datagrams kept from a guest.
+#[derive(Default)]
+struct Withheld {
+    by_policy: u64,
+    not_from_peer: u64,
 }
 
 /// A socket option that WASI lets guests set.
@@ -228,7 +235,7 @@ impl UdpSocket {
     async fn run_connect(&self, addr: RawAddr) -> Result<(), Errno> {
         self.lock().local = None;
         let op = Op::Connect(Box::new(addr));
-        self.run(op).await.outcome.error.map_or(Ok(()), Err)
+        self.run(op).await.error.map_or(Ok(()), Err)
     }
 
     // ---- addresses --------------------------------------------------------------------------
@@ -251,8 +258,8 @@ impl UdpSocket {
     /// Linux before 6.19 has no getsockname on the ring, so the direct descriptor is made a file
     /// descriptor for a moment.
     async fn ask_local_address(&self) -> Result<SocketAddr, ErrorCode> {
-        let Done { outcome, descriptor } = self.run(Op::Install).await;
-        match (descriptor, outcome.error) {
+        let Done { descriptor, error, .. } = self.run(Op::Install).await;
+        match (descriptor, error) {
             (Some(descriptor), _) => std::net::UdpSocket::from(descriptor)
                 .local_addr()
                 .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL)).into()),
@@ -305,8 +312,7 @@ impl UdpSocket {
         if self.is_bound().await {
             for option in options.to_set(self.family).into_iter().filter(|o| !o.is_v6only()) {
                 let op = Op::SetOption(Box::new(option));
-                let outcome = self.run(op).await.outcome;
-                if let Some(errno) = outcome.error {
+                if let Some(errno) = self.run(op).await.error {
                     return Err(errno.into());
                 }
             }
@@ -317,27 +323,25 @@ impl UdpSocket {
 
     // ---- receive ----------------------------------------------------------------------------
 
-    fn inbox(&self) -> &Arc<Inbox> {
-        self.inbox.get_or_init(|| self.ctx.uring.new_inbox())
-    }
-
-    /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox.
-    async fn arm(&self) {
+    /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox. With
+    /// it, the peer that a connected socket hears.
+    async fn listening(&self) -> (&Inbox, Option<SocketAddr>) {
         poll_fn(|cx| {
+            let GuestCtx { uring, guest, .. } = &*self.ctx;
             let mut state = self.lock();
-            if self.inbox.get().is_none() {
-                let GuestCtx { uring, guest, .. } = &*self.ctx;
-                let flush = uring.arm(*guest, self.bound_slot(), self.inbox());
+            let inbox = self.inbox.get_or_init(|| {
+                let (inbox, flush) = uring.arm(*guest, self.bound_slot());
                 state.arming = Some(Box::new(flush));
-            }
+                inbox
+            });
             // Kept until it is done, for a guest may look once and come back.
             if let Some(flush) = &mut state.arming {
-                ready!(flush.poll(&self.ctx.uring, cx));
+                ready!(flush.poll(uring, cx));
                 state.arming = None;
             }
-            Poll::Ready(())
+            Poll::Ready((&**inbox, state.remote.as_deref().copied()))
         })
-        .await;
+        .await
     }
 
     /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
@@ -346,37 +350,35 @@ impl UdpSocket {
         if max == 0 {
             return Ok(Vec::new());
         }
-        self.arm().await;
-        let inbox = self.inbox();
-        let remote = self.remote();
-        if !self.admit(inbox, remote) {
+        let (inbox, remote) = self.listening().await;
+        if inbox.is_empty() {
             self.ctx.uring.look();
         }
-        let mut datagrams = Vec::new();
-        let mut bytes = 0;
-        while datagrams.len() < max && bytes < RECEIVE_BYTES_MAX && self.admit(inbox, remote) {
-            // An error behind datagrams is told by the next call.
-            if !datagrams.is_empty() && inbox.starts_with_error() {
-                break;
+        let most = InboxLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
+        loop {
+            let Taken { mut datagrams, first_is_admitted, resume } = inbox.take(most)?;
+            if resume {
+                self.resume();
             }
-            match inbox.pop() {
-                Some(Ok(datagram)) => {
-                    bytes += 1 + datagram.payload.len();
-                    datagrams.push(datagram);
-                }
-                Some(Err(errno)) => return Err(errno.into()),
-                None => break,
+            if datagrams.is_empty() {
+                return Ok(datagrams);
+            }
+            let mut is_admitted = first_is_admitted;
+            let mut withheld = Withheld::default();
+            datagrams.retain(|datagram| {
+                std::mem::take(&mut is_admitted)
+                    || self.may_hear(datagram.from, remote, &mut withheld)
+            });
+            self.count(withheld);
+            if !datagrams.is_empty() {
+                return Ok(datagrams);
             }
         }
-        self.resume_if_drained(inbox);
-        Ok(datagrams)
     }
 
     /// Ready when `receive` would return a datagram or an error.
     pub(crate) async fn receivable(&self) {
-        self.arm().await;
-        let inbox = self.inbox();
-        let remote = self.remote();
+        let (inbox, remote) = self.listening().await;
         poll_fn(|cx| {
             if self.admit(inbox, remote) {
                 return Poll::Ready(());
@@ -388,57 +390,69 @@ impl UdpSocket {
         .await;
     }
 
-    fn resume_if_drained(&self, inbox: &Inbox) {
-        if inbox.resume_if_drained() {
-            self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
-        }
-    }
-
     /// Whether an arrival is there that the guest may see; those it may not are dropped.
     fn admit(&self, inbox: &Inbox, remote: Option<SocketAddr>) -> bool {
-        let (mut not_from_peer, mut by_policy) = (0, 0);
-        let admitted = inbox.admit(|from| {
-            let allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
-            // The kernel filters what arrives after the connect, not what was queued before.
-            let is_peer = remote.is_none_or(|remote| remote == from);
-            by_policy += u64::from(!allowed);
-            not_from_peer += u64::from(allowed && !is_peer);
-            allowed && is_peer
-        });
-        if not_from_peer + by_policy > 0 {
-            self.ctx.uring.count(|stats| {
-                stats.dropped_not_from_peer += not_from_peer;
-                stats.dropped_by_policy += by_policy;
-            });
-        }
-        if !admitted {
-            // What was dropped may have filled it.
-            self.resume_if_drained(inbox);
+        let mut withheld = Withheld::default();
+        let admitted = inbox.admit(|from| self.may_hear(from, remote, &mut withheld));
+        self.count(withheld);
+        if !admitted && inbox.resume_if_drained() {
+            // What was dropped had filled it.
+            self.resume();
         }
         admitted
     }
 
+    /// Whether the guest may see a datagram of this sender.
+    fn may_hear(
+        &self,
+        from: SocketAddr,
+        remote: Option<SocketAddr>,
+        withheld: &mut Withheld,
+    ) -> bool {
+        let allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
+        // The kernel filters what arrives after the connect, not what was queued before.
+        let is_peer = remote.is_none_or(|remote| remote == from);
+        withheld.by_policy += u64::from(!allowed);
+        withheld.not_from_peer += u64::from(allowed && !is_peer);
+        allowed && is_peer
+    }
+
+    fn count(&self, withheld: Withheld) {
+        let Withheld { by_policy, not_from_peer } = withheld;
+        if by_policy + not_from_peer > 0 {
+            self.ctx.uring.count(|stats| {
+                stats.dropped_by_policy += by_policy;
+                stats.dropped_not_from_peer += not_from_peer;
+            });
+        }
+    }
+
+    fn resume(&self) {
+        self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
+    }
+
     // ---- send -------------------------------------------------------------------------------
 
-    /// Sends datagrams in order, as one chain, and returns how many the kernel took or will take.
+    /// Sends datagrams in order, as one submission, and returns how many the kernel took or will
+    /// take.
     ///
     /// WIT: "If at least one datagram has been sent successfully, this function never returns an
     /// error." What must wait for room is told of by the next `send`, if it fails.
     pub(crate) async fn send(
         &self,
-        datagrams: Vec<(Vec<u8>, Option<SocketAddr>)>,
+        datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
-        {
+        let remote = {
             let mut state = self.lock();
             if let Some(earlier) = &mut state.in_flight {
-                let Some(Done { outcome, .. }) = earlier.try_done() else { return Ok(0) };
+                let Some(done) = earlier.try_done() else { return Ok(0) };
                 state.in_flight = None;
-                if let Some(errno) = outcome.error {
+                if let Some(errno) = done.error {
                     return Err(errno.into());
                 }
             }
-        }
-        let remote = self.remote();
+            state.remote.as_deref().copied()
+        };
         let mut refused = None;
         let mut accepted = Vec::with_capacity(datagrams.len());
         for (payload, to) in datagrams {
@@ -454,16 +468,12 @@ impl UdpSocket {
             return refused.map_or(Ok(0), Err);
         }
         let accepted_len = accepted.len() as u64;
-        let op = Op::Send(SendOp { datagrams: accepted });
-        let mut ticket = self.submit(op);
-        let (outcome, is_all) = ticket.submitted().await;
-        match outcome.error {
-            Some(errno) if outcome.succeeded == 0 => Err(errno.into()),
-            Some(_) => Ok(outcome.succeeded.into()),
+        let mut ticket = self.submit(Op::Send(SendOp::new(accepted)));
+        match poll_fn(|cx| ticket.poll_submitted(cx)).await {
+            Some(Done { error: Some(errno), sent: 0, .. }) => Err(errno.into()),
+            Some(Done { sent, .. }) => Ok(sent),
             None => {
-                if !is_all {
-                    self.lock().in_flight = Some(Box::new(ticket));
-                }
+                self.lock().in_flight = Some(Box::new(ticket));
                 Ok(accepted_len)
             }
         }
@@ -508,8 +518,7 @@ impl State {
     /// Ready when no bind is on its way.
     fn poll_settled(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let SocketState::Binding(ticket) = &mut self.life {
-            let outcome = ready!(ticket.poll_done(cx)).outcome;
-            let result = outcome.error.map_or(Ok(()), |errno| {
+            let result = ready!(ticket.poll_done(cx)).error.map_or(Ok(()), |errno| {
                 Err(match errno {
                     // bind(2): the address is not of the socket's family.
                     Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,

@@ -18,10 +18,18 @@ pub struct Stats {
     pub sockets_open: u64,
     /// Datagrams the kernel took from guests.
     pub datagrams_sent: u64,
+    /// Those of them that travelled with others of their size in one message (`UDP_SEGMENT`).
+    pub datagrams_coalesced: u64,
+    /// Messages of several datagrams that the kernel refused, so that they were sent apart: they
+    /// were larger than the path's MTU, or the device computes no checksums.
+    pub gso_refusals: u64,
     /// Payload bytes the kernel took from guests.
     pub bytes_sent: u64,
     /// Datagrams moved from the buffer ring to a socket's queue.
     pub datagrams_received: u64,
+    /// Those of them that the kernel handed over with others in one message (`UDP_GRO`), which was
+    /// split again.
+    pub datagrams_split: u64,
     /// Payload bytes moved from the buffer ring to a socket's queue.
     pub bytes_received: u64,
     /// Multishot receives armed again after a completion without `IORING_CQE_F_MORE`.
@@ -34,6 +42,9 @@ pub struct Stats {
     pub dropped_not_from_peer: u64,
     /// Datagrams still queued when their socket was closed.
     pub dropped_at_close: u64,
+    /// Datagrams (or several in one message) that the kernel dropped because a socket's receive
+    /// buffer was full. Asked when the socket is closed, if it ever received in bursts.
+    pub dropped_by_kernel: u64,
     /// Messages that could not be read: cut, or without an IP sender.
     pub dropped_malformed: u64,
 }
@@ -48,14 +59,18 @@ impl std::ops::AddAssign for Stats {
             sockets_created,
             sockets_open,
             datagrams_sent,
+            datagrams_coalesced,
+            gso_refusals,
             bytes_sent,
             datagrams_received,
+            datagrams_split,
             bytes_received,
             rearms,
             pauses,
             dropped_by_policy,
             dropped_not_from_peer,
             dropped_at_close,
+            dropped_by_kernel,
             dropped_malformed,
         } = other;
         self.enters += enters;
@@ -64,14 +79,18 @@ impl std::ops::AddAssign for Stats {
         self.sockets_created += sockets_created;
         self.sockets_open += sockets_open;
         self.datagrams_sent += datagrams_sent;
+        self.datagrams_coalesced += datagrams_coalesced;
+        self.gso_refusals += gso_refusals;
         self.bytes_sent += bytes_sent;
         self.datagrams_received += datagrams_received;
+        self.datagrams_split += datagrams_split;
         self.bytes_received += bytes_received;
         self.rearms += rearms;
         self.pauses += pauses;
         self.dropped_by_policy += dropped_by_policy;
         self.dropped_not_from_peer += dropped_not_from_peer;
         self.dropped_at_close += dropped_at_close;
+        self.dropped_by_kernel += dropped_by_kernel;
         self.dropped_malformed += dropped_malformed;
     }
 }

@@ -244,8 +244,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
         stream.permit = 0;
         let datagrams = datagrams
             .into_iter()
-            .map(|datagram| (datagram.data, datagram.remote_address.map(SocketAddr::from)))
-            .collect();
+            .map(|datagram| (datagram.data, datagram.remote_address.map(SocketAddr::from)));
         Ok(stream.socket.send(datagrams).await?)
     }
 

@@ -1,6 +1,7 @@
 //! The operations sockets need, with the memory the kernel reads while they run, and the one
 //! switch that writes submission queue entries.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use io_uring::squeue::{Entry, Flags};
@@ -8,7 +9,8 @@ use io_uring::{opcode, types};
 
 use super::inbox::Inbox;
 use super::slots::SlotIndex;
-use crate::datagram::{Family, RawAddr};
+use crate::datagram::{Family, GsoMessage, Outgoing, RawAddr, front_run};
+use crate::error::Errno;
 
 /// The group that the ring's receive buffers are registered under.
 pub(crate) const BUFFER_GROUP: u16 = 0;
@@ -23,6 +25,8 @@ pub(crate) enum Op {
     Receive(Arc<Inbox>),
     /// `FIXED_FD_INSTALL`: its result is a file descriptor that somebody must close.
     Install,
+    /// What the kernel has dropped for want of room in the socket's receive buffer.
+    CountDrops(Box<SocketMemory>),
     Close,
 }
 
@@ -40,15 +44,85 @@ pub(crate) struct SocketOption {
     pub(crate) value: libc::c_int,
 }
 
-/// One `send` of a guest: its datagrams in order, as one linked chain.
+/// One `send` of a guest: its datagrams in order, as one linked chain of messages.
 pub(crate) struct SendOp {
-    pub(crate) datagrams: Vec<Outgoing>,
+    datagrams: Vec<Outgoing>,
+    /// Datagrams from the front that the kernel has taken.
+    sent: usize,
+    /// Those of them that travelled in company.
+    coalesced: usize,
+    /// This attempt's messages, for the datagrams behind those sent.
+    messages: Vec<Message>,
 }
 
-/// One datagram; without an address it goes to the peer of a connected socket.
-pub(crate) struct Outgoing {
-    pub(crate) payload: Vec<u8>,
-    pub(crate) to: Option<RawAddr>,
+/// A message of a `send`: one datagram, or several that the kernel takes apart.
+struct Message {
+    datagrams: usize,
+    gso: Option<Box<GsoMessage>>,
+}
+
+/// Why the rest of a `send` is to be submitted once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// The path or the device does not take datagrams of more than `segment_max` bytes in company.
+    Apart { segment_max: usize },
+    /// The thread that had submitted it has exited, and its requests with it.
+    Orphaned,
+}
+
+impl SendOp {
+    pub(crate) fn new(datagrams: Vec<Outgoing>) -> Self {
+        Self { datagrams, sent: 0, coalesced: 0, messages: Vec::new() }
+    }
+
+    /// Payload bytes in all.
+    pub(crate) fn bytes(&self) -> usize {
+        self.datagrams.iter().map(|datagram| datagram.payload.len()).sum()
+    }
+
+    /// Makes messages of what is still to be sent. Datagrams of more than `segment_max` bytes
+    /// travel alone.
+    pub(crate) fn plan(&mut self, segment_max: usize) {
+        self.messages.clear();
+        let mut rest = &self.datagrams[self.sent..];
+        while !rest.is_empty() {
+            let (run, others) = rest.split_at(front_run(rest, segment_max));
+            let gso = (run.len() > 1).then(|| GsoMessage::new(run));
+            self.messages.push(Message { datagrams: run.len(), gso });
+            rest = others;
+        }
+    }
+
+    /// Books that the kernel took this many messages and refused the next with `error`, if any;
+    /// whether the rest deserves another attempt.
+    pub(crate) fn settle(&mut self, messages: usize, error: Option<Errno>) -> Option<Again> {
+        for message in self.messages.drain(..messages) {
+            self.sent += message.datagrams;
+            self.coalesced += if message.gso.is_some() { message.datagrams } else { 0 };
+        }
+        let refused = self.messages.first().filter(|message| message.gso.is_some());
+        let segment = refused.and_then(|_| Some(self.datagrams.get(self.sent)?.payload.len()));
+        match (error?.0, segment) {
+            // Beyond the path's MTU, where the kernel fragments only what travels alone.
+            (libc::EMSGSIZE | libc::EINVAL, Some(segment)) => {
+                Some(Again::Apart { segment_max: segment - 1 })
+            }
+            // The device or the socket leaves checksums to us.
+            (libc::EIO, Some(_)) => Some(Again::Apart { segment_max: 0 }),
+            (libc::ECANCELED, _) => Some(Again::Orphaned),
+            _ => None,
+        }
+    }
+
+    /// Datagrams the kernel has taken.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent as u64
+    }
+
+    /// Those of them that travelled in company.
+    pub(crate) fn coalesced(&self) -> u64 {
+        self.coalesced as u64
+    }
 }
 
 impl Op {
@@ -57,12 +131,13 @@ impl Op {
     /// (`a_failing_socket_operation_completes_its_bind_once`).
     pub(crate) fn completions(&self) -> u32 {
         match self {
-            Self::Send(send) => u32::try_from(send.datagrams.len()).unwrap_or(u32::MAX),
+            Self::Send(send) => u32::try_from(send.messages.len()).unwrap_or(u32::MAX),
             Self::Bind(_)
             | Self::Connect(_)
             | Self::SetOption(_)
             | Self::Receive(_)
             | Self::Install
+            | Self::CountDrops(_)
             | Self::Close => 1,
         }
     }
@@ -96,16 +171,23 @@ impl Op {
             Self::SetOption(option) => entries.push(option.entry(fd)),
             Self::Send(send) => {
                 // Linked, so that a failure stops what follows it: a guest learns the exact count.
-                let last = send.datagrams.len().saturating_sub(1);
-                for (at, datagram) in send.datagrams.iter().enumerate() {
-                    let link = if at < last { Flags::IO_LINK } else { Flags::empty() };
-                    entries.push(datagram.entry(fd).flags(link));
+                let mut rest = &send.datagrams[send.sent..];
+                for message in &send.messages {
+                    let entry = match (&message.gso, rest.first()) {
+                        (Some(gso), _) => opcode::SendMsg::new(fd, gso.as_ptr()).build(),
+                        (None, Some(alone)) => alone.entry(fd),
+                        (None, None) => break,
+                    };
+                    rest = &rest[message.datagrams..];
+                    let link = if rest.is_empty() { Flags::empty() } else { Flags::IO_LINK };
+                    entries.push(entry.flags(link));
                 }
             }
             Self::Receive(_) => {
                 entries.push(opcode::RecvMsgMulti::new(fd, receive_header, BUFFER_GROUP).build());
             }
             Self::Install => entries.push(opcode::FixedFdInstall::new(fd, 0).build()),
+            Self::CountDrops(memory) => entries.push(memory.entry(fd)),
             Self::Close => entries.push(opcode::Close::new(fd).build()),
         }
         for entry in entries {
@@ -126,6 +208,44 @@ impl SocketOption {
         .build()
     }
 }
+
+/// What `SO_MEMINFO` (socket(7)) tells: an array that the kernel writes.
+#[derive(Default)]
+pub(crate) struct SocketMemory(Cell<[u32; 9]>);
+
+/// `SO_MEMINFO`, which libc does not have (asm-generic/socket.h).
+const SO_MEMINFO: libc::c_int = 55;
+
+/// `SOCKET_URING_OP_GETSOCKOPT`.
+const GETSOCKOPT: u32 = 2;
+
+impl SocketMemory {
+    pub(crate) fn drops(&self) -> u32 {
+        let [.., drops] = self.0.get();
+        drops
+    }
+
+    /// GETSOCKOPT is SETSOCKOPT by another command, for which io-uring has no builder of its own.
+    #[expect(unsafe_code, reason = "an entry as the words it consists of")]
+    fn entry(&self, fd: types::Fixed) -> Entry {
+        let set = opcode::SetSockOpt::new(
+            fd,
+            libc::SOL_SOCKET.cast_unsigned(),
+            SO_MEMINFO.cast_unsigned(),
+            self.0.as_ptr().cast_const().cast(),
+            u32::try_from(size_of_val(&self.0)).expect("36"),
+        );
+        // SAFETY: an entry is 64 bytes of plain integers (`struct io_uring_sqe`).
+        // (`what_the_kernel_drops_is_counted_when_the_socket_closes` reads what it asks for.)
+        let mut words: [u32; 16] = unsafe { std::mem::transmute(set.build()) };
+        words[CMD_OP] = GETSOCKOPT;
+        // SAFETY: as above, the other way round.
+        unsafe { std::mem::transmute(words) }
+    }
+}
+
+/// Where an entry names its command, in words.
+const CMD_OP: usize = 2;
 
 impl Outgoing {
     fn entry(&self, fd: types::Fixed) -> Entry {

@@ -106,6 +106,17 @@ struct Slot {
     ops: u32,
     /// Those of them that are sends.
     sends: u32,
+    /// Largest datagram that may travel in company, as far as the kernel has told.
+    segment_max: u16,
+    /// It has received in bursts, and was told to take them in one message.
+    takes_bursts: bool,
+}
+
+impl Slot {
+    fn open() -> Self {
+        let state = SlotState::Open { receive: Receive::Idle };
+        Self { state, ops: 0, sends: 0, segment_max: u16::MAX, takes_bursts: false }
+    }
 }
 
 pub(crate) struct SlotTable {
@@ -122,18 +133,36 @@ impl SlotTable {
 
     /// Gives a slot to a socket that has its place in the room, so there is one.
     pub(crate) fn open(&mut self) -> SlotIndex {
-        let state = SlotState::Open { receive: Receive::Idle };
         if let Some(slot) = self.free.pop() {
-            self.slots[slot.0 as usize].state = state;
+            self.slots[slot.0 as usize] = Slot::open();
             return slot;
         }
         let index = u32::try_from(self.slots.len()).expect("no more slots than the room has");
-        self.slots.push(Slot { state, ops: 0, sends: 0 });
+        self.slots.push(Slot::open());
         SlotIndex(index)
     }
 
     pub(crate) fn state(&mut self, slot: SlotIndex) -> &mut SlotState {
         &mut self.slots[slot.0 as usize].state
+    }
+
+    /// Largest datagram that may travel in company with others.
+    pub(crate) fn segment_max(&self, slot: SlotIndex) -> usize {
+        self.slots[slot.0 as usize].segment_max.into()
+    }
+
+    /// The kernel has refused larger ones.
+    pub(crate) fn limit_segments(&mut self, slot: SlotIndex, segment_max: usize) {
+        self.slots[slot.0 as usize].segment_max = u16::try_from(segment_max).unwrap_or(u16::MAX);
+    }
+
+    /// Marks a slot as one that receives in bursts; `true` the first time.
+    pub(crate) fn mark_bursts(&mut self, slot: SlotIndex) -> bool {
+        !std::mem::replace(&mut self.slots[slot.0 as usize].takes_bursts, true)
+    }
+
+    pub(crate) fn takes_bursts(&self, slot: SlotIndex) -> bool {
+        self.slots[slot.0 as usize].takes_bursts
     }
 
     /// An operation on the slot is about to be pushed.

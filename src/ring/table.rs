@@ -48,8 +48,8 @@ enum OpState {
     Vacant,
     /// The kernel. A caller waits, or will.
     InKernel { op: Op, waker: Option<Waker> },
-    /// The kernel. No caller waits, or none any more; the last completion frees the memory.
-    Abandoned { op: Op },
+    /// The kernel. No caller waits, or none any more: the last completion frees the memory.
+    Unclaimed { op: Op },
     /// We do: the last completion came, the caller has yet to fetch it.
     Done { op: Op },
 }
@@ -85,7 +85,7 @@ impl OpTable {
 
     /// Stores an operation that nobody waits for.
     pub(crate) fn insert_unclaimed(&mut self, op: Op, slot: SlotIndex) -> OpKey {
-        self.occupy(slot, op.completions(), OpState::Abandoned { op })
+        self.occupy(slot, op.completions(), OpState::Unclaimed { op })
     }
 
     fn occupy(&mut self, slot: SlotIndex, pending: u32, state: OpState) -> OpKey {
@@ -112,13 +112,13 @@ impl OpTable {
         let key = OpKey::from_user_data(user_data)?;
         let place = self.place(key)?;
         match &place.state {
-            OpState::InKernel { op, .. } | OpState::Abandoned { op } => Some((key, place.slot, op)),
+            OpState::InKernel { op, .. } | OpState::Unclaimed { op } => Some((key, place.slot, op)),
             OpState::Vacant | OpState::Done { .. } => None,
         }
     }
 
-    /// Counts one completion. `Some` if it was the last.
-    pub(crate) fn complete(&mut self, key: OpKey, result: i32) -> Option<Ended> {
+    /// Counts one completion. `Some` if it was the last: the operation, to be ended or restarted.
+    pub(crate) fn count(&mut self, key: OpKey, result: i32) -> Option<(&mut Op, &mut Outcome)> {
         let place = self.place(key)?;
         match (u32::try_from(result), place.outcome.error) {
             (Ok(value), None) => {
@@ -133,17 +133,37 @@ impl OpTable {
         if place.pending > 0 {
             return None;
         }
+        match &mut place.state {
+            OpState::InKernel { op, .. } | OpState::Unclaimed { op } => {
+                Some((op, &mut place.outcome))
+            }
+            // `find` answers neither, and `count` follows it.
+            OpState::Vacant | OpState::Done { .. } => None,
+        }
+    }
+
+    /// The rest of an operation will be pushed again.
+    pub(crate) fn restart(&mut self, key: OpKey) {
+        let Some(place) = self.place(key) else { return };
+        if let OpState::InKernel { op, .. } | OpState::Unclaimed { op } = &place.state {
+            place.pending = op.completions();
+            place.outcome = Outcome { sum: place.outcome.sum, ..Outcome::default() };
+        }
+    }
+
+    /// Ends an operation whose last completion was counted.
+    pub(crate) fn end(&mut self, key: OpKey) -> Option<Ended> {
+        let place = self.place(key)?;
         match std::mem::replace(&mut place.state, OpState::Vacant) {
             OpState::InKernel { op, waker } => {
                 place.state = OpState::Done { op };
                 Some(Ended::Fetchable(waker))
             }
-            OpState::Abandoned { op } => {
+            OpState::Unclaimed { op } => {
                 let outcome = place.outcome;
                 self.vacate(key);
                 Some(Ended::Unclaimed(op, outcome))
             }
-            // `find` answers neither, and `complete` follows it.
             done @ (OpState::Vacant | OpState::Done { .. }) => {
                 place.state = done;
                 None
@@ -164,7 +184,7 @@ impl OpTable {
                 place.state = OpState::InKernel { op, waker: waker.cloned().or(earlier) };
                 None
             }
-            other @ (OpState::Abandoned { .. } | OpState::Vacant) => {
+            other @ (OpState::Unclaimed { .. } | OpState::Vacant) => {
                 place.state = other;
                 None
             }
@@ -182,12 +202,6 @@ impl OpTable {
         false
     }
 
-    /// What has come of an operation so far; `true` with it if that is all.
-    pub(crate) fn progress(&mut self, key: OpKey) -> Option<(Outcome, bool)> {
-        let place = self.place(key)?;
-        Some((place.outcome, matches!(place.state, OpState::Done { .. })))
-    }
-
     /// The caller is gone. What the kernel still uses stays until its last completion; what is
     /// done already is returned.
     pub(crate) fn abandon(&mut self, key: OpKey) -> Option<(Op, Outcome)> {
@@ -198,8 +212,8 @@ impl OpTable {
                 self.vacate(key);
                 Some((op, outcome))
             }
-            OpState::InKernel { op, .. } | OpState::Abandoned { op } => {
-                place.state = OpState::Abandoned { op };
+            OpState::InKernel { op, .. } | OpState::Unclaimed { op } => {
+                place.state = OpState::Unclaimed { op };
                 None
             }
             OpState::Vacant => None,
@@ -231,7 +245,7 @@ impl OpTable {
     #[cfg(test)]
     pub(super) fn held_by_kernel(&self) -> Vec<OpKey> {
         let held = |place: &&(usize, &Place)| {
-            matches!(place.1.state, OpState::InKernel { .. } | OpState::Abandoned { .. })
+            matches!(place.1.state, OpState::InKernel { .. } | OpState::Unclaimed { .. })
         };
         let key = |(index, place): (usize, &Place)| OpKey {
             index: u32::try_from(index).unwrap(),
@@ -246,8 +260,8 @@ impl OpTable {
             .iter_mut()
             .filter_map(|place| match &mut place.state {
                 OpState::InKernel { waker, .. } => waker.take(),
-                OpState::Abandoned { op: Op::Receive(inbox) } => inbox.take_waker(),
-                OpState::Abandoned { .. } | OpState::Vacant | OpState::Done { .. } => None,
+                OpState::Unclaimed { op: Op::Receive(inbox) } => inbox.take_waker(),
+                OpState::Unclaimed { .. } | OpState::Vacant | OpState::Done { .. } => None,
             })
             .collect()
     }
@@ -258,19 +272,35 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::datagram::Outgoing;
+    use crate::ring::op::SendOp;
 
     const SLOT: SlotIndex = SlotIndex(0);
+
+    /// Counts a completion, and ends the operation if it was the last.
+    fn complete(table: &mut OpTable, key: OpKey, result: i32) -> Option<Ended> {
+        table.count(key, result)?;
+        table.end(key)
+    }
+
+    /// A `send` of as many messages as datagrams: no two are of one size in a row.
+    fn send_op(datagrams: usize) -> Op {
+        let datagrams = (1..=datagrams).map(|len| Outgoing { payload: vec![0; len], to: None });
+        let mut send = SendOp::new(datagrams.collect());
+        send.plan(0);
+        Op::Send(send)
+    }
 
     #[test]
     fn late_completion_does_not_reach_the_places_next_user() {
         let mut table = OpTable::default();
         let first = table.insert(Op::Install, SLOT);
-        assert!(table.complete(first, 7).is_some());
+        assert!(complete(&mut table, first, 7).is_some());
         table.fetch(first, None).unwrap();
         let second = table.insert(Op::Install, SLOT);
         assert_eq!(first.index, second.index, "the place is reused");
         assert!(table.find(first.user_data()).is_none());
-        assert!(table.complete(first, 8).is_none());
+        assert!(complete(&mut table, first, 8).is_none());
         assert!(table.fetch(second, None).is_none(), "still in the kernel");
     }
 
@@ -280,7 +310,7 @@ mod tests {
         let key = table.insert(Op::Install, SLOT);
         assert!(table.abandon(key).is_none());
         assert!(!table.is_quiet());
-        let Some(Ended::Unclaimed(Op::Install, outcome)) = table.complete(key, 9) else {
+        let Some(Ended::Unclaimed(Op::Install, outcome)) = complete(&mut table, key, 9) else {
             panic!("the result must come back, for somebody has to close descriptor 9");
         };
         assert_eq!(outcome.value, 9);
@@ -307,10 +337,7 @@ mod tests {
                 match action {
                     0 => {
                         let datagrams = usize::try_from(value.rem_euclid(3) + 1).unwrap();
-                        let datagrams = (0..datagrams)
-                            .map(|_| super::super::op::Outgoing { payload: vec![], to: None })
-                            .collect();
-                        let op = Op::Send(super::super::op::SendOp { datagrams });
+                        let op = send_op(datagrams);
                         held.push((
                             table.insert(op, SLOT),
                             Model { results: vec![], abandoned: false },
@@ -323,7 +350,7 @@ mod tests {
                         prop_assert_eq!(found, *key);
                         let expected = op.completions() as usize;
                         model.results.push(value);
-                        let ended = table.complete(*key, value);
+                        let ended = complete(&mut table, *key, value);
                         prop_assert_eq!(ended.is_some(), model.results.len() == expected);
                         if ended.is_some() {
                             let (key, model) = held.swap_remove(at);
@@ -353,7 +380,7 @@ mod tests {
                     3 if !stale.is_empty() => {
                         let key = stale[index.index(stale.len())];
                         prop_assert!(table.find(key.user_data()).is_none());
-                        prop_assert!(table.complete(key, value).is_none());
+                        prop_assert!(complete(&mut table, key, value).is_none());
                     }
                     _ => {}
                 }
