@@ -177,6 +177,7 @@ unsafe impl Send for GsoMessage {}
 
 impl GsoMessage {
     /// A message of a run that `front_run` has found.
+    #[expect(clippy::unnecessary_box_returns, reason = "it points into itself")]
     pub(crate) fn new(run: &[Outgoing]) -> Box<Self> {
         let first = run.first();
         let segment = first.map_or(0, |datagram| datagram.payload.len());

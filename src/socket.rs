@@ -417,8 +417,7 @@ impl UdpSocket {
         allowed && is_peer
     }
 
-    fn count(&self, withheld: Withheld) {
-        let Withheld { by_policy, not_from_peer } = withheld;
+    fn count(&self, Withheld { by_policy, not_from_peer }: Withheld) {
         if by_policy + not_from_peer > 0 {
             self.ctx.uring.count(|stats| {
                 stats.dropped_by_policy += by_policy;
