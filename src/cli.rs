@@ -163,17 +163,24 @@ Names, and what one operation is:
   pair     two sockets: create, bind, exchange a datagram each way, drop
   echo     a round trip of 64 bytes between two sockets
   dns      create, bind, connect, send, be answered, drop
-  batch    16 datagrams of 1200 bytes sent by one `send` and received")]
+  batch    16 datagrams of 1200 bytes sent by one `send` and received
+
+Two are no contest in speed:
+  flood    the latency of many sockets while another is flooded
+  idle     the memory of a socket that waits for datagrams")]
 pub(crate) struct BenchArgs {
     /// What to measure [default: everything]
     #[arg(value_name = "NAME")]
-    pub(crate) modes: Vec<String>,
+    pub(crate) names: Vec<String>,
     /// Guests at once; several values, several rows
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,64")]
     pub(crate) guests: Vec<NonZeroUsize>,
     /// Rounds per backend
     #[arg(long, value_name = "N", default_value = "7")]
     pub(crate) rounds: NonZeroUsize,
+    /// Sockets for flood [default: 1000] and idle [default: 10000]
+    #[arg(long, value_name = "N")]
+    pub(crate) sockets: Option<NonZeroUsize>,
     /// per-core (one thread) or multi-thread
     #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
     pub(crate) runtime: RuntimeArg,

@@ -306,6 +306,8 @@ fn decode_segment_size(control: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::offset_of;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -343,15 +345,183 @@ mod tests {
         #[test]
         fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode_addr(&bytes);
-            let _ = parse_received(&bytes);
+            let _ = parse_received(&bytes).map(|received| received.payloads().count());
+        }
+
+        /// Any value of the control message, any size it claims for itself and for the payload.
+        #[test]
+        fn whatever_control_data_says_a_message_is_split_without_loss(
+            payload in proptest::collection::vec(any::<u8>(), 0..300),
+            segment in prop_oneof![-1..400_i32, any::<i32>()],
+            control_len in 0..40_u32,
+            payload_len in 0..400_u32,
+        ) {
+            let mut filled = filled(&payload, Some(segment));
+            filled[4..8].copy_from_slice(&control_len.to_ne_bytes());
+            filled[8..12].copy_from_slice(&payload_len.to_ne_bytes());
+            let Some(received) = parse_received(&filled) else {
+                prop_assert!(usize::try_from(payload_len).unwrap() > payload.len());
+                return Ok(());
+            };
+            let parts: Vec<_> = received.payloads().collect();
+            prop_assert_eq!(parts.concat(), &payload[..payload_len.try_into().unwrap()]);
+            let (last, whole) = parts.split_last().unwrap();
+            prop_assert!(whole.iter().all(|part| part.len() == parts[0].len()));
+            prop_assert!(last.len() <= parts[0].len());
+        }
+
+        /// Greedy is best here: what begins a run is one itself.
+        #[test]
+        fn datagrams_are_parted_into_the_longest_runs(
+            alike in proptest::collection::vec((size(), 0..peers().len(), 1..80_usize), 0..8),
+            segment_max in prop_oneof![Just(0), 1..5000_usize, Just(usize::from(u16::MAX))],
+        ) {
+            let datagrams: Vec<_> = alike
+                .into_iter()
+                .flat_map(|(bytes, peer, times)| std::iter::repeat_n((bytes, peer), times))
+                .map(|(bytes, peer)| outgoing(bytes, peers()[peer]))
+                .collect();
+            let mut rest = &datagrams[..];
+            while !rest.is_empty() {
+                let run = front_run(rest, segment_max);
+                let longest = (1..=rest.len()).rev().find(|n| is_run(&rest[..*n], segment_max));
+                prop_assert_eq!(Some(run), longest);
+                rest = &rest[run..];
+            }
+        }
+    }
+
+    /// Alone, or what the kernel takes apart into the very same datagrams.
+    fn is_run(datagrams: &[Outgoing], segment_max: usize) -> bool {
+        let sizes: Vec<usize> = datagrams.iter().map(|datagram| datagram.payload.len()).collect();
+        let Some((last, others)) = sizes.split_last() else { return false };
+        others.is_empty()
+            || (sizes.len() <= 64
+                && sizes.iter().sum::<usize>() <= 65_507
+                && sizes[0] <= segment_max
+                && others.iter().all(|size| *size == sizes[0])
+                && (1..=sizes[0]).contains(last)
+                && datagrams.iter().all(|datagram| datagram.to == datagrams[0].to))
+    }
+
+    fn size() -> impl Strategy<Value = usize> {
+        let usual = prop::sample::select(vec![0, 1, 2, 1200, 1201, 32_753, 65_507, 65_535]);
+        prop_oneof![4 => usual, 1 => 0..5000_usize]
+    }
+
+    /// Nobody, and peers that differ in one field each.
+    fn peers() -> [Option<SocketAddr>; 6] {
+        let six = |flowinfo, scope_id| {
+            Some(SocketAddrV6::new([0xfe80, 0, 0, 0, 0, 0, 0, 1].into(), 1, flowinfo, scope_id))
+        };
+        let four = ["127.0.0.1:1", "127.0.0.1:2"].map(|text| Some(text.parse().unwrap()));
+        let [a, b, c] = [six(0, 1), six(0, 2), six(1, 1)].map(|addr| addr.map(SocketAddr::V6));
+        [None, four[0], four[1], a, b, c]
+    }
+
+    fn outgoing(bytes: usize, to: Option<SocketAddr>) -> Outgoing {
+        Outgoing { payload: vec![0; bytes], to: to.map(RawAddr::from) }
+    }
+
+    #[test]
+    fn a_run_ends_where_the_kernel_would_send_something_else() {
+        let run = |sizes: &[usize], segment_max| {
+            let datagrams: Vec<_> = sizes.iter().map(|bytes| outgoing(*bytes, None)).collect();
+            front_run(&datagrams, segment_max)
+        };
+        assert_eq!(run(&[], 2000), 0);
+        assert_eq!(run(&[9, 9, 9], 2000), 3);
+        assert_eq!(run(&[9, 9, 8, 9], 2000), 3, "only the last may be shorter");
+        assert_eq!(run(&[9, 9, 10], 2000), 2, "longer");
+        assert_eq!(run(&[9, 9, 0], 2000), 2, "no segment is empty");
+        assert_eq!(run(&[0, 0], 2000), 1);
+        assert_eq!(run(&[2000, 2000], 2000), 2);
+        assert_eq!(run(&[2001, 2001], 2000), 1);
+        assert_eq!(run(&[1; 65], 2000), 64);
+        assert_eq!(run(&[6550, 58_957], 6550), 1);
+        assert_eq!(run(&[32_754, 32_753], 65_535), 2, "65,507 bytes");
+        assert_eq!(run(&[32_754, 32_754], 65_535), 1);
+        assert_eq!(run(&[1; 2], 0), 1);
+    }
+
+    /// `struct cmsghdr` and the value behind it, as `CMSG_LEN` and `CMSG_DATA` have them (cmsg(3)).
+    #[test]
+    fn a_message_of_several_datagrams_is_laid_out_as_sendmsg_reads_it() {
+        const HEADER: usize = size_of::<libc::cmsghdr>();
+        for to in peers() {
+            let run = [outgoing(1200, to), outgoing(1200, to), outgoing(7, to)];
+            let message = GsoMessage::new(&run);
+            let control = &message.control.0;
+            let int = |at| libc::c_int::from_ne_bytes(field(control, at).unwrap());
+            let len = field(control, offset_of!(libc::cmsghdr, cmsg_len)).unwrap();
+            assert_eq!(usize::from_ne_bytes(len), HEADER + 2);
+            assert_eq!(int(offset_of!(libc::cmsghdr, cmsg_level)), libc::SOL_UDP);
+            assert_eq!(int(offset_of!(libc::cmsghdr, cmsg_type)), libc::UDP_SEGMENT);
+            assert_eq!(field(control, HEADER), Some(1200_u16.to_ne_bytes()));
+            assert_eq!(align_of::<ControlData>(), align_of::<libc::cmsghdr>());
+
+            let header = &message.header;
+            assert_eq!(header.msg_control, control.as_ptr().cast_mut().cast());
+            assert_eq!(header.msg_controllen, CONTROL_BYTES);
+            assert_eq!(
+                (header.msg_iov.cast_const(), header.msg_iovlen),
+                (message.parts.as_ptr(), 3)
+            );
+            let parts = message.parts.iter().map(|part| (part.iov_base.cast_const(), part.iov_len));
+            let payloads = run.iter().map(|Outgoing { payload, .. }| {
+                (payload.as_ptr().cast::<libc::c_void>(), payload.len())
+            });
+            assert!(parts.eq(payloads));
+            let name = run[0].to.as_ref().map_or((ptr::null(), 0), |to| (to.as_ptr(), to.len()));
+            assert_eq!((header.msg_name.cast_const().cast(), header.msg_namelen), name);
+        }
+    }
+
+    /// A buffer as a multishot recvmsg fills it, from an IPv4 sender.
+    fn filled(payload: &[u8], segment: Option<i32>) -> Vec<u8> {
+        let mut control = [0; CONTROL_BYTES];
+        let segment = segment.map(|size| {
+            control[..8].copy_from_slice(&20_u64.to_ne_bytes());
+            control[8..12].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
+            control[12..16].copy_from_slice(&libc::UDP_GRO.to_ne_bytes());
+            control[16..20].copy_from_slice(&size.to_ne_bytes());
+        });
+        let control_len = if segment.is_some() { 24 } else { 0 };
+        let lens = [16, control_len, u32::try_from(payload.len()).unwrap(), 0];
+        let mut name = [0; NAME_BYTES];
+        name[..2].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
+        [&lens.map(u32::to_ne_bytes).concat()[..], &name, &control, payload].concat()
+    }
+
+    #[test]
+    fn a_message_is_split_into_the_datagrams_it_carries() {
+        let split = |payload: &[u8], segment| -> Vec<Vec<u8>> {
+            let filled = filled(payload, segment);
+            parse_received(&filled).unwrap().payloads().map(<[u8]>::to_vec).collect()
+        };
+        assert_eq!(split(b"abcdefgh", Some(4)), [b"abcd", b"efgh"]);
+        assert_eq!(split(b"abcdefg", Some(3)), [&b"abc"[..], b"def", b"g"]);
+        assert_eq!(split(b"abc", Some(1)), [b"a", b"b", b"c"]);
+        assert_eq!(split(b"abc", Some(3)), [b"abc"]);
+        assert_eq!(split(b"abc", Some(4)), [b"abc"]);
+        assert_eq!(split(b"abc", None), [b"abc"]);
+        for segment in [None, Some(3)] {
+            assert_eq!(split(b"", segment), [b""], "an empty datagram is one");
+        }
+    }
+
+    #[test]
+    fn control_data_of_another_kind_splits_nothing() {
+        for at in [8, 12] {
+            let mut filled = filled(b"abcdef", Some(2));
+            filled[RECEIVE_HEADER_BYTES + NAME_BYTES + at] ^= 1;
+            assert_eq!(parse_received(&filled).unwrap().payloads().count(), 1);
         }
     }
 
     #[test]
     fn a_cut_message_is_refused() {
-        let mut bytes = vec![0_u8; 16 + NAME_BYTES + CONTROL_BYTES];
-        bytes[0] = 16; // namelen
-        bytes[16..18].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
+        let mut bytes = filled(b"", None);
         assert!(parse_received(&bytes).is_some());
         bytes[12] = u8::try_from(libc::MSG_TRUNC).unwrap(); // flags
         assert!(parse_received(&bytes).is_none());

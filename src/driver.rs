@@ -27,8 +27,8 @@ use tokio::task::coop;
 
 use crate::error::SetupError;
 use crate::limits::{
-    COMBINE_ROUNDS_MAX, FLUSH_BYTES, FULL_ROOM_LOOKS_MAX, INBOX_BYTES_DEFAULT,
-    INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT,
+    COMBINE_ROUNDS_MAX, CROWD_GUESTS_MAX, FLUSH_BYTES, FULL_ROOM_LOOKS_MAX, INBOX_BYTES_DEFAULT,
+    INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT, SPREE_FLUSHES,
 };
 use crate::ring::arrivals::Arrivals;
 use crate::ring::inbox::{Inbox, InboxLimits};
@@ -161,6 +161,10 @@ struct Attended {
 struct Crowd {
     pushed: Who,
     entered: Who,
+    /// How often a guest has yielded so that others could push.
+    yields: u64,
+    /// Flushes to come that enter at once, for too many are at work.
+    spree: u32,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -169,6 +173,11 @@ enum Who {
     Nobody,
     One(Guest),
     Several,
+}
+
+/// That a guest has yielded: the how manieth yield it was.
+struct Yielded {
+    yields: u64,
 }
 
 impl Crowd {
@@ -186,9 +195,26 @@ impl Crowd {
         }
     }
 
-    /// Whether anybody but this guest has used the ring lately.
-    fn has_others(&self, guest: Guest) -> bool {
-        [self.pushed, self.entered].iter().any(|who| ![Who::Nobody, Who::One(guest)].contains(who))
+    /// Whether a guest should let others push before it enters: some have used the ring lately.
+    fn should_yield(&mut self, guest: Guest) -> bool {
+        if self.spree > 0 {
+            self.spree -= 1;
+            return false;
+        }
+        let is_other = |who: &Who| ![Who::Nobody, Who::One(guest)].contains(who);
+        [self.pushed, self.entered].iter().any(is_other)
+    }
+
+    fn start_yield(&mut self) -> Yielded {
+        self.yields += 1;
+        Yielded { yields: self.yields }
+    }
+
+    /// A guest goes on that has yielded. If so many had their turn meanwhile that nothing of it is
+    /// left in the cache, it had better enter alone for a while.
+    fn end_yield(&mut self, yielded: &Yielded) {
+        let is_crowded = self.yields - yielded.yields > CROWD_GUESTS_MAX;
+        self.spree = if is_crowded { SPREE_FLUSHES } else { 0 };
     }
 }
 
@@ -269,7 +295,7 @@ impl Uring {
     }
 
     fn ticket(&self, core: &Core, guest: Guest, key: OpKey) -> Ticket {
-        let flush = Flush { guest, pushed: core.ring.pushed(), yielded: false };
+        let flush = Flush { guest, pushed: core.ring.pushed(), turn: Turn::NotYielded };
         Ticket { uring: self.clone(), key, flush, fetched: false }
     }
 
@@ -280,7 +306,7 @@ impl Uring {
         let mut core = self.shared.lock();
         core.ring.arm(slot, &inbox);
         core.crowd.push(guest);
-        (inbox, Flush { guest, pushed: core.ring.pushed(), yielded: false })
+        (inbox, Flush { guest, pushed: core.ring.pushed(), turn: Turn::NotYielded })
     }
 
     /// Lets a paused receive go on. At once: its guest may be about to wait for it.
@@ -480,12 +506,20 @@ pub(crate) struct Flush {
     guest: Guest,
     /// Entries pushed up to and with ours.
     pushed: u64,
-    yielded: bool,
+    turn: Turn,
+}
+
+/// Whether others had the chance to push before a guest enters.
+enum Turn {
+    NotYielded,
+    Yielded(Yielded),
+    Over,
 }
 
 impl Flush {
     pub(crate) fn poll(&mut self, uring: &Uring, cx: &mut Context<'_>) -> Poll<()> {
-        let core = uring.shared.lock();
+        let mut core = uring.shared.lock();
+        self.end_yield(&mut core);
         let mut core = match self.advance(uring, core, cx) {
             Advance::Yielded => return Poll::Pending,
             Advance::Looked(core) => core,
@@ -497,12 +531,20 @@ impl Flush {
         Poll::Pending
     }
 
+    /// To be called whenever the caller is polled.
+    fn end_yield(&mut self, core: &mut Core) {
+        if let Turn::Yielded(yielded) = &self.turn {
+            core.crowd.end_yield(yielded);
+            self.turn = Turn::Over;
+        }
+    }
+
     /// Gets our entries into the kernel, unless somebody else is about to, or others should have
     /// the chance to travel along.
     fn advance<'core>(
         &mut self,
         uring: &'core Uring,
-        core: MutexGuard<'core, Core>,
+        mut core: MutexGuard<'core, Core>,
         cx: &Context<'_>,
     ) -> Advance<'core> {
         if core.entering || core.ring.submitted() >= self.pushed {
@@ -510,8 +552,9 @@ impl Flush {
         }
         // Until they are sent, payloads push each other out of the cache.
         let is_light = core.ring.unsent_bytes() < FLUSH_BYTES;
-        if !self.yielded && is_light && core.crowd.has_others(self.guest) && is_current_thread() {
-            self.yielded = true;
+        let has_yielded = matches!(self.turn, Turn::Over);
+        if !has_yielded && is_light && core.crowd.should_yield(self.guest) && is_current_thread() {
+            self.turn = Turn::Yielded(core.crowd.start_yield());
             drop(core);
             cx.waker().wake_by_ref();
             return Advance::Yielded;
@@ -549,6 +592,7 @@ impl Ticket {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { uring, key, flush, fetched } = self;
         let mut core = uring.shared.lock();
+        flush.end_yield(&mut core);
         let mut done = core.ring.fetch(*key, None);
         if done.is_none() {
             core = match flush.advance(uring, core, cx) {
@@ -594,6 +638,7 @@ impl Ticket {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { uring, key, flush, fetched } = self;
         let mut core = uring.shared.lock();
+        flush.end_yield(&mut core);
         if core.ring.submitted() < flush.pushed {
             core = match flush.advance(uring, core, cx) {
                 Advance::Yielded => return Poll::Pending,

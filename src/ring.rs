@@ -28,7 +28,7 @@ use io_uring::{IoUring, cqueue};
 
 use self::buffers::{BufferId, BufferRing};
 use self::inbox::{Datagram, Inbox};
-use self::op::{Again, Op, SocketOption};
+use self::op::{Op, SocketOption};
 use self::slots::{Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
@@ -339,19 +339,20 @@ impl Ring {
         }
         let Some((op, outcome)) = self.ops.count(key, result) else { return };
         if let Op::Send(send) = op {
-            let again = send.settle(outcome.succeeded as usize, outcome.error);
+            let attempt = send.settle(outcome.succeeded as usize, outcome.error);
+            if let Some(segment_max) = attempt.segment_max {
+                self.slots.limit_segments(slot, segment_max);
+                self.stats.gso_refusals += 1;
+            }
             // Once its slot is closing there is no socket to try again with.
-            if let Some(again) = again
-                && matches!(self.slots.state(slot), SlotState::Open { .. })
-            {
-                if let Again::Apart { segment_max } = again {
-                    self.slots.limit_segments(slot, segment_max);
-                    self.stats.gso_refusals += 1;
-                }
+            if attempt.again && matches!(self.slots.state(slot), SlotState::Open { .. }) {
                 send.plan(self.slots.segment_max(slot));
                 self.ops.restart(key);
                 return self.push(key);
             }
+            self.stats.datagrams_sent += send.sent();
+            self.stats.datagrams_coalesced += send.coalesced();
+            self.stats.bytes_sent += outcome.sum;
         }
         let is_send = matches!(op, Op::Send(_));
         self.end(slot, is_send);
@@ -383,13 +384,7 @@ impl Ring {
     /// (`descriptors_are_not_left_behind_by_calls_given_up`).
     #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
     fn done(&mut self, op: &Op, outcome: Outcome) -> Done {
-        let mut sent = 0;
-        if let Op::Send(send) = op {
-            sent = send.sent();
-            self.stats.datagrams_sent += sent;
-            self.stats.datagrams_coalesced += send.coalesced();
-            self.stats.bytes_sent += outcome.sum;
-        }
+        let sent = if let Op::Send(send) = op { send.sent() } else { 0 };
         if let Op::CountDrops(memory) = op
             && outcome.succeeded == 1
         {

@@ -6,11 +6,13 @@ use std::net::{SocketAddr, SocketAddrV6};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use tokio::task::{coop, yield_now};
+
 use crate::ctx::GuestCtx;
 use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::driver::{Flush, Ticket};
 use crate::error::{Errno, ErrorCode};
-use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
+use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX, TURN_DATAGRAMS};
 use crate::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::ring::Done;
 use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
@@ -38,6 +40,8 @@ struct State {
     remote: Option<Box<SocketAddr>>,
     /// The receive's way into the kernel.
     arming: Option<Box<Flush>>,
+    /// Datagrams the guest has had since it last let others take their turn.
+    taken_in_turn: usize,
     /// Sends that wait for room: they hold up the next `send`, of whichever stream.
     in_flight: Option<Box<Ticket>>,
 }
@@ -101,6 +105,7 @@ impl UdpSocket {
                 local: None,
                 remote: None,
                 arming: None,
+                taken_in_turn: 0,
                 in_flight: None,
             }),
         })
@@ -326,7 +331,13 @@ impl UdpSocket {
     /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox. With
     /// it, the peer that a connected socket hears.
     async fn listening(&self) -> (&Inbox, Option<SocketAddr>) {
+        if self.has_had_its_turn() {
+            // Not only behind the others that are ready: also behind a look at who else is.
+            yield_now().await;
+        }
         poll_fn(|cx| {
+            // A guest that always finds something, or asks without end, never suspends by itself.
+            let coop = ready!(coop::poll_proceed(cx));
             let GuestCtx { uring, guest, .. } = &*self.ctx;
             let mut state = self.lock();
             let inbox = self.inbox.get_or_init(|| {
@@ -339,9 +350,19 @@ impl UdpSocket {
                 ready!(flush.poll(uring, cx));
                 state.arming = None;
             }
+            coop.made_progress();
             Poll::Ready((&**inbox, state.remote.as_deref().copied()))
         })
         .await
+    }
+
+    fn has_had_its_turn(&self) -> bool {
+        let mut state = self.lock();
+        let is_over = state.taken_in_turn >= TURN_DATAGRAMS;
+        if is_over {
+            state.taken_in_turn = 0;
+        }
+        is_over
     }
 
     /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
@@ -371,6 +392,7 @@ impl UdpSocket {
             });
             self.count(withheld);
             if !datagrams.is_empty() {
+                self.lock().taken_in_turn += datagrams.len();
                 return Ok(datagrams);
             }
         }

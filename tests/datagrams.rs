@@ -1,9 +1,14 @@
-//! Datagrams out and in, on both backends. Connections are in `datagrams/connected.rs` and
-//! pollables in `datagrams/poll.rs`, of the same binary.
+//! Datagrams out and in, on both backends. Of the same binary: several in one message in
+//! `datagrams/coalesced.rs`, connections in `datagrams/connected.rs`, networks that are small or
+//! slow in `datagrams/networks.rs`, pollables in `datagrams/poll.rs`.
 
+#[path = "datagrams/coalesced.rs"]
+mod coalesced;
 mod common;
 #[path = "datagrams/connected.rs"]
 mod connected;
+#[path = "datagrams/networks.rs"]
+mod networks;
 #[path = "datagrams/poll.rs"]
 mod poll;
 

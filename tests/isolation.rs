@@ -134,6 +134,57 @@ fn a_flood_that_is_read_costs_another_guest_no_datagram() {
     });
 }
 
+/// The other makes a step whenever the reader lets it.
+async fn steps_beside(reading: impl Future<Output = ()>) -> usize {
+    let mut steps = 0;
+    let stepping = async {
+        loop {
+            steps += 1;
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = reading => {}
+        () = stepping => {}
+    }
+    steps
+}
+
+#[test]
+fn a_guest_that_always_finds_datagrams_lets_others_take_their_turns() {
+    block_on(async {
+        let mut rig = Rig::on_ring(&uring()).await;
+        let target = rig.endpoint(LOOPBACK).await;
+        let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let reading = async {
+            for burst in 0..8_u8 {
+                for n in 0..32 {
+                    native.send_to(&[burst, n], target.local).unwrap();
+                }
+                rig.receive_exactly(target.incoming, 32).await;
+            }
+        };
+        let steps = steps_beside(reading).await;
+        assert!(steps + 1 >= 256 / 32, "{steps} steps while 256 datagrams were read");
+    });
+}
+
+#[test]
+fn a_guest_that_asks_without_end_lets_others_take_their_turns() {
+    block_on(async {
+        let mut rig = Rig::on_ring(&uring()).await;
+        let target = rig.endpoint(LOOPBACK).await;
+        let asking = async {
+            for _ in 0..2000 {
+                assert_eq!(rig.receive(target.incoming, 1).await, Ok(vec![]));
+            }
+        };
+        let steps = steps_beside(asking).await;
+        assert!(steps >= 2000 / 200, "{steps} steps while a guest asked 2000 times");
+    });
+}
+
 /// A datagram for each of more sockets than the ring has buffers, before anybody looks.
 #[test]
 fn a_burst_beyond_the_rings_buffers_reaches_every_socket() {

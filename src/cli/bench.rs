@@ -1,11 +1,18 @@
-//! `wasi-uring bench`: the same guest on both backends, alternating, as ratios.
+//! `wasi-uring bench`: the same guest on both backends and a plain program that does the same,
+//! alternating, as ratios.
 
+mod flood;
+mod idle;
+mod native;
+
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::runtime::Runtime;
 use wasmtime::error::Context;
 
 use super::host::Backend;
@@ -13,7 +20,7 @@ use super::measure::{Contest, Sample, Summary, Work};
 use super::{BenchArgs, Failure, RuntimeArg, print, say};
 
 /// A mode of the built-in guest and how many operations one guest alone does in a round.
-pub(crate) const MODES: &[(&str, usize)] = &[
+const MODES: &[(&str, usize)] = &[
     ("create", 200_000),
     ("bind", 20_000),
     ("bind6", 20_000),
@@ -23,15 +30,23 @@ pub(crate) const MODES: &[(&str, usize)] = &[
     ("batch", 1_000),
 ];
 
+/// Benches that are no contest in speed.
+const FLOOD: &str = "flood";
+const IDLE: &str = "idle";
+
 /// A spread above this says that the machine was too busy to believe the median.
 const SPREAD_MAX: f64 = 0.15;
 
+const BACKENDS: [Backend; 2] = [Backend::Stock, Backend::Uring];
+
 pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let known = || MODES.iter().map(|(mode, _)| *mode).collect::<Vec<_>>().join(", ");
-    if let Some(unknown) = args.modes.iter().find(|name| !MODES.iter().any(|(m, _)| m == name)) {
-        let error = wasmtime::format_err!("no bench is named {unknown}; there are {}", known());
+    let names: Vec<_> = MODES.iter().map(|(mode, _)| *mode).chain([FLOOD, IDLE]).collect();
+    if let Some(unknown) = args.names.iter().find(|name| !names.contains(&name.as_str())) {
+        let error =
+            wasmtime::format_err!("no bench is named {unknown}; there are {}", names.join(", "));
         return Err(Failure::usage(error));
     }
+    let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
     let contest = Contest::new().map_err(Failure::run)?;
     let runtime = match args.runtime {
         RuntimeArg::PerCore => tokio::runtime::Builder::new_current_thread().enable_all().build(),
@@ -44,20 +59,52 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     .context("cannot start a runtime")
     .map_err(Failure::run)?;
 
-    let modes: Vec<_> = MODES
-        .iter()
-        .filter(|(mode, _)| args.modes.is_empty() || args.modes.iter().any(|name| name == mode))
-        .collect();
-    let steps = modes.len() * args.guests.len() * (args.rounds.get() + 1) * 2;
-    let progress = progress_bar(steps);
+    let modes: Vec<_> = MODES.iter().filter(|(mode, _)| wanted(mode)).collect();
+    let mut noisy = false;
+    if !modes.is_empty() {
+        noisy |= contests(args, &contest, &runtime, &modes).map_err(Failure::run)?;
+    }
+    drop(runtime);
+    if wanted(FLOOD) {
+        noisy |= flood(args, &contest).map_err(Failure::run)?;
+    }
+    if wanted(IDLE) {
+        idle(args, &contest).map_err(Failure::run)?;
+    }
+    if noisy {
+        say("this machine was busy: where the spread is large, measure again with more --rounds");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header([
+    table.load_preset(UTF8_FULL_CONDENSED).set_header(header);
+    table
+}
+
+/// Whether a figure cannot be believed.
+fn is_noisy(summary: &Summary) -> bool {
+    summary.spread > SPREAD_MAX
+}
+
+/// Speed, mode by mode; whether some figure was noisy.
+fn contests(
+    args: &BenchArgs,
+    contest: &Contest,
+    runtime: &Runtime,
+    modes: &[&(&'static str, usize)],
+) -> wasmtime::Result<bool> {
+    let progress = progress_bar(modes.len() * args.guests.len() * (args.rounds.get() + 1) * 2);
+    let mut table = table([
         "bench",
         "guests",
         "stock µs",
         "uring µs",
-        "CPU ratio",
-        "wall ratio",
+        "native µs",
+        "× stock",
+        "× stock, wall",
+        "× native",
         "enters/op",
         "spread",
     ]);
@@ -66,17 +113,18 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         for guests in &args.guests {
             let count = (count / guests.get()).max(1);
             let work = Work { mode, guests: guests.get(), count };
-            let rounds = contend(&contest, &runtime, &work, args.rounds.get(), &progress)
-                .map_err(Failure::run)?;
+            let rounds = contend(contest, runtime, &work, args.rounds.get(), &progress)?;
             let result = rounds.result(&work);
-            noisy |= result.cpu_ratio.spread > SPREAD_MAX;
+            noisy |= is_noisy(&result.cpu_ratio);
             table.add_row([
                 (*mode).to_owned(),
                 guests.to_string(),
                 format!("{:.2}", result.stock_micros),
                 format!("{:.2}", result.uring_micros),
-                format!("{:.2}×", result.cpu_ratio.median),
-                format!("{:.2}×", result.wall_ratio.median),
+                format!("{:.2}", result.native_micros),
+                format!("{:.2}", result.cpu_ratio.median),
+                format!("{:.2}", result.wall_ratio.median),
+                format!("{:.2}", result.native_ratio.median),
                 format!("{:.3}", result.enters),
                 format!("±{:.0}%", result.cpu_ratio.spread * 100.0),
             ]);
@@ -84,11 +132,78 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     }
     progress.finish_and_clear();
     print(table);
-    print("µs: CPU time per operation, median. Ratios: stock / uring, round by round, median.");
-    if noisy {
-        say("this machine was busy: where the spread is large, measure again with more --rounds");
+    print(
+        "µs: CPU time per operation, median. × stock, × native: how many times as fast as these \
+         the ring is, round by round, median.",
+    );
+    Ok(noisy)
+}
+
+fn flood(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<bool> {
+    let rounds = args.rounds.get();
+    let sockets = args.sockets.map_or(flood::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
+    let progress = progress_bar(flood::STEPS * (rounds + 1) * BACKENDS.len());
+    let mut table = table([
+        "flood",
+        "p50 calm",
+        "p99 calm",
+        "p99 flooded elsewhere",
+        "p99 flooded",
+        "flooded / calm",
+        "spread",
+        "lost",
+        "flood per s",
+    ]);
+    let mut noisy = false;
+    for backend in BACKENDS {
+        let result = flood::measure(contest, backend, sockets, rounds, &progress)?;
+        noisy |= is_noisy(&result.ratio);
+        table.add_row([
+            result.backend.name().to_owned(),
+            format!("{:.0} µs", result.calm_p50),
+            format!("{:.0} µs", result.calm_p99),
+            format!("{:.0} µs", result.elsewhere_p99),
+            format!("{:.0} µs", result.flooded_p99),
+            format!("{:.2}", result.ratio.median),
+            format!("±{:.0}%", result.ratio.spread * 100.0),
+            format!("{} of {}", result.lost, result.asked),
+            format!("{:.0}", result.flood_per_second),
+        ]);
     }
-    Ok(ExitCode::SUCCESS)
+    progress.finish_and_clear();
+    print(table);
+    print(format_args!(
+        "{} sockets answer a paced client; one more is flooded from another thread, or a plain \
+         socket is (elsewhere). Medians of the rounds' quantiles.",
+        sockets - 1,
+    ));
+    Ok(noisy)
+}
+
+fn idle(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<()> {
+    let most = contest.sockets() as usize / 2;
+    let sockets = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).clamp(2, most);
+    let rounds = args.rounds.get();
+    let progress = progress_bar(rounds * BACKENDS.len());
+    let mut table = table(["idle", "process", "kernel", "together", "spread"]);
+    for backend in BACKENDS {
+        let result = idle::measure(backend, sockets, rounds, || progress.inc(1))?;
+        let (process, kernel) = (result.process, result.kernel);
+        table.add_row([
+            result.backend.name().to_owned(),
+            format!("{:.0} B", process.median),
+            format!("{:.0} B", kernel.median),
+            format!("{:.0} B", process.median + kernel.median),
+            format!("±{:.0}%, ±{:.0}%", process.spread * 100.0, kernel.spread * 100.0),
+        ]);
+    }
+    progress.finish_and_clear();
+    print(table);
+    print(format_args!(
+        "Memory per socket of one guest that holds {sockets}, each with its streams and a receive \
+         waiting: the process's own, and the growth of the kernel's slab."
+    ));
+    Ok(())
 }
 
 pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
@@ -100,24 +215,33 @@ pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
     progress
 }
 
-/// Samples of both backends, round by round.
-pub(crate) struct Rounds(Vec<(Sample, Sample)>);
+/// What each has taken in one round.
+struct Round {
+    stock: Sample,
+    uring: Sample,
+    native: Sample,
+}
+
+pub(crate) struct Rounds(Vec<Round>);
 
 /// A work's figures per operation.
 pub(crate) struct Figures {
     pub(crate) stock_micros: f64,
     pub(crate) uring_micros: f64,
-    pub(crate) cpu_ratio: Summary,
+    native_micros: f64,
+    /// Stock's CPU time by ours, and so on.
+    cpu_ratio: Summary,
     pub(crate) wall_ratio: Summary,
+    native_ratio: Summary,
     pub(crate) enters: f64,
     pub(crate) stock_per_second: f64,
     pub(crate) uring_per_second: f64,
 }
 
-/// Runs some work on both backends in turn, after one round each to warm up.
+/// Runs some work on both backends and natively in turn, after one round each to warm up.
 pub(crate) fn contend(
     contest: &Contest,
-    runtime: &tokio::runtime::Runtime,
+    runtime: &Runtime,
     work: &Work,
     rounds: usize,
     progress: &ProgressBar,
@@ -130,9 +254,11 @@ pub(crate) fn contend(
                 format!("{} with {} guests on {}", work.mode, work.guests, backend.name())
             })
         };
-        let pair = (run(Backend::Stock)?, run(Backend::Uring)?);
+        let (stock, uring) = (run(Backend::Stock)?, run(Backend::Uring)?);
+        let native = native::run(work)
+            .with_context(|| format!("{} with {} guests, natively", work.mode, work.guests))?;
         if round > 0 {
-            samples.push(pair);
+            samples.push(Round { stock, uring, native });
         }
     }
     Ok(Rounds(samples))
@@ -143,17 +269,19 @@ impl Rounds {
     pub(crate) fn result(&self, work: &Work) -> Figures {
         let ops = (work.guests * work.count) as f64;
         let micros = |time: Duration| time.as_secs_f64() * 1e6 / ops;
-        let median = |of: &dyn Fn(&(Sample, Sample)) -> f64| Summary::of(self.0.iter().map(of));
+        let summary = |of: &dyn Fn(&Round) -> f64| Summary::of(self.0.iter().map(of));
+        let median = |of: &dyn Fn(&Round) -> f64| summary(of).median;
+        let ratio = |a: Duration, b: Duration| a.as_secs_f64() / b.as_secs_f64();
         Figures {
-            stock_micros: median(&|(stock, _)| micros(stock.cpu)).median,
-            uring_micros: median(&|(_, uring)| micros(uring.cpu)).median,
-            cpu_ratio: median(&|(stock, uring)| stock.cpu.as_secs_f64() / uring.cpu.as_secs_f64()),
-            wall_ratio: median(&|(stock, uring)| {
-                stock.wall.as_secs_f64() / uring.wall.as_secs_f64()
-            }),
-            enters: median(&|(_, uring)| uring.enters as f64 / ops).median,
-            stock_per_second: median(&|(stock, _)| ops / stock.wall.as_secs_f64()).median,
-            uring_per_second: median(&|(_, uring)| ops / uring.wall.as_secs_f64()).median,
+            stock_micros: median(&|round| micros(round.stock.cpu)),
+            uring_micros: median(&|round| micros(round.uring.cpu)),
+            native_micros: median(&|round| micros(round.native.cpu)),
+            cpu_ratio: summary(&|round| ratio(round.stock.cpu, round.uring.cpu)),
+            wall_ratio: summary(&|round| ratio(round.stock.wall, round.uring.wall)),
+            native_ratio: summary(&|round| ratio(round.native.cpu, round.uring.cpu)),
+            enters: median(&|round| round.uring.enters as f64 / ops),
+            stock_per_second: median(&|round| ops / round.stock.wall.as_secs_f64()),
+            uring_per_second: median(&|round| ops / round.uring.wall.as_secs_f64()),
         }
     }
 }

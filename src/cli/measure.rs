@@ -1,4 +1,4 @@
-//! Measuring the built-in guest on both backends, in alternation.
+//! One run of the built-in guest on a backend, or of a plain program that does the same.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use super::NetArg;
 use super::host::{Backend, GuestConfig, Net, Program};
 
 /// The guest that every measurement runs: its modes are in its header.
-const LIFE: &str = include_str!("guests/life.wat");
+pub(crate) const LIFE: &str = include_str!("guests/life.wat");
 
 /// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting.
 const SOCKETS_MAX: u32 = 16_384;
@@ -39,11 +39,27 @@ pub(crate) struct Sample {
     pub(crate) enters: u64,
 }
 
+/// Wall clock and CPU time of the process, running.
+pub(crate) struct Stopwatch {
+    wall: Instant,
+    cpu: ProcessTime,
+}
+
+impl Stopwatch {
+    pub(crate) fn start() -> Self {
+        Self { wall: Instant::now(), cpu: ProcessTime::now() }
+    }
+
+    pub(crate) fn sample(&self) -> Sample {
+        Sample { wall: self.wall.elapsed(), cpu: self.cpu.elapsed(), enters: 0 }
+    }
+}
+
 /// Both backends, ready to run work.
 pub(crate) struct Contest {
     stock: Arc<Program>,
     uring: Arc<Program>,
-    ring: Uring,
+    pub(crate) ring: Uring,
     sockets: u32,
 }
 
@@ -61,6 +77,18 @@ impl Contest {
         })
     }
 
+    /// Slots of the ring.
+    pub(crate) fn sockets(&self) -> u32 {
+        self.sockets
+    }
+
+    pub(crate) fn program(&self, backend: Backend) -> &Arc<Program> {
+        match backend {
+            Backend::Stock => &self.stock,
+            Backend::Uring => &self.uring,
+        }
+    }
+
     /// Instantiates the guests, then measures how long they run.
     pub(crate) fn run(
         &self,
@@ -68,10 +96,7 @@ impl Contest {
         backend: Backend,
         work: &Work,
     ) -> wasmtime::Result<Sample> {
-        let program = match backend {
-            Backend::Stock => &self.stock,
-            Backend::Uring => &self.uring,
-        };
+        let program = self.program(backend);
         runtime.block_on(async {
             let net = Net::new(NetArg::Loopback);
             let mut guests = Vec::new();
@@ -88,7 +113,7 @@ impl Contest {
                 guests.push(program.instantiate(config).await?);
             }
             let enters = self.ring.stats().enters;
-            let (wall, cpu) = (Instant::now(), ProcessTime::now());
+            let stopwatch = Stopwatch::start();
             let mut tasks = JoinSet::new();
             for mut guest in guests {
                 // The store comes back, so that taking it down is not measured.
@@ -98,11 +123,8 @@ impl Contest {
             while let Some(guest) = tasks.join_next().await {
                 ended.push(guest);
             }
-            let sample = Sample {
-                wall: wall.elapsed(),
-                cpu: cpu.elapsed(),
-                enters: self.ring.stats().enters - enters,
-            };
+            let mut sample = stopwatch.sample();
+            sample.enters = self.ring.stats().enters - enters;
             for guest in ended {
                 let (result, _store) = guest.map_err(|error| format_err!("{error}"))?;
                 result?;

@@ -4,7 +4,9 @@
 use proptest::prelude::*;
 
 use super::inbox::InboxLimits;
+use super::op::SendOp;
 use super::*;
+use crate::datagram::Outgoing;
 use crate::limits::BUFFERS;
 
 const IORING_CQE_F_BUFFER: u32 = 1;
@@ -79,15 +81,21 @@ impl Rig {
         self.ring.complete(Completion { user_data, result, flags });
     }
 
-    /// Delivers a datagram of one byte; an empty one ends the receive, as the kernel does.
-    fn deliver(&mut self, user_data: u64, byte: u8, more: bool) {
+    /// Delivers a datagram of one byte, or several as one message.
+    fn deliver(&mut self, user_data: u64, bytes: &[u8], more: bool) {
         let id = BufferId(self.next_buffer % BUFFERS);
         self.next_buffer += 1;
         let mut message = vec![0; 16 + 28 + 24];
         message[0] = 16; // the name is a sockaddr_in
-        message[8] = 1; // one byte of payload
+        message[8] = u8::try_from(bytes.len()).unwrap();
         message[16..18].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
-        message.push(byte);
+        if bytes.len() > 1 {
+            message[4] = 24; // a control message: UDP_GRO, 1 byte each
+            message[52..56].copy_from_slice(&libc::SOL_UDP.to_ne_bytes());
+            message[56..60].copy_from_slice(&libc::UDP_GRO.to_ne_bytes());
+            message[60] = 1;
+        }
+        message.extend(bytes);
         let buffers = self.ring.buffers.as_mut().unwrap();
         buffers.fill(id, &message);
         let published = buffers.published();
@@ -113,8 +121,8 @@ impl Rig {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// Kills: a lost re-arm, a buffer kept, an inbox shared by successive owners, a slot given
-    /// away too early, a datagram lost to a pause.
+    /// Kills: a lost re-arm, a buffer kept, a message not split, an inbox shared by successive
+    /// owners, a slot given away too early, a datagram lost to a pause.
     #[test]
     fn whatever_the_kernel_does_datagrams_reach_their_own_socket_in_order(
         steps in proptest::collection::vec((0_u8..8, any::<prop::sample::Index>(), any::<u8>()), 1..120)
@@ -131,10 +139,11 @@ proptest! {
             let receive = rig.held_receive(slot);
             match (action, receive) {
                 (0, _) if rig.sockets.len() < 8 => rig.open(),
-                // A datagram, and the receive goes on or ends.
+                // Datagrams in one message, and the receive goes on or ends.
                 (1 | 2, Some(key)) => {
-                    rig.deliver(key, byte, action == 1);
-                    rig.sockets[at].expected.push_back(byte);
+                    let bytes: Vec<u8> = (0..=byte % 6).map(|n| byte.wrapping_add(n)).collect();
+                    rig.deliver(key, &bytes, action == 1);
+                    rig.sockets[at].expected.extend(bytes);
                 }
                 // The receive ends without a datagram: no buffer, or its thread has exited.
                 (3, Some(key)) => rig.complete(key, -libc::ENOBUFS, 0),
@@ -160,7 +169,7 @@ proptest! {
                     if let Some(key) = receive {
                         prop_assert_eq!(rig.room.taken(), taken, "its receive is still armed");
                         // What was on its way arrives late, and reaches nobody.
-                        rig.deliver(key, byte, true);
+                        rig.deliver(key, &[byte], true);
                         rig.complete(key, -libc::ECANCELED, 0);
                         stale.push(key);
                     }
@@ -242,6 +251,177 @@ fn a_cancel_that_misses_its_receive_is_sent_again() {
     assert_eq!(rig.ring.pushed(), pushed, "the receive has ended");
     assert_eq!(rig.room.taken(), 0);
     rig.finish();
+}
+
+/// Kills: GRO for everybody, GRO asked for with each burst, drops asked for of everybody or never.
+#[test]
+fn only_a_socket_that_receives_in_bursts_is_told_so_and_asked_for_its_drops() {
+    let is_told = |op: &Op| matches!(op, Op::SetOption(_));
+    let is_asked = |op: &Op| matches!(op, Op::CountDrops(_));
+    let mut rig = Rig::new();
+    let (slow, bursty) = (rig.opened(), rig.opened());
+    for slot in [slow, bursty] {
+        let receive = rig.held_receive(slot).unwrap();
+        rig.deliver(receive, &[1, 2, 3], true);
+        assert!(rig.held(slot, is_told).is_none());
+    }
+    let receive = rig.held_receive(bursty).unwrap();
+    rig.deliver(receive, &[4], true);
+    let told = rig.held(bursty, is_told).expect("four wait");
+    rig.complete(told, 0, 0);
+    rig.deliver(receive, &[5], true);
+    assert!(rig.held(bursty, is_told).is_none(), "told once");
+    let Stats { datagrams_received, datagrams_split, .. } = rig.ring.stats;
+    assert_eq!((datagrams_received, datagrams_split), (8, 6));
+
+    rig.ring.close(slow, &rig.quota, 3);
+    assert!(rig.held(slow, is_asked).is_none());
+    rig.ring.close(bursty, &rig.quota, 5);
+    assert!(rig.held(bursty, is_asked).is_some());
+    rig.finish();
+}
+
+// ---- sends ----------------------------------------------------------------------------------------
+
+fn send_op(sizes: &[usize]) -> Op {
+    let outgoing = |bytes: &usize| Outgoing { payload: vec![0; *bytes], to: None };
+    Op::Send(SendOp::new(sizes.iter().map(outgoing).collect()))
+}
+
+impl Rig {
+    fn opened(&mut self) -> SlotIndex {
+        self.open();
+        self.sockets.last().unwrap().slot
+    }
+
+    /// Completes the messages of a send in order.
+    fn complete_send(&mut self, key: OpKey, results: &[i32]) {
+        for result in results {
+            assert!(self.ring.fetch(key, None).is_none(), "it waits for every message");
+            self.complete(key.user_data(), *result, 0);
+        }
+    }
+
+    /// Entries that a step pushes.
+    fn pushed_by(&mut self, step: impl FnOnce(&mut Self)) -> u64 {
+        let before = self.ring.pushed();
+        step(self);
+        self.ring.pushed() - before
+    }
+
+    /// Sends that, and completes it as the kernel does where nothing is wrong; how many messages
+    /// it took.
+    fn send_all(&mut self, slot: SlotIndex, sizes: &[usize]) -> u64 {
+        let before = self.ring.pushed();
+        let key = self.ring.submit(slot, send_op(sizes));
+        let messages = self.ring.pushed() - before;
+        (0..messages).for_each(|_| self.complete(key.user_data(), 1, 0));
+        let done = self.ring.fetch(key, None).unwrap();
+        assert_eq!((done.sent, done.error), (sizes.len() as u64, None));
+        messages
+    }
+}
+
+/// Kills: a count without what the first attempt sent, or with what it did not; a slot that does
+/// not remember; a memory shared by all.
+#[test]
+fn what_is_refused_in_company_is_sent_apart_and_the_slot_remembers() {
+    for (errno, smaller_in_company) in [(libc::EMSGSIZE, 1), (libc::EINVAL, 1), (libc::EIO, 3)] {
+        let mut rig = Rig::new();
+        let slot = rig.opened();
+        let key = rig.ring.submit(slot, send_op(&[10, 10, 100, 100, 50, 60]));
+        // Three messages, of which the second, the 100s with the 50, is refused.
+        let pushed = rig.pushed_by(|rig| rig.complete_send(key, &[20, -errno, -libc::ECANCELED]));
+        assert_eq!(pushed, 4, "what is left, one by one");
+        rig.complete_send(key, &[100, 100, 50, 60]);
+        assert_eq!(rig.ring.stats.gso_refusals, 1);
+        let done = rig.ring.fetch(key, None).unwrap();
+        assert_eq!((done.sent, done.error), (6, None));
+        let Stats { datagrams_sent, datagrams_coalesced, bytes_sent, .. } = rig.ring.stats;
+        assert_eq!((datagrams_sent, datagrams_coalesced, bytes_sent), (6, 2, 330));
+
+        assert_eq!(rig.send_all(slot, &[100; 3]), 3, "the slot remembers");
+        assert_eq!(rig.send_all(slot, &[99; 3]), smaller_in_company, "what is smaller may pass");
+        let other = rig.opened();
+        assert_eq!(rig.send_all(other, &[100; 3]), 1, "another slot knows nothing of it");
+        rig.finish();
+    }
+}
+
+#[test]
+fn a_datagram_refused_alone_as_well_ends_its_send() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let key = rig.ring.submit(slot, send_op(&[100; 4]));
+    let pushed = rig.pushed_by(|rig| rig.complete_send(key, &[-libc::EMSGSIZE]));
+    assert_eq!(pushed, 4);
+    let results = [100, 100, -libc::EMSGSIZE, -libc::ECANCELED];
+    assert_eq!(rig.pushed_by(|rig| rig.complete_send(key, &results)), 0, "no third attempt");
+    let done = rig.ring.fetch(key, None).unwrap();
+    assert_eq!((done.sent, done.error), (2, Some(Errno(libc::EMSGSIZE))));
+    assert_eq!((rig.ring.stats.gso_refusals, rig.ring.stats.bytes_sent), (1, 200));
+    rig.finish();
+}
+
+#[test]
+fn a_send_goes_on_after_its_thread_has_exited() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let key = rig.ring.submit(slot, send_op(&[10, 10, 20, 20]));
+    let pushed = rig.pushed_by(|rig| rig.complete_send(key, &[20, -libc::ECANCELED]));
+    assert_eq!(pushed, 1, "what was not sent, still in company");
+    assert_eq!(rig.pushed_by(|rig| rig.complete_send(key, &[-libc::ECANCELED])), 1, "and again");
+    rig.complete_send(key, &[40]);
+    let done = rig.ring.fetch(key, None).unwrap();
+    assert_eq!((done.sent, done.error), (4, None));
+    let Stats { datagrams_coalesced, bytes_sent, gso_refusals, .. } = rig.ring.stats;
+    assert_eq!((datagrams_coalesced, bytes_sent, gso_refusals), (4, 60, 0));
+    rig.finish();
+}
+
+#[test]
+fn refusals_and_bursts_of_a_former_owner_are_not_the_next_ones() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let receive = rig.held_receive(slot).unwrap();
+    rig.deliver(receive, &[1, 2, 3, 4], true);
+    let key = rig.ring.submit(slot, send_op(&[100; 2]));
+    rig.complete_send(key, &[-libc::EIO, 100, 100]);
+    rig.ring.abandon(key);
+    let socket = rig.sockets.pop().unwrap();
+    rig.ring.close(slot, &rig.quota, socket.inbox.discard());
+    while let Some(held) = rig.held(slot, |_| true) {
+        rig.complete(held, -libc::ECANCELED, 0);
+    }
+
+    assert_eq!(rig.opened(), slot, "the next has the same");
+    assert_eq!(rig.send_all(slot, &[100; 2]), 1);
+    rig.ring.close(slot, &rig.quota, 0);
+    assert!(rig.held(slot, |op| matches!(op, Op::CountDrops(_))).is_none());
+    rig.finish();
+}
+
+/// There is no socket to try again with, and the slot waits for its end.
+#[test]
+fn a_send_of_a_closing_slot_is_not_tried_again() {
+    for errno in [libc::EMSGSIZE, libc::EIO, libc::ECANCELED] {
+        let mut rig = Rig::new();
+        let slot = rig.opened();
+        let receive = rig.held_receive(slot).unwrap();
+        let key = rig.ring.submit(slot, send_op(&[10, 10, 20, 20]));
+        let socket = rig.sockets.pop().unwrap();
+        rig.ring.abandon(key);
+        rig.ring.close(slot, &rig.quota, socket.inbox.discard());
+        let close = rig.held_close(slot);
+        rig.complete(receive, -libc::ECANCELED, 0);
+        rig.complete(close, 0, 0);
+        assert_eq!(rig.room.taken(), 1, "the send is still on its way");
+        assert_eq!(rig.pushed_by(|rig| rig.complete_send(key, &[20, -errno])), 0);
+        assert_eq!(rig.room.taken(), 0);
+        let Stats { datagrams_sent, gso_refusals, .. } = rig.ring.stats;
+        assert_eq!((datagrams_sent, gso_refusals), (2, 0));
+        rig.finish();
+    }
 }
 
 /// Enters the kernel until nothing is left to come.

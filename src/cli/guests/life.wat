@@ -1,6 +1,6 @@
 ;; The command's built-in guest: what a UDP guest does all day, without anything else in the way. A wasi:cli/run command
-;; with the arguments MODE COUNT (after argv 0); run answers err for an argument it does not know and for every error a
-;; socket reports.
+;; with the arguments MODE COUNT [PORT] (after argv 0); run answers err for an argument it does not know and for every
+;; error a socket reports.
 ;;
 ;;   create   COUNT times: create, drop
 ;;   bind     COUNT times: create, bind 127.0.0.1:0, drop
@@ -10,7 +10,14 @@
 ;;   dns      open a server; COUNT times: a fresh socket connects to it, asks, is answered, closes
 ;;   batch    connect a sender to a receiver; COUNT times sixteen datagrams of 1200 bytes
 ;;
-;; Both ends live in this guest and use loopback, whose losses would need a full receive buffer; so there is no timeout.
+;; The following tell 127.0.0.1:PORT where they are, by a datagram.
+;;
+;;   serve    open a socket; COUNT times wait for datagrams and send each back
+;;   sink     open a socket; COUNT times wait for datagrams
+;;   hold     open COUNT sockets that listen, then wait for ever
+;;
+;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
+;; timeout.
 (component
   (import "wasi:cli/environment@0.2.0" (instance $environment
     (export "get-arguments" (func (result (list string))))
@@ -187,6 +194,8 @@
     ;; no handle ever is; then the local address (+12: case, +16: port, +18: IPv4 address) once `name` has asked for it.
     (global $a i32 (i32.const 64))
     (global $b i32 (i32.const 128))
+    ;; The host's IPv4 address, as a letter has it (case, +4: port, +6: address).
+    (global $host i32 (i32.const 192))
     ;; Sixteen outgoing datagrams of 44 bytes: data (+0), its length (+4), the option's case (+8), an address (+12).
     (global $letters i32 (i32.const 256))
     ;; What is sent. The first four bytes count trips and batches, so that a stray datagram is not taken for an answer.
@@ -205,6 +214,9 @@
     (global $mode-echo i64 (i64.const 0x6563686f))
     (global $mode-dns i64 (i64.const 0x646e73))
     (global $mode-batch i64 (i64.const 0x6261746368))
+    (global $mode-serve i64 (i64.const 0x7365727665))
+    (global $mode-sink i64 (i64.const 0x73696e6b))
+    (global $mode-hold i64 (i64.const 0x686f6c64))
 
     (global $network (mut i32) (i32.const 0))
 
@@ -370,6 +382,37 @@
       (if (call $serve (global.get $b)) (then (return (i32.const 1))))
       (call $open (global.get $a) (i32.const 0)))
 
+    ;; Tells the host where a is.
+    (func $report (result i32)
+      (call $say (global.get $a) (global.get $payload) (global.get $host)))
+
+    (func $open-reported (result i32)
+      (if (call $open (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
+      (call $report))
+
+    ;; Waits, then takes what is there; sends it back to where it came from if asked to.
+    (func $hear-all (param $answering i32) (result i32)
+      (local $letter i32) (local $left i32)
+      (call $wait-incoming (global.get $a))
+      (local.set $left (call $hear (global.get $a) (i32.const 16)))
+      (if (i32.eqz (local.get $left)) (then (return (i32.const 1))))
+      (if (i32.eqz (local.get $answering)) (then (return (i32.const 0))))
+      (local.set $letter (i32.load offset=4 (global.get $answer)))
+      (loop $next
+        (call $write-letter (global.get $letters)
+          (i32.load (local.get $letter)) (i32.load offset=4 (local.get $letter))
+          (i32.add (local.get $letter) (i32.const 8)))
+        (if (call $send-letters (global.get $a) (i32.const 1)) (then (return (i32.const 1))))
+        (local.set $letter (i32.add (local.get $letter) (i32.const 40)))
+        (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+      (i32.const 0))
+
+    ;; A socket that listens, and is forgotten.
+    (func $hold (result i32)
+      (if (call $open (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
+      (call $receive (i32.load offset=4 (global.get $a)) (i64.const 1) (global.get $answer))
+      (call $failed))
+
     (func $open-batch (result i32)
       (local $letter i32) (local $left i32)
       (local.set $letter (global.get $letters))
@@ -407,6 +450,9 @@
       (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $open-pair))))
       (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then (return (call $serve (global.get $b)))))
       (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $open-batch))))
+      (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $open-reported))))
+      (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $open-reported))))
+      (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (i32.const 0))))
       (i32.const 1))
 
     ;; What a mode does COUNT times, where that leaves nothing open. A failure leaves its sockets to $run.
@@ -415,6 +461,9 @@
       (block $failed
         (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $trip (call $b-address)))))
         (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $batch))))
+        (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $hear-all (i32.const 1)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $hear-all (i32.const 0)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (call $hold))))
         (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then
           (br_if $failed (call $open (global.get $a) (call $b-address)))
           (br_if $failed (call $trip (i32.const 0)))
@@ -470,18 +519,28 @@
         (br $next)))
 
     (func (export "run") (result i32)
-      (local $strings i32) (local $mode i64) (local $count i32) (local $status i32)
+      (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
       (call $get-arguments (global.get $answer))
-      (if (i32.ne (i32.load offset=4 (global.get $answer)) (i32.const 3)) (then (return (i32.const 1))))
+      (if (i32.lt_u (i32.load offset=4 (global.get $answer)) (i32.const 3)) (then (return (i32.const 1))))
+      (if (i32.gt_u (i32.load offset=4 (global.get $answer)) (i32.const 4)) (then (return (i32.const 1))))
       ;; A string is a pointer and a length: eight bytes each, and the first is argv 0.
       (local.set $strings (i32.load (global.get $answer)))
       (local.set $mode (call $letters-of (i32.add (local.get $strings) (i32.const 8))))
       (local.set $count (call $number-of (i32.add (local.get $strings) (i32.const 16))))
       (if (i32.eq (local.get $count) (i32.const -1)) (then (return (i32.const 1))))
+      (if (i32.eq (i32.load offset=4 (global.get $answer)) (i32.const 4)) (then
+        (local.set $port (call $number-of (i32.add (local.get $strings) (i32.const 24))))
+        (if (i32.gt_u (local.get $port) (i32.const 65535)) (then (return (i32.const 1))))
+        (i32.store16 offset=4 (global.get $host) (local.get $port))
+        (i32.store offset=6 (global.get $host) (i32.const 0x0100007f))))
 
       ;; One network for the whole run, as guests' libraries keep it.
       (global.set $network (call $instance-network))
       (local.set $status (call $repeat (local.get $mode) (local.get $count)))
+      (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then
+        (if (local.get $status) (then (return (i32.const 1))))
+        (if (call $report) (then (return (i32.const 1))))
+        (call $wait-incoming (global.get $a))))
       (call $close (global.get $a))
       (call $close (global.get $b))
       (call $drop-network (global.get $network))
