@@ -3,6 +3,7 @@
 
 use std::future::poll_fn;
 use std::net::{SocketAddr, SocketAddrV6};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
@@ -28,6 +29,8 @@ pub(crate) struct UdpSocket {
     slot: OnceLock<SlotIndex>,
     /// Made when somebody first wants to receive.
     inbox: OnceLock<Arc<Inbox>>,
+    /// Datagrams the guest has had since it last let others take their turn.
+    taken_in_turn: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -40,8 +43,6 @@ struct State {
     remote: Option<Box<SocketAddr>>,
     /// The receive's way into the kernel.
     arming: Option<Box<Flush>>,
-    /// Datagrams the guest has had since it last let others take their turn.
-    taken_in_turn: usize,
     /// Sends that wait for room: they hold up the next `send`, of whichever stream.
     in_flight: Option<Box<Ticket>>,
 }
@@ -99,13 +100,13 @@ impl UdpSocket {
             family,
             slot: OnceLock::new(),
             inbox: OnceLock::new(),
+            taken_in_turn: AtomicUsize::new(0),
             state: Mutex::new(State {
                 life: SocketState::Unbound,
                 options: Options::default(),
                 local: None,
                 remote: None,
                 arming: None,
-                taken_in_turn: 0,
                 in_flight: None,
             }),
         })
@@ -331,7 +332,8 @@ impl UdpSocket {
     /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox. With
     /// it, the peer that a connected socket hears.
     async fn listening(&self) -> (&Inbox, Option<SocketAddr>) {
-        if self.has_had_its_turn() {
+        if self.taken_in_turn.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
+            self.taken_in_turn.store(0, Ordering::Relaxed);
             // Not only behind the others that are ready: also behind a look at who else is.
             yield_now().await;
         }
@@ -356,15 +358,6 @@ impl UdpSocket {
         .await
     }
 
-    fn has_had_its_turn(&self) -> bool {
-        let mut state = self.lock();
-        let is_over = state.taken_in_turn >= TURN_DATAGRAMS;
-        if is_over {
-            state.taken_in_turn = 0;
-        }
-        is_over
-    }
-
     /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
     pub(crate) async fn receive(&self, max: u64) -> Result<Vec<Datagram>, ErrorCode> {
         let max = usize::try_from(max).unwrap_or(usize::MAX).min(BATCH_DATAGRAMS_MAX);
@@ -372,17 +365,19 @@ impl UdpSocket {
             return Ok(Vec::new());
         }
         let (inbox, remote) = self.listening().await;
-        if inbox.is_empty() {
-            self.ctx.uring.look();
-        }
         let most = InboxLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
+        let mut has_looked = false;
         loop {
             let Taken { mut datagrams, first_is_admitted, resume } = inbox.take(most)?;
             if resume {
                 self.resume();
             }
             if datagrams.is_empty() {
-                return Ok(datagrams);
+                if std::mem::replace(&mut has_looked, true) {
+                    return Ok(datagrams);
+                }
+                self.ctx.uring.look();
+                continue;
             }
             let mut is_admitted = first_is_admitted;
             let mut withheld = Withheld::default();
@@ -392,7 +387,7 @@ impl UdpSocket {
             });
             self.count(withheld);
             if !datagrams.is_empty() {
-                self.lock().taken_in_turn += datagrams.len();
+                self.taken_in_turn.fetch_add(datagrams.len(), Ordering::Relaxed);
                 return Ok(datagrams);
             }
         }

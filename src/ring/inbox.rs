@@ -129,6 +129,7 @@ impl Inbox {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().arrivals.is_empty()
     }
