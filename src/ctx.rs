@@ -2,11 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::task::yield_now;
 
 use crate::datagram::Family;
 use crate::driver::{Guest, Uring};
 use crate::error::ErrorCode;
-use crate::limits::GUEST_SOCKETS_DEFAULT;
+use crate::limits::{GUEST_SOCKETS_DEFAULT, TURN_DATAGRAMS};
 use crate::policy::{Policy, SocketAddrUse};
 use crate::ring::slots::Room;
 use crate::socket::UdpSocket;
@@ -23,6 +26,32 @@ pub(crate) struct GuestCtx {
     pub(crate) guest: Guest,
     pub(crate) policy: Policy,
     pub(crate) quota: Arc<Room>,
+    pub(crate) turn: Turn,
+}
+
+/// What a guest has had since it last suspended: one that always finds datagrams never does by
+/// itself.
+#[derive(Debug, Default)]
+pub(crate) struct Turn {
+    datagrams: AtomicUsize,
+}
+
+impl Turn {
+    pub(crate) fn begin(&self) {
+        self.datagrams.store(0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count(&self, datagrams: usize) {
+        self.datagrams.fetch_add(datagrams, Ordering::Relaxed);
+    }
+
+    pub(crate) async fn give_up_if_over(&self) {
+        if self.datagrams.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
+            // Not only behind the others that are ready: also behind a look at who else is.
+            yield_now().await;
+            self.begin();
+        }
+    }
 }
 
 /// Configures a [`UdpCtx`].
@@ -92,6 +121,7 @@ impl UdpCtxBuilder {
             guest: Guest::new(),
             policy: self.policy,
             quota: Room::new(self.sockets_max),
+            turn: Turn::default(),
         }))
     }
 }

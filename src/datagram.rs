@@ -171,7 +171,7 @@ pub(crate) struct GsoMessage {
 
 // SAFETY: the pointers are only read by the kernel, whichever thread hands them over; they stay
 // good because the operation table keeps message and datagrams together
-// (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`).
+// (`messages_that_find_no_room_leave_although_their_socket_is_dropped`).
 #[expect(unsafe_code, reason = "msghdr and iovec hold raw pointers")]
 unsafe impl Send for GsoMessage {}
 
@@ -283,7 +283,7 @@ pub(crate) fn parse_received(filled: &[u8]) -> Option<Received<'_>> {
     let control_len = u32::from_ne_bytes(field(filled, 4)?);
     let payload_len = u32::from_ne_bytes(field(filled, 8)?);
     let flags = u32::from_ne_bytes(field(filled, 12)?);
-    if flags & libc::MSG_TRUNC.cast_unsigned() != 0 {
+    if flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC).cast_unsigned() != 0 {
         return None;
     }
     let (name, rest) = filled.get(RECEIVE_HEADER_BYTES..)?.split_at_checked(NAME_BYTES)?;
@@ -523,7 +523,9 @@ mod tests {
     fn a_cut_message_is_refused() {
         let mut bytes = filled(b"", None);
         assert!(parse_received(&bytes).is_some());
-        bytes[12] = u8::try_from(libc::MSG_TRUNC).unwrap(); // flags
-        assert!(parse_received(&bytes).is_none());
+        for cut in [libc::MSG_TRUNC, libc::MSG_CTRUNC] {
+            bytes[12] = u8::try_from(cut).unwrap(); // flags
+            assert!(parse_received(&bytes).is_none());
+        }
     }
 }

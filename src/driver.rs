@@ -618,6 +618,11 @@ impl Ticket {
         done
     }
 
+    /// Whether its caller has let others push.
+    pub(crate) fn has_yielded(&self) -> bool {
+        !matches!(self.flush.turn, Turn::NotYielded)
+    }
+
     /// Ready when the last completion is in.
     pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.uring.look();

@@ -49,13 +49,24 @@
 //! # Where a datagram goes
 //!
 //! From a guest: [`p2`] hands the call's data to `socket`, which checks each datagram and asks
-//! `policy`; the payloads move into an operation of the `ring`, whose entries the `driver` brings
-//! to the kernel together with those of other guests.
+//! `policy`; the payloads move into an operation of the `ring`, where those of one size to one
+//! peer become one message (GSO, `UDP_SEGMENT`); the `driver` brings its entries to the kernel
+//! together with those of other guests. What a path or a device does not take in one message is
+//! sent apart, at once and from then on.
 //!
 //! To a guest: the kernel fills one of the ring's shared buffers and posts a completion; the ring
-//! copies the payload into memory of its own size, queues it in the socket's inbox and gives the
+//! copies each payload into memory of its own size, queues it in the socket's inbox and gives the
 //! buffer back; `socket` asks the policy about the sender when the guest takes it, and Wasmtime
-//! copies it into the guest.
+//! copies it into the guest. A socket that is seen to receive in bursts is handed equal datagrams
+//! of one sender in one message (GRO, `UDP_GRO`), which is split before it is queued.
+//!
+//! # Where datagrams can be lost, and who is served when
+//!
+//! A full inbox pauses its receive; what comes then waits in the kernel's receive buffer, and what
+//! that cannot hold the kernel drops. So a flood costs the flooded socket alone: no buffer of the
+//! ring is held by anybody for longer than it takes to copy. A guest that always finds datagrams
+//! lets all others have their turn after every 32, and so does, now and then, one that asks
+//! without end. [`Stats`] tells what was withheld or lost, and why.
 //!
 //! | module | its one job |
 //! |---|---|

@@ -33,7 +33,7 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 /// Datagrams per `send` or `receive`, the number wasmtime-wasi permits.
 pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
 
-/// Datagrams a guest may take from a socket before other guests of its thread have their turn.
+/// Datagrams a guest may take without waiting before other guests of its thread have their turn.
 pub(crate) const TURN_DATAGRAMS: usize = 32;
 
 /// Bytes after which one `receive` returns what it has, as wasmtime-wasi's `MAX_READ_SIZE_ALLOC`.
@@ -57,6 +57,12 @@ pub(crate) const NAME_BYTES: usize = 28;
 
 /// Room for one control message with a value of up to eight bytes.
 pub(crate) const CONTROL_BYTES: usize = 24;
+
+/// Sends of a socket for which a refusal of datagrams in company is remembered.
+pub(crate) const GSO_REFUSAL_SENDS: u16 = 1000;
+
+/// Attempts at one `send`, each of which ends with a refusal or with its thread.
+pub(crate) const SEND_ATTEMPTS_MAX: u32 = 64;
 
 /// Datagrams waiting in an inbox from which on its socket is one that receives in bursts, and is
 /// told to take equal ones in one message (`UDP_GRO`). The others are spared the operation.
@@ -96,6 +102,7 @@ const _: () = {
     assert!(CHAIN_ENTRIES_MAX <= SQ_ENTRIES as usize, "a chain fits one submission");
     assert!(BATCH_DATAGRAMS_MAX <= CHAIN_ENTRIES_MAX, "a batch is one chain");
     assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS as u32, "submissions and arrivals both fit");
+    assert!(BATCH_DATAGRAMS_MAX <= SEGMENTS_MAX, "no run is longer than a message");
     assert!(BUFFERS.is_power_of_two(), "the kernel masks the buffer ring's tail");
     assert!(
         RECEIVE_HEADER_BYTES + NAME_BYTES + CONTROL_BYTES + DATAGRAM_BYTES_MAX <= BUFFER_BYTES,

@@ -7,6 +7,7 @@
 //! | `start-bind` | the kernel binds; `address-in-use`, `address-not-bindable` and what else it says come from here | these come from `finish-bind` | WIT lists them as finish errors |
 //! | `create-udp-socket` | `unknown` when the process has no descriptors left | `new-socket-limit` when the table or the guest's quota is full | WIT names this code |
 //! | `send` | the first datagram that must wait for room ends the batch | the rest of the batch is accepted too, and waits with it | a batch is one chain |
+//! | `send` | a peer that refuses is heard of after the first datagram, which ends the batch | after the message: datagrams of one size travel together | the kernel takes a message as a whole |
 //! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's buffer is full | the ring's completion is waited for |
 //! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |
 //! | `send` | asks the policy about each datagram when its turn comes | asks about the whole batch first | one chain goes to the kernel |

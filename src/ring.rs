@@ -93,6 +93,8 @@ pub(crate) struct Ring {
     chain: Vec<Entry>,
     /// Entries pushed so far, the backlog's included.
     pushed: u64,
+    /// Nobody is left who could want anything.
+    is_ending: bool,
     /// Payload bytes pushed since everything was last handed to the kernel.
     unsent_bytes: usize,
     wakers: Vec<Waker>,
@@ -115,6 +117,7 @@ impl Ring {
             held: VecDeque::new(),
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             pushed: 0,
+            is_ending: false,
             unsent_bytes: 0,
             wakers: Vec::new(),
             stats: Stats::default(),
@@ -156,9 +159,13 @@ impl Ring {
             // answers EBADF, which is as good.
             SlotState::Open { .. } => {}
         }
-        self.slots.close(slot, quota);
+        if self.slots.close(slot, quota) {
+            self.push_close(slot);
+        }
+    }
+
+    fn push_close(&mut self, slot: SlotIndex) {
         if self.slots.takes_bursts(slot) {
-            // Of the others' receive buffers none has come near to its end.
             self.submit_unclaimed(slot, Op::CountDrops(Box::default()));
         }
         self.submit_unclaimed(slot, Op::Close);
@@ -344,8 +351,7 @@ impl Ring {
                 self.slots.limit_segments(slot, segment_max);
                 self.stats.gso_refusals += 1;
             }
-            // Once its slot is closing there is no socket to try again with.
-            if attempt.again && matches!(self.slots.state(slot), SlotState::Open { .. }) {
+            if attempt.again && !self.is_ending {
                 send.plan(self.slots.segment_max(slot));
                 self.ops.restart(key);
                 return self.push(key);
@@ -369,7 +375,9 @@ impl Ring {
     }
 
     fn end(&mut self, slot: SlotIndex, is_send: bool) {
-        self.slots.end(slot, is_send);
+        if self.slots.end(slot, is_send) {
+            self.push_close(slot);
+        }
         while let Some(held) = self.held.pop_front() {
             if !self.slots.closes().all_finished_before(held.closes_before) {
                 self.held.push_front(held);
@@ -554,6 +562,7 @@ impl Drop for Ring {
     /// Cancels everything, waits with a bound for the kernel to let go of the memory, and leaks
     /// what it does not let go of.
     fn drop(&mut self) {
+        self.is_ending = true;
         let gate = self.gate();
         let bound = Timespec::new().nsec(1_000_000);
         let mut idle = 0;

@@ -3,17 +3,16 @@
 
 use std::future::poll_fn;
 use std::net::{SocketAddr, SocketAddrV6};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use tokio::task::{coop, yield_now};
+use tokio::task::coop::consume_budget;
 
 use crate::ctx::GuestCtx;
 use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::driver::{Flush, Ticket};
 use crate::error::{Errno, ErrorCode};
-use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX, TURN_DATAGRAMS};
+use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
 use crate::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::ring::Done;
 use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
@@ -29,8 +28,6 @@ pub(crate) struct UdpSocket {
     slot: OnceLock<SlotIndex>,
     /// Made when somebody first wants to receive.
     inbox: OnceLock<Arc<Inbox>>,
-    /// Datagrams the guest has had since it last let others take their turn.
-    taken_in_turn: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -100,7 +97,6 @@ impl UdpSocket {
             family,
             slot: OnceLock::new(),
             inbox: OnceLock::new(),
-            taken_in_turn: AtomicUsize::new(0),
             state: Mutex::new(State {
                 life: SocketState::Unbound,
                 options: Options::default(),
@@ -201,6 +197,10 @@ impl UdpSocket {
     pub(crate) async fn stream(&self, remote: Option<SocketAddr>) -> Result<(), ErrorCode> {
         if !self.is_bound().await {
             return Err(ErrorCode::InvalidState);
+        }
+        if remote.is_some() || self.remote().is_some() {
+            // What waits for room is for the peer of its time, whom its entries do not name.
+            poll_fn(|cx| self.poll_sendable(cx)).await;
         }
         if let Some(remote) = remote {
             self.connect(remote).await?;
@@ -332,14 +332,7 @@ impl UdpSocket {
     /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox. With
     /// it, the peer that a connected socket hears.
     async fn listening(&self) -> (&Inbox, Option<SocketAddr>) {
-        if self.taken_in_turn.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
-            self.taken_in_turn.store(0, Ordering::Relaxed);
-            // Not only behind the others that are ready: also behind a look at who else is.
-            yield_now().await;
-        }
         poll_fn(|cx| {
-            // A guest that always finds something, or asks without end, never suspends by itself.
-            let coop = ready!(coop::poll_proceed(cx));
             let GuestCtx { uring, guest, .. } = &*self.ctx;
             let mut state = self.lock();
             let inbox = self.inbox.get_or_init(|| {
@@ -352,7 +345,6 @@ impl UdpSocket {
                 ready!(flush.poll(uring, cx));
                 state.arming = None;
             }
-            coop.made_progress();
             Poll::Ready((&**inbox, state.remote.as_deref().copied()))
         })
         .await
@@ -364,10 +356,13 @@ impl UdpSocket {
         if max == 0 {
             return Ok(Vec::new());
         }
+        // A guest that asks without end does not suspend by itself.
+        consume_budget().await;
         let (inbox, remote) = self.listening().await;
         let most = InboxLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
         let mut has_looked = false;
         loop {
+            self.ctx.turn.give_up_if_over().await;
             let Taken { mut datagrams, first_is_admitted, resume } = inbox.take(most)?;
             if resume {
                 self.resume();
@@ -379,6 +374,7 @@ impl UdpSocket {
                 self.ctx.uring.look();
                 continue;
             }
+            self.ctx.turn.count(datagrams.len());
             let mut is_admitted = first_is_admitted;
             let mut withheld = Withheld::default();
             datagrams.retain(|datagram| {
@@ -387,7 +383,6 @@ impl UdpSocket {
             });
             self.count(withheld);
             if !datagrams.is_empty() {
-                self.taken_in_turn.fetch_add(datagrams.len(), Ordering::Relaxed);
                 return Ok(datagrams);
             }
         }
@@ -400,9 +395,18 @@ impl UdpSocket {
             if self.admit(inbox, remote) {
                 return Poll::Ready(());
             }
-            inbox.wake_on_arrival(cx.waker());
+            // Not registered yet: what the look brings would wake the very task that looks.
             self.ctx.uring.look_and_listen();
-            if self.admit(inbox, remote) { Poll::Ready(()) } else { Poll::Pending }
+            if self.admit(inbox, remote) {
+                return Poll::Ready(());
+            }
+            inbox.wake_on_arrival(cx.waker());
+            // Another thread may have booked something in between.
+            if self.admit(inbox, remote) {
+                return Poll::Ready(());
+            }
+            self.ctx.turn.begin();
+            Poll::Pending
         })
         .await;
     }
@@ -485,7 +489,11 @@ impl UdpSocket {
         }
         let accepted_len = accepted.len() as u64;
         let mut ticket = self.submit(Op::Send(SendOp::new(accepted)));
-        match poll_fn(|cx| ticket.poll_submitted(cx)).await {
+        let done = poll_fn(|cx| ticket.poll_submitted(cx)).await;
+        if ticket.has_yielded() {
+            self.ctx.turn.begin();
+        }
+        match done {
             Some(Done { error: Some(errno), sent: 0, .. }) => Err(errno.into()),
             Some(Done { sent, .. }) => Ok(sent),
             None => {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{
-    Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, eventually, native,
-    own_ip, payloads, uring, uring_with, yield_to_others,
+    Backend, Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on,
+    eventually, native, own_ip, payloads, uring, uring_with, yield_to_others,
 };
 use wasi_uring::Uring;
 
@@ -167,6 +167,31 @@ fn a_guest_that_always_finds_datagrams_lets_others_take_their_turns() {
         };
         let steps = steps_beside(reading).await;
         assert!(steps + 1 >= 256 / 32, "{steps} steps while 256 datagrams were read");
+    });
+}
+
+/// Kills: a loop over what the guest may not see.
+#[test]
+fn a_flood_that_the_policy_refuses_lets_others_take_their_turns() {
+    block_on(async {
+        let (refused, refused_addr) = native::socket(Ipv4Addr::LOCALHOST);
+        let uring = uring();
+        let setup = Setup {
+            uring: Some(uring.clone()),
+            ..Setup::allow(move |addr, _| addr != refused_addr)
+        };
+        let mut rig = Rig::new(Backend::Uring, setup).await;
+        let target = rig.endpoint(LOOPBACK).await;
+        for _ in 0..200 {
+            refused.send_to(b"stranger", target.local).unwrap();
+        }
+        let asking = async {
+            while uring.stats().dropped_by_policy < 200 {
+                assert_eq!(rig.receive(target.incoming, 1).await, Ok(vec![]));
+            }
+        };
+        let steps = steps_beside(asking).await;
+        assert!(steps + 1 >= 200 / 32, "{steps} steps while 200 datagrams were refused");
     });
 }
 

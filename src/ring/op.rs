@@ -11,6 +11,7 @@ use super::inbox::Inbox;
 use super::slots::SlotIndex;
 use crate::datagram::{Family, GsoMessage, Outgoing, RawAddr, front_run};
 use crate::error::Errno;
+use crate::limits::SEND_ATTEMPTS_MAX;
 
 /// The group that the ring's receive buffers are registered under.
 pub(crate) const BUFFER_GROUP: u16 = 0;
@@ -56,6 +57,7 @@ pub(crate) struct SendOp {
     /// The last attempt was refused in company. If this goes better, company was the reason, and
     /// so many bytes are the most for it.
     suspected: Option<usize>,
+    attempts: u32,
 }
 
 /// A message of a `send`: one datagram, or several that the kernel takes apart.
@@ -75,7 +77,14 @@ pub(crate) struct Attempt {
 
 impl SendOp {
     pub(crate) fn new(datagrams: Vec<Outgoing>) -> Self {
-        Self { datagrams, sent: 0, coalesced: 0, messages: Vec::new(), suspected: None }
+        Self {
+            datagrams,
+            sent: 0,
+            coalesced: 0,
+            messages: Vec::new(),
+            suspected: None,
+            attempts: 0,
+        }
     }
 
     /// Payload bytes in all.
@@ -83,7 +92,8 @@ impl SendOp {
         self.datagrams.iter().map(|datagram| datagram.payload.len()).sum()
     }
 
-    /// Makes messages of what is still to be sent. Datagrams of more than `segment_max` bytes
+    /// Makes messages of what is still to be sent; every completion of those made before has come,
+    /// so the kernel has no use for their memory. Datagrams of more than `segment_max` bytes
     /// travel alone.
     pub(crate) fn plan(&mut self, segment_max: usize) {
         self.messages.clear();
@@ -122,7 +132,8 @@ impl SendOp {
             (Some(Errno(libc::ECANCELED)), _) => true,
             _ => false,
         };
-        Attempt { again, segment_max }
+        self.attempts += 1;
+        Attempt { again: again && self.attempts < SEND_ATTEMPTS_MAX, segment_max }
     }
 
     /// Datagrams the kernel has taken.

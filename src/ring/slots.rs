@@ -8,6 +8,7 @@ use io_uring::types::DestinationSlot;
 
 use super::inbox::Inbox;
 use super::table::OpKey;
+use crate::limits::GSO_REFUSAL_SENDS;
 
 /// A place in the ring's fixed-file table: a direct descriptor's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,9 +83,11 @@ pub(crate) enum SlotState {
         receive: Receive,
     },
     /// Not owned; waits for the completions of its CLOSE and of every other operation. Sends that
-    /// wait for room keep their guest's place as well, else it could pile up any number of them.
+    /// wait for room hold up the CLOSE, for the kernel looks the file up when their turn comes; and
+    /// they keep their guest's place, else it could pile up any number of them.
     Closing {
         close: u64,
+        is_pushed: bool,
         quota: Option<Arc<Room>>,
     },
 }
@@ -106,8 +109,9 @@ struct Slot {
     ops: u32,
     /// Those of them that are sends.
     sends: u32,
-    /// Largest datagram that may travel in company, as far as the kernel has told.
-    segment_max: u16,
+    /// Largest datagram that may travel in company, as the kernel has told, and for how many sends
+    /// that is still to be believed.
+    segment_max: Option<(u16, u16)>,
     /// It has received in bursts, and was told to take them in one message.
     takes_bursts: bool,
 }
@@ -115,7 +119,7 @@ struct Slot {
 impl Slot {
     fn open() -> Self {
         let state = SlotState::Open { receive: Receive::Idle };
-        Self { state, ops: 0, sends: 0, segment_max: u16::MAX, takes_bursts: false }
+        Self { state, ops: 0, sends: 0, segment_max: None, takes_bursts: false }
     }
 }
 
@@ -146,14 +150,23 @@ impl SlotTable {
         &mut self.slots[slot.0 as usize].state
     }
 
-    /// Largest datagram that may travel in company with others.
-    pub(crate) fn segment_max(&self, slot: SlotIndex) -> usize {
-        self.slots[slot.0 as usize].segment_max.into()
+    /// Largest datagram that the next send may let travel in company with others.
+    pub(crate) fn segment_max(&mut self, slot: SlotIndex) -> usize {
+        let limit = &mut self.slots[slot.0 as usize].segment_max;
+        let Some((max, sends)) = limit else { return usize::MAX };
+        let max = usize::from(*max);
+        *sends -= 1;
+        if *sends == 0 {
+            *limit = None;
+        }
+        max
     }
 
-    /// The kernel has refused larger ones.
+    /// The kernel has refused larger ones. One path may do so, and then another be taken, so it is
+    /// asked again after a while.
     pub(crate) fn limit_segments(&mut self, slot: SlotIndex, segment_max: usize) {
-        self.slots[slot.0 as usize].segment_max = u16::try_from(segment_max).unwrap_or(u16::MAX);
+        let max = u16::try_from(segment_max).unwrap_or(u16::MAX);
+        self.slots[slot.0 as usize].segment_max = Some((max, GSO_REFUSAL_SENDS));
     }
 
     /// Marks a slot as one that receives in bursts; `true` the first time.
@@ -174,14 +187,18 @@ impl SlotTable {
 
     /// An operation on the slot had its last completion. The slot becomes free if it was closing
     /// and this was the last; its close is over, for those who wait for its port, when only sends
-    /// are left.
-    pub(crate) fn end(&mut self, slot: SlotIndex, is_send: bool) {
+    /// are left. `true` if its CLOSE is to be pushed now, for this was the last send.
+    pub(crate) fn end(&mut self, slot: SlotIndex, is_send: bool) -> bool {
         let entry = &mut self.slots[slot.0 as usize];
         entry.ops -= 1;
         entry.sends -= u32::from(is_send);
-        let SlotState::Closing { close, quota } = &mut entry.state else { return };
+        let SlotState::Closing { close, is_pushed, quota } = &mut entry.state else { return false };
         if entry.ops == entry.sends {
             self.closes.finish(*close);
+        }
+        if !*is_pushed {
+            *is_pushed = entry.sends == 0;
+            return *is_pushed;
         }
         if entry.ops == 0 {
             if let Some(quota) = quota.take() {
@@ -191,20 +208,26 @@ impl SlotTable {
             self.free.push(slot);
             self.room.give_back();
         }
+        false
     }
 
-    /// The owner is gone and a CLOSE will be pushed. A guest that has sends on their way gets its
-    /// place back after them, others at once.
-    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>) {
+    /// The owner is gone. `true` if the CLOSE is to be pushed now: no send is on its way. A guest
+    /// that has sends on their way gets its place back after them, others at once.
+    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>) -> bool {
         let close = self.closes.start();
         let entry = &mut self.slots[slot.0 as usize];
-        let quota = if entry.sends > 0 {
-            Some(Arc::clone(quota))
-        } else {
+        let is_pushed = entry.sends == 0;
+        let quota = if is_pushed {
             quota.give_back();
             None
+        } else {
+            Some(Arc::clone(quota))
         };
-        entry.state = SlotState::Closing { close, quota };
+        entry.state = SlotState::Closing { close, is_pushed, quota };
+        if !is_pushed && entry.ops == entry.sends {
+            self.closes.finish(close);
+        }
+        is_pushed
     }
 
     pub(crate) fn closes(&self) -> &CloseLog {
@@ -281,8 +304,8 @@ mod tests {
         let quota = Room::new(1);
         assert!(quota.take());
         slots.begin(slot, false); // a receive
+        assert!(slots.close(slot, &quota));
         slots.begin(slot, false); // the close
-        slots.close(slot, &quota);
         assert!(quota.take(), "the guest may open another");
         slots.end(slot, false);
         assert!(!room.take(), "the receive may still use the file");
@@ -292,21 +315,23 @@ mod tests {
     }
 
     #[test]
-    fn a_send_that_waits_keeps_its_guests_place_but_holds_up_no_bind() {
+    fn a_send_that_waits_keeps_its_guests_place_and_the_file_but_holds_up_no_bind() {
         let room = Room::new(1);
         let quota = Room::new(1);
         assert!(room.take() && quota.take());
         let mut slots = SlotTable::new(Arc::clone(&room));
         let slot = slots.open();
         slots.begin(slot, true);
-        slots.close(slot, &quota);
-        slots.begin(slot, false); // the close
+        slots.begin(slot, false); // a receive
+        assert!(!slots.close(slot, &quota), "the kernel would find no file for the send");
         let bound = slots.closes().next();
         assert!(!slots.closes().all_finished_before(bound));
-        slots.end(slot, false);
+        assert!(!slots.end(slot, false));
         assert!(slots.closes().all_finished_before(bound));
+        assert!(slots.end(slot, true), "time for the CLOSE");
+        slots.begin(slot, false);
         assert!(!quota.take() && !room.take());
-        slots.end(slot, true);
+        assert!(!slots.end(slot, false));
         assert!(quota.take() && room.take());
     }
 

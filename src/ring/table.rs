@@ -126,7 +126,10 @@ impl OpTable {
                 place.outcome.sum += u64::from(value);
                 place.outcome.value = value;
             }
-            (Err(_), None) => place.outcome.error = Some(Errno(-result)),
+            // What was cancelled was so because of another failure, if there is one.
+            (Err(_), None | Some(Errno(libc::ECANCELED))) => {
+                place.outcome.error = Some(Errno(-result));
+            }
             (_, Some(_)) => {}
         }
         place.pending = place.pending.saturating_sub(1);

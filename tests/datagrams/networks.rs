@@ -108,24 +108,30 @@ fn flow() {
 }
 
 const SECOND: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+const THIRD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
 
-/// Two witnesses of what a guest sends in one batch: eight datagrams for the first, of which the
-/// interface keeps some, and four for the second, which wait then, for the guest's send buffer is
-/// as small as can be.
-struct Witnesses([(UdpSocket, SocketAddr); 2]);
+/// Three witnesses of what a guest sends in one batch: eight datagrams for the first, of which the
+/// interface keeps some; four for the second, which wait then, for the guest's send buffer is as
+/// small as can be; and behind them three for the third, too large to travel in company.
+struct Witnesses([(UdpSocket, SocketAddr); 3]);
+
+/// How many, and of how many bytes, each is sent.
+const TESTIMONY: [(usize, usize); 3] = [(8, 1000), (4, 1000), (3, 1600)];
 
 impl Witnesses {
     fn new() -> Self {
-        Self([Ipv4Addr::LOCALHOST, SECOND].map(native::socket))
+        Self([Ipv4Addr::LOCALHOST, SECOND, THIRD].map(native::socket))
     }
 
     async fn have_it_sent(&self, rig: &mut Rig) -> Endpoint {
         let endpoint = rig.endpoint(LOOPBACK).await;
         rig.set_send_buffer(endpoint.socket, 1).await.unwrap();
-        let [first, second] = [(8, 0), (4, 1)]
-            .map(|(times, witness)| batch(&vec![1000; times], Some(self.0[witness].1)));
-        let sent = [first, second].concat();
-        assert_eq!(rig.send_all(endpoint.outgoing, &sent).await, Ok(12), "took or will take");
+        let sent: Vec<_> = TESTIMONY
+            .iter()
+            .zip(&self.0)
+            .flat_map(|((times, bytes), (_, addr))| batch(&vec![*bytes; *times], Some(*addr)))
+            .collect();
+        assert_eq!(rig.send_all(endpoint.outgoing, &sent).await, Ok(15), "took or will take");
         assert_eq!(rig.check_send(endpoint.outgoing).await, Ok(0), "the second message waits");
         endpoint
     }
@@ -133,11 +139,11 @@ impl Witnesses {
     /// Everything, once and in order, and nothing else.
     fn have_all(&self) {
         const LAST: &[u8] = b"the last";
-        for ((witness, addr), times) in self.0.iter().zip([8, 4]) {
+        for ((witness, addr), (times, bytes)) in self.0.iter().zip(TESTIMONY) {
             native::socket(Ipv4Addr::LOCALHOST).0.send_to(LAST, addr).unwrap();
-            let expected = (0..times).map(|n| content(n, 1000)).chain([LAST.to_vec()]);
+            let expected = (0..times).map(|n| content(n, bytes)).chain([LAST.to_vec()]);
             for (n, expected) in expected.enumerate() {
-                let mut buffer = [0; 1001];
+                let mut buffer = [0; 2000];
                 let bytes = witness.recv(&mut buffer).unwrap();
                 assert!(buffer[..bytes] == expected, "{n} of {times}: {bytes} bytes");
             }
@@ -161,8 +167,8 @@ fn messages_that_find_no_room_hold_up_the_next_send_and_leave_when_there_is_some
             rig.drop_pollable(pollable).await;
             rig.close(endpoint).await;
             let stats = rig.stats();
-            assert_eq!((stats.datagrams_sent, stats.datagrams_coalesced), (12, 12));
-            assert_eq!((stats.bytes_sent, stats.gso_refusals), (12_000, 0));
+            assert_eq!((stats.datagrams_sent, stats.datagrams_coalesced), (15, 12));
+            assert_eq!((stats.bytes_sent, stats.gso_refusals), (16_800, 1));
         });
     });
 }
@@ -186,9 +192,42 @@ fn messages_that_find_no_room_leave_although_their_socket_is_dropped() {
                 assert_eq!((sockets_open, datagrams_sent), (1, 0), "it waits");
                 flow();
                 eventually("its slot is free", || uring.stats().sockets_open == 0).await;
-                assert_eq!(uring.stats().datagrams_sent, 12);
+                assert_eq!(uring.stats().datagrams_sent, 15);
             });
             witnesses.have_all();
+        });
+    }
+}
+
+/// Kills: a connect that overtakes what waits, whose entries name no peer.
+#[test]
+fn messages_that_wait_reach_the_peer_they_were_sent_to_although_the_socket_gets_another() {
+    for next in [None, Some(())] {
+        in_a_clogged_network(|| {
+            on(Backend::Uring, Setup::default(), async |rig| {
+                let [(first, first_addr), (second, second_addr), _] = Witnesses::new().0;
+                let mut endpoint = rig.endpoint(LOOPBACK).await;
+                rig.set_send_buffer(endpoint.socket, 1).await.unwrap();
+                rig.reconnect(&mut endpoint, Some(first_addr)).await.unwrap();
+                for _ in 0..2 {
+                    let sent = batch(&[1000; 8], None);
+                    assert_eq!(rig.send_all(endpoint.outgoing, &sent).await, Ok(8));
+                }
+                assert_eq!(rig.check_send(endpoint.outgoing).await, Ok(0), "the second waits");
+                let unclog = async { flow() };
+                let next = next.map(|()| second_addr);
+                let (connected, ()) =
+                    tokio::join!(biased; rig.reconnect(&mut endpoint, next), unclog);
+                connected.unwrap();
+                native::socket(Ipv4Addr::LOCALHOST).0.send_to(b"alone", second_addr).unwrap();
+                let mut buffer = [0; 2000];
+                for n in (0..8).chain(0..8) {
+                    let bytes = first.recv(&mut buffer).unwrap();
+                    assert!(buffer[..bytes] == content(n, 1000), "{n}: {bytes} bytes");
+                }
+                let bytes = second.recv(&mut buffer).unwrap();
+                assert_eq!(&buffer[..bytes], b"alone");
+            });
         });
     }
 }
@@ -235,7 +274,7 @@ fn messages_that_wait_are_sent_once_although_their_thread_exits() {
             rig.drop_pollable(pollable).await;
             rig.close(endpoint).await;
         });
-        assert_eq!(uring.stats().datagrams_sent, 12);
+        assert_eq!(uring.stats().datagrams_sent, 15);
     });
 }
 

@@ -4,23 +4,32 @@
 //! and takes the time. The flood comes from another thread, so that it takes no CPU time from them
 //! but by what it makes of it.
 
+use std::io::{IoSlice, Read};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::unistd::Pid;
+use tokio::io::unix::AsyncFd;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::timeout;
 use wasi_uring::Uring;
 use wasmtime::error::Context;
 use wasmtime::{bail, format_err};
 use wasmtime_wasi::WasiCtx;
 
-use super::super::NetArg;
 use super::super::host::{Backend, GuestConfig, Net, Program};
 use super::super::measure::{Contest, Summary};
+use super::super::{NetArg, say};
+use super::BACKENDS;
 
 /// Sockets unless told otherwise: one is flooded, the others answer.
 pub(super) const SOCKETS_DEFAULT: usize = 1000;
@@ -31,6 +40,9 @@ const QUESTIONS_PER_PACE: usize = 10;
 
 /// How often each is asked in a window, which takes 1.5 seconds with a thousand.
 const QUESTIONS_PER_SOCKET: usize = 15;
+
+/// The same between the windows.
+const QUESTIONS_TO_SETTLE: usize = 2;
 
 /// How long an answer may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -44,13 +56,20 @@ enum Flooded {
     Nobody,
     /// A plain socket that nobody reads: the flood's cost to the machine.
     Elsewhere,
+    /// A guest's socket, datagram by datagram.
     Guest,
+    /// The same, many datagrams to a message.
+    GuestInBulk,
 }
 
-const WINDOWS: [Flooded; 3] = [Flooded::Nobody, Flooded::Elsewhere, Flooded::Guest];
+const WINDOWS: [Flooded; 4] =
+    [Flooded::Nobody, Flooded::Elsewhere, Flooded::Guest, Flooded::GuestInBulk];
 
 /// Steps of the progress bar per backend and round.
 pub(super) const STEPS: usize = WINDOWS.len();
+
+/// Datagrams in a message of a flood in bulk.
+const BULK_DATAGRAMS: usize = 64;
 
 /// What the others' questions met in one window.
 #[derive(Clone, Copy, Debug, Default)]
@@ -64,66 +83,122 @@ struct Window {
 }
 
 /// The windows of one round, in the order of `WINDOWS`.
-struct Round([Window; 3]);
+struct Round([Window; 4]);
 
 /// One backend's figures.
 pub(super) struct Figures {
     pub(super) backend: Backend,
+    /// In microseconds, window by window.
     pub(super) calm_p50: f64,
-    pub(super) calm_p99: f64,
-    pub(super) elsewhere_p99: f64,
-    pub(super) flooded_p99: f64,
-    /// Flooded p99 by calm p99.
-    pub(super) ratio: Summary,
+    pub(super) p99: [f64; 4],
+    /// A flooded p99 by the calm one of its round.
+    pub(super) flooded: Summary,
+    pub(super) flooded_in_bulk: Summary,
     pub(super) asked: usize,
     pub(super) lost: usize,
-    pub(super) flood_per_second: f64,
+    /// Datagrams of the flood and of the flood in bulk.
+    pub(super) flood_per_second: [f64; 2],
 }
 
-/// Measures one backend, round by round.
+/// Measures both backends in turn, round by round.
 pub(super) fn measure(
     contest: &Contest,
-    backend: Backend,
     sockets: usize,
     rounds: usize,
     progress: &ProgressBar,
-) -> wasmtime::Result<Figures> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let rounds = runtime.block_on(async {
-        let population =
-            Population::start(contest.program(backend), &contest.ring, sockets).await?;
-        let mut measured = Vec::new();
-        for round in 0..=rounds {
-            let mut windows = [Window::default(); 3];
-            for (window, flooded) in windows.iter_mut().zip(WINDOWS) {
-                *window = population.window(flooded).await?;
-                progress.inc(1);
-            }
-            // The first warms up.
-            if round > 0 {
-                measured.push(Round(windows));
-            }
+) -> wasmtime::Result<[Figures; 2]> {
+    // Else the scheduler may put the flood beside the guests for some of the time.
+    let cpus = Cpus::allowed()?;
+    cpus.pin(cpus.first)?;
+    let measured = measure_pinned(contest, sockets, rounds, progress, &cpus);
+    sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
+    let [stock, uring] = measured?;
+    Ok([figures(Backend::Stock, &stock), figures(Backend::Uring, &uring)])
+}
+
+fn measure_pinned(
+    contest: &Contest,
+    sockets: usize,
+    rounds: usize,
+    progress: &ProgressBar,
+    cpus: &Cpus,
+) -> wasmtime::Result<[Vec<Round>; 2]> {
+    let mut measured = [Vec::new(), Vec::new()];
+    for round in 0..rounds {
+        for (backend, measured) in BACKENDS.into_iter().zip(&mut measured) {
+            // One population at a time, for a thousand guests at rest are still in the way.
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let windows = runtime.block_on(async {
+                let population =
+                    Population::start(contest.program(backend), &contest.ring, sockets).await?;
+                let mut windows = [Window::default(); 4];
+                // Each has its turn to be the first.
+                for at in 0..windows.len() {
+                    let at = (at + round) % windows.len();
+                    // Warms up, and lets go what the last flood has left.
+                    population.window(Flooded::Nobody, QUESTIONS_TO_SETTLE, cpus).await?;
+                    let window = population.window(WINDOWS[at], QUESTIONS_PER_SOCKET, cpus).await?;
+                    tracing::debug!(backend = backend.name(), flooded = ?WINDOWS[at], ?window);
+                    windows[at] = window;
+                    progress.inc(1);
+                }
+                Ok::<_, wasmtime::Error>(windows)
+            })?;
+            measured.push(Round(windows));
         }
-        Ok::<_, wasmtime::Error>(measured)
-    })?;
+    }
+    Ok(measured)
+}
+
+/// The CPUs this thread may use: the guests get the first, the flood the last.
+#[derive(Clone)]
+struct Cpus {
+    all: CpuSet,
+    first: usize,
+    last: usize,
+}
+
+impl Cpus {
+    fn allowed() -> wasmtime::Result<Self> {
+        let all = sched_getaffinity(Pid::from_raw(0))?;
+        let mut allowed = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false));
+        let first = allowed.next().context("no CPU is allowed")?;
+        let last = allowed.last().unwrap_or(first);
+        if first == last {
+            say(
+                "one CPU only: flood and guests share it, and what they cost each other is its time",
+            );
+        }
+        Ok(Self { all, first, last })
+    }
+
+    /// Keeps this thread on a CPU.
+    fn pin(&self, cpu: usize) -> nix::Result<()> {
+        let mut only = CpuSet::new();
+        only.set(cpu)?;
+        sched_setaffinity(Pid::from_raw(0), &only)
+    }
+}
+
+fn figures(backend: Backend, rounds: &[Round]) -> Figures {
     let micros = |time: Duration| time.as_secs_f64() * 1e6;
-    let median = |of: &dyn Fn(&Round) -> f64| Summary::of(rounds.iter().map(of)).median;
+    let summary = |of: &dyn Fn(&[Window; 4]) -> f64| {
+        Summary::of(rounds.iter().map(|Round(windows)| of(windows)))
+    };
     let total = |of: fn(&Window) -> usize| rounds.iter().flat_map(|round| &round.0).map(of).sum();
-    Ok(Figures {
+    let ratio = |at: usize| {
+        summary(&|windows| windows[at].p99.as_secs_f64() / windows[0].p99.as_secs_f64())
+    };
+    Figures {
         backend,
-        calm_p50: median(&|Round([calm, ..])| micros(calm.p50)),
-        calm_p99: median(&|Round([calm, ..])| micros(calm.p99)),
-        elsewhere_p99: median(&|Round([_, elsewhere, _])| micros(elsewhere.p99)),
-        flooded_p99: median(&|Round([.., flooded])| micros(flooded.p99)),
-        ratio: Summary::of(
-            rounds.iter().map(|Round([calm, _, flooded])| {
-                flooded.p99.as_secs_f64() / calm.p99.as_secs_f64()
-            }),
-        ),
+        calm_p50: summary(&|windows| micros(windows[0].p50)).median,
+        p99: [0, 1, 2, 3].map(|at| summary(&|windows| micros(windows[at].p99)).median),
+        flooded: ratio(2),
+        flooded_in_bulk: ratio(3),
         asked: total(|window| window.asked),
         lost: total(|window| window.lost),
-        flood_per_second: median(&|Round([.., flooded])| flooded.flood),
-    })
+        flood_per_second: [2, 3].map(|at| summary(&|windows| windows[at].flood).median),
+    }
 }
 
 /// Guests at work, and a client beside them.
@@ -166,13 +241,19 @@ impl Population {
         Ok(Self { client, answerers, sink, elsewhere, epoch, _guests: guests })
     }
 
-    async fn window(&self, flooded: Flooded) -> wasmtime::Result<Window> {
+    async fn window(
+        &self,
+        flooded: Flooded,
+        questions_per_socket: usize,
+        cpus: &Cpus,
+    ) -> wasmtime::Result<Window> {
         let flood = match flooded {
             Flooded::Nobody => None,
-            Flooded::Elsewhere => Some(Flood::start(self.elsewhere.local_addr()?)?),
-            Flooded::Guest => Some(Flood::start(self.sink)?),
+            Flooded::Elsewhere => Some(Flood::start(self.elsewhere.local_addr()?, 1, cpus)?),
+            Flooded::Guest => Some(Flood::start(self.sink, 1, cpus)?),
+            Flooded::GuestInBulk => Some(Flood::start(self.sink, BULK_DATAGRAMS, cpus)?),
         };
-        let asked = self.answerers.len() * QUESTIONS_PER_SOCKET;
+        let asked = self.answerers.len() * questions_per_socket;
         let window = u64::try_from(self.epoch.elapsed().as_nanos())?;
         let asking = tokio::spawn(ask(
             Arc::clone(&self.client),
@@ -198,12 +279,13 @@ impl Population {
         }
         asking.await.map_err(|error| format_err!("{error}"))??;
         let flood = flood.map_or(0.0, Flood::stop);
+        let lost = asked - latencies.len();
+        latencies.resize(asked, PATIENCE);
         latencies.sort();
         let quantile = |of_hundred: usize| {
-            let at = latencies.len().saturating_sub(1) * of_hundred / 100;
+            let at = asked.saturating_sub(1) * of_hundred / 100;
             latencies.get(at).copied().unwrap_or(PATIENCE)
         };
-        let lost = asked - latencies.len();
         Ok(Window { p50: quantile(50), p99: quantile(99), asked, lost, flood })
     }
 }
@@ -222,21 +304,34 @@ async fn hello(
     }
 }
 
-/// Asks the answerers in turn, at an even pace.
+/// Asks the answerers in turn, at an even pace. A question counts from when it was due: that the
+/// guests have kept this thread from asking it is part of the wait.
 async fn ask(
     client: Arc<UdpSocket>,
     answerers: Vec<SocketAddr>,
     (epoch, window): (Instant, u64),
     asked: usize,
 ) -> wasmtime::Result<()> {
-    let mut pace = interval(PACE);
-    pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    // Tokio's own clock ticks in milliseconds.
+    let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+    let start = Instant::now();
+    let pace = Expiration::Interval(TimeSpec::from_duration(PACE));
+    timer.set(pace, TimerSetTimeFlags::empty())?;
+    #[expect(deprecated, reason = "its successor is unsafe; a File keeps its descriptor open")]
+    let timer = AsyncFd::new(std::fs::File::from(OwnedFd::from(timer)))?;
+    let mut due = start;
     for (at, answerer) in answerers.iter().cycle().take(asked).enumerate() {
         if at % QUESTIONS_PER_PACE == 0 {
-            pace.tick().await;
+            due += PACE;
+            while Instant::now() < due {
+                let mut expired = timer.readable().await?;
+                // How often does not matter: the clock is asked.
+                let _ = expired.try_io(|timer| timer.get_ref().read(&mut [0; 8]));
+            }
         }
-        let now = u64::try_from(epoch.elapsed().as_nanos())?;
-        client.send_to(&question(now, window), answerer).await.context("asking")?;
+        let due = u64::try_from((due - epoch).as_nanos())?;
+        client.send_to(&question(due, window), answerer).await.context("asking")?;
     }
     Ok(())
 }
@@ -262,14 +357,24 @@ struct Flood {
 }
 
 impl Flood {
-    fn start(target: SocketAddr) -> wasmtime::Result<Self> {
+    /// Starts one with so many datagrams to a message.
+    fn start(target: SocketAddr, datagrams: usize, cpus: &Cpus) -> wasmtime::Result<Self> {
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let target = SockaddrStorage::from(target);
+        let segment = u16::try_from(QUESTION_BYTES)?;
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count) = (Arc::clone(&stop), Arc::clone(&sent));
+        let cpus = cpus.clone();
         let thread = std::thread::spawn(move || {
+            // If not, it is measured all the same.
+            let _ = cpus.pin(cpus.last);
+            let bytes = vec![0; QUESTION_BYTES * datagrams];
+            let control = [ControlMessage::UdpGsoSegments(&segment)];
+            let control = if datagrams > 1 { &control[..] } else { &[] };
             while !stopped.load(Ordering::Relaxed) {
-                if socket.send_to(&[0; QUESTION_BYTES], target).is_ok() {
-                    count.fetch_add(1, Ordering::Relaxed);
+                let (fd, parts) = (socket.as_raw_fd(), [IoSlice::new(&bytes)]);
+                if sendmsg(fd, &parts, control, MsgFlags::empty(), Some(&target)).is_ok() {
+                    count.fetch_add(datagrams as u64, Ordering::Relaxed);
                 }
             }
         });

@@ -14,6 +14,7 @@ use wasmtime::error::Context;
 
 use super::super::host::Backend;
 use super::super::measure::{LIFE, Summary};
+use super::BACKENDS;
 
 /// Sockets that one guest holds unless told otherwise, descriptors permitting.
 pub(super) const SOCKETS_DEFAULT: usize = 10_000;
@@ -36,29 +37,32 @@ struct Taken {
     kernel: f64,
 }
 
-/// Measures one backend: many sockets less one, round by round.
+/// Measures both backends in turn, round by round: many sockets less one.
 pub(super) fn measure(
-    backend: Backend,
     sockets: usize,
     rounds: usize,
     step: impl Fn(),
-) -> wasmtime::Result<Figures> {
-    let mut per_socket = Vec::new();
+) -> wasmtime::Result<[Figures; 2]> {
+    let mut per_socket = [Vec::new(), Vec::new()];
     for _ in 0..rounds {
-        let (one, many) = (hold(backend, 1)?, hold(backend, sockets)?);
-        step();
-        #[expect(clippy::cast_precision_loss, reason = "thousands")]
-        let others = (sockets - 1) as f64;
-        per_socket.push(Taken {
-            process: (many.process - one.process) / others,
-            kernel: (many.kernel - one.kernel) / others,
-        });
+        for (backend, per_socket) in BACKENDS.into_iter().zip(&mut per_socket) {
+            let (one, many) = (hold(backend, 1)?, hold(backend, sockets)?);
+            step();
+            #[expect(clippy::cast_precision_loss, reason = "thousands")]
+            let others = (sockets - 1) as f64;
+            per_socket.push(Taken {
+                process: (many.process - one.process) / others,
+                kernel: (many.kernel - one.kernel) / others,
+            });
+        }
     }
-    Ok(Figures {
+    let figures = |backend, per_socket: &[Taken]| Figures {
         backend,
         process: Summary::of(per_socket.iter().map(|taken| taken.process)),
         kernel: Summary::of(per_socket.iter().map(|taken| taken.kernel)),
-    })
+    };
+    let [stock, uring] = per_socket;
+    Ok([figures(Backend::Stock, &stock), figures(Backend::Uring, &uring)])
 }
 
 /// What a process with so many sockets takes.
