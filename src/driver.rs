@@ -3,8 +3,10 @@
 //! There is one door and no thread behind it. Callers push entries under a short lock; whoever
 //! finds the ring free enters for everybody who has pushed, looks again for what came meanwhile,
 //! and wakes those whose completions are in (flat combining). The guests of a current-thread
-//! runtime never contend with each other, so there a caller yields once before it enters if other guests use the ring: what they
-//! push travels along, one enter per tick. A lone guest enters at once.
+//! runtime never contend with each other, so there a caller yields once before it enters if other
+//! guests use the ring: what they push travels along, one enter per tick. A lone guest enters at
+//! once; and so do the guests of a crowd so large that whoever yields finds its cache cold, and
+//! one with many bytes to send, which would only push those of others out of the cache.
 //!
 //! Completions that come by themselves (datagrams, sends that had to wait) signal an eventfd
 //! while nobody is inside; a small task per runtime, the reaper, then looks. What nobody waits
@@ -83,7 +85,8 @@ impl UringBuilder {
     /// receive is paused and the kernel's own buffer (`SO_RCVBUF`) takes over.
     ///
     /// Either is at least 1. What the kernel delivers before it ends the receive of a full queue is
-    /// still queued.
+    /// still queued: at most what the ring's 128 buffers hold, each a message of up to 64 datagrams
+    /// and 65,507 bytes.
     pub fn queue_per_socket(mut self, datagrams: usize, bytes: usize) -> Self {
         self.inbox = InboxLimits { datagrams: datagrams.max(1), bytes: bytes.max(1) };
         self
@@ -195,8 +198,9 @@ impl Crowd {
         }
     }
 
-    /// Whether a guest should let others push before it enters: some have used the ring lately.
-    fn should_yield(&mut self, guest: Guest) -> bool {
+    /// A guest is about to enter; `true` if it should let others push before, for some have used
+    /// the ring lately.
+    fn take_turn(&mut self, guest: Guest) -> bool {
         if self.spree > 0 {
             self.spree -= 1;
             return false;
@@ -553,7 +557,7 @@ impl Flush {
         // Until they are sent, payloads push each other out of the cache.
         let is_light = core.ring.unsent_bytes() < FLUSH_BYTES;
         let has_yielded = matches!(self.turn, Turn::Over);
-        if !has_yielded && is_light && core.crowd.should_yield(self.guest) && is_current_thread() {
+        if !has_yielded && is_light && core.crowd.take_turn(self.guest) && is_current_thread() {
             self.turn = Turn::Yielded(core.crowd.start_yield());
             drop(core);
             cx.waker().wake_by_ref();

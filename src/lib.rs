@@ -76,7 +76,7 @@
 //! | `policy` | address checks, before any operation |
 //! | `driver` | who enters the kernel and when; the [`Uring`] handle; the reaper |
 //! | `ring` | queues, operations and their memory, slots, buffers, set-up |
-//! | `datagram` | socket addresses and received messages as bytes |
+//! | `datagram` | socket addresses, control data and messages as bytes |
 //! | [`doctor`] | what this kernel and these limits allow |
 //! | `stats` | what went through a ring |
 //! | [`limits`] | every bound, and how they relate |

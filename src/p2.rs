@@ -11,7 +11,7 @@
 //! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's buffer is full | the ring's completion is waited for |
 //! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |
 //! | `send` | asks the policy about each datagram when its turn comes | asks about the whole batch first | one chain goes to the kernel |
-//! | `drop` of an outgoing stream | waits for a send in the background | does not wait; the next stream's `check-send` does | what was accepted outlives the stream |
+//! | `drop` of an outgoing stream | waits for a send in the background | does not wait; the next `stream` and `check-send` do | what was accepted outlives the stream, and its socket |
 //! | `start-bind` after a failed one | can be called again at once | `concurrency-conflict` until `finish-bind` has told the error | the error is the finish's |
 //! | datagrams seen by `poll` and not taken | the first is lost when the streams are dropped | they wait for the next streams | nothing that arrived is lost |
 //! | `receive` and `send` on a refusing peer | whichever comes first tells `connection-refused`; a refusal comes before datagrams | once the receive is armed, `receive` tells it, after the datagrams before it | the armed receive takes the error |

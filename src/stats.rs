@@ -20,8 +20,8 @@ pub struct Stats {
     pub datagrams_sent: u64,
     /// Those of them that travelled with others of their size in one message (`UDP_SEGMENT`).
     pub datagrams_coalesced: u64,
-    /// Messages of several datagrams that the kernel refused, so that they were sent apart: they
-    /// were larger than the path's MTU, or the device computes no checksums.
+    /// Messages of several datagrams that the kernel refused and took apart: the datagrams were
+    /// larger than the path's MTU, or the device computes no checksums.
     pub gso_refusals: u64,
     /// Payload bytes the kernel took from guests.
     pub bytes_sent: u64,
@@ -43,7 +43,8 @@ pub struct Stats {
     /// Datagrams still queued when their socket was closed.
     pub dropped_at_close: u64,
     /// Datagrams (or several in one message) that the kernel dropped because a socket's receive
-    /// buffer was full. Asked when the socket is closed, if it ever received in bursts.
+    /// buffer was full (`SO_MEMINFO`). Asked when the socket is closed, and only if it was seen to
+    /// receive in bursts: what a socket lost that nobody ever received from is not in here.
     pub dropped_by_kernel: u64,
     /// Messages that could not be read: cut, or without an IP sender.
     pub dropped_malformed: u64,

@@ -255,8 +255,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
         subscribe(self.table, this)
     }
 
-    /// Does not wait: what `send` accepted goes on its way, and outlives the stream, the socket and
-    /// its slot's CLOSE.
+    /// Does not wait: what `send` accepted goes on its way, and outlives the stream and the socket.
     fn drop(&mut self, this: Resource<OutgoingDatagramStream>) -> wasmtime::Result<()> {
         self.table.delete(this)?;
         Ok(())

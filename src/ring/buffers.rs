@@ -1,4 +1,4 @@
-//! The ring's receive buffers: the kernel takes one per datagram, and each goes home as soon as
+//! The ring's receive buffers: the kernel takes one per message, and each goes home as soon as
 //! its completion is seen.
 //!
 //! Ownership: a buffer belongs to the kernel from `publish` until the completion that names its

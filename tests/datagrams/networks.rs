@@ -214,7 +214,13 @@ fn messages_that_wait_reach_the_peer_they_were_sent_to_although_the_socket_gets_
                     assert_eq!(rig.send_all(endpoint.outgoing, &sent).await, Ok(8));
                 }
                 assert_eq!(rig.check_send(endpoint.outgoing).await, Ok(0), "the second waits");
-                let unclog = async { flow() };
+                let unclog = async {
+                    // Time enough for a connect that does not wait.
+                    for _ in 0..20 {
+                        yield_to_others().await;
+                    }
+                    flow();
+                };
                 let next = next.map(|()| second_addr);
                 let (connected, ()) =
                     tokio::join!(biased; rig.reconnect(&mut endpoint, next), unclog);
