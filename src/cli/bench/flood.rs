@@ -109,7 +109,7 @@ pub(super) fn measure(
 ) -> wasmtime::Result<[Figures; 2]> {
     // Else the scheduler may put the flood beside the guests for some of the time.
     let cpus = Cpus::allowed()?;
-    cpus.pin(cpus.first)?;
+    pin(cpus.first)?;
     let measured = measure_pinned(contest, sockets, rounds, progress, &cpus);
     sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
     let [stock, uring] = measured?;
@@ -151,7 +151,6 @@ fn measure_pinned(
 }
 
 /// The CPUs this thread may use: the guests get the first, the flood the last.
-#[derive(Clone)]
 struct Cpus {
     all: CpuSet,
     first: usize,
@@ -163,7 +162,7 @@ impl Cpus {
         let all = sched_getaffinity(Pid::from_raw(0))?;
         let mut allowed = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false));
         let first = allowed.next().context("no CPU is allowed")?;
-        let last = allowed.last().unwrap_or(first);
+        let last = allowed.next_back().unwrap_or(first);
         if first == last {
             say(
                 "one CPU only: flood and guests share it, and what they cost each other is its time",
@@ -171,13 +170,13 @@ impl Cpus {
         }
         Ok(Self { all, first, last })
     }
+}
 
-    /// Keeps this thread on a CPU.
-    fn pin(&self, cpu: usize) -> nix::Result<()> {
-        let mut only = CpuSet::new();
-        only.set(cpu)?;
-        sched_setaffinity(Pid::from_raw(0), &only)
-    }
+/// Keeps this thread on a CPU.
+fn pin(cpu: usize) -> nix::Result<()> {
+    let mut only = CpuSet::new();
+    only.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &only)
 }
 
 fn figures(backend: Backend, rounds: &[Round]) -> Figures {
@@ -364,10 +363,10 @@ impl Flood {
         let segment = u16::try_from(QUESTION_BYTES)?;
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count) = (Arc::clone(&stop), Arc::clone(&sent));
-        let cpus = cpus.clone();
+        let cpu = cpus.last;
         let thread = std::thread::spawn(move || {
             // If not, it is measured all the same.
-            let _ = cpus.pin(cpus.last);
+            let _ = pin(cpu);
             let bytes = vec![0; QUESTION_BYTES * datagrams];
             let control = [ControlMessage::UdpGsoSegments(&segment)];
             let control = if datagrams > 1 { &control[..] } else { &[] };
