@@ -9,6 +9,7 @@ mod buffers;
 pub(crate) mod inbox;
 pub(crate) mod op;
 pub(crate) mod probe;
+pub(crate) mod send;
 pub(crate) mod slots;
 pub(crate) mod table;
 #[cfg(test)]

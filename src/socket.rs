@@ -16,8 +16,9 @@ use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
 use crate::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::ring::Done;
 use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
-use crate::ring::op::{BindOp, Op, SendOp, SocketOption};
+use crate::ring::op::{BindOp, Op, SocketOption};
 use crate::ring::probe::{FamilyDefaults, hop_limit_option};
+use crate::ring::send::SendOp;
 use crate::ring::slots::SlotIndex;
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.

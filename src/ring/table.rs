@@ -276,7 +276,7 @@ mod tests {
 
     use super::*;
     use crate::datagram::Outgoing;
-    use crate::ring::op::SendOp;
+    use crate::ring::send::SendOp;
 
     const SLOT: SlotIndex = SlotIndex(0);
 

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::inbox::InboxLimits;
-use super::op::SendOp;
+use super::send::SendOp;
 use super::*;
 use crate::datagram::Outgoing;
 use crate::limits::BUFFERS;
