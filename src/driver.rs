@@ -522,6 +522,15 @@ enum Turn {
 
 impl Flush {
     pub(crate) fn poll(&mut self, uring: &Uring, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll_submitted(uring, cx).map(drop)
+    }
+
+    /// As `poll`; ready with the lock still held.
+    fn poll_submitted<'core>(
+        &mut self,
+        uring: &'core Uring,
+        cx: &Context<'_>,
+    ) -> Poll<MutexGuard<'core, Core>> {
         let mut core = uring.shared.lock();
         self.end_yield(&mut core);
         let mut core = match self.advance(uring, core, cx) {
@@ -529,7 +538,7 @@ impl Flush {
             Advance::Looked(core) => core,
         };
         if core.ring.submitted() >= self.pushed {
-            return Poll::Ready(());
+            return Poll::Ready(core);
         }
         core.flush_wakers.push(cx.waker().clone());
         Poll::Pending
@@ -646,18 +655,7 @@ impl Ticket {
     pub(crate) fn poll_submitted(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done>> {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { uring, key, flush, fetched } = self;
-        let mut core = uring.shared.lock();
-        flush.end_yield(&mut core);
-        if core.ring.submitted() < flush.pushed {
-            core = match flush.advance(uring, core, cx) {
-                Advance::Yielded => return Poll::Pending,
-                Advance::Looked(core) => core,
-            };
-            if core.ring.submitted() < flush.pushed {
-                core.flush_wakers.push(cx.waker().clone());
-                return Poll::Pending;
-            }
-        }
+        let mut core = ready!(flush.poll_submitted(uring, cx));
         let done = core.ring.fetch(*key, None);
         *fetched = done.is_some();
         coop.made_progress();

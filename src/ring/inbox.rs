@@ -88,7 +88,7 @@ impl Inbox {
         state.waker.take()
     }
 
-    /// Whether the receive should pause; remembers it, so that `pop` asks for it to go on.
+    /// Whether the receive should pause; remembers it, so that `take` asks for it to go on.
     pub(crate) fn pause_if_full(&self) -> bool {
         let mut state = self.lock();
         state.paused |= state.is_full(self.limits);
