@@ -299,7 +299,7 @@ impl Uring {
     }
 
     fn ticket(&self, core: &Core, guest: Guest, key: OpKey) -> Ticket {
-        let flush = Flush { guest, pushed: core.ring.pushed(), turn: Turn::NotYielded };
+        let flush = Flush { guest, pushed: core.ring.pushed(), yielding: Yielding::NotYielded };
         Ticket { uring: self.clone(), key, flush, fetched: false }
     }
 
@@ -310,7 +310,7 @@ impl Uring {
         let mut core = self.shared.lock();
         core.ring.arm(slot, &inbox);
         core.crowd.push(guest);
-        (inbox, Flush { guest, pushed: core.ring.pushed(), turn: Turn::NotYielded })
+        (inbox, Flush { guest, pushed: core.ring.pushed(), yielding: Yielding::NotYielded })
     }
 
     /// Lets a paused receive go on. At once: its guest may be about to wait for it.
@@ -510,11 +510,11 @@ pub(crate) struct Flush {
     guest: Guest,
     /// Entries pushed up to and with ours.
     pushed: u64,
-    turn: Turn,
+    yielding: Yielding,
 }
 
 /// Whether others had the chance to push before a guest enters.
-enum Turn {
+enum Yielding {
     NotYielded,
     Yielded(Yielded),
     Over,
@@ -546,9 +546,9 @@ impl Flush {
 
     /// To be called whenever the caller is polled.
     fn end_yield(&mut self, core: &mut Core) {
-        if let Turn::Yielded(yielded) = &self.turn {
+        if let Yielding::Yielded(yielded) = &self.yielding {
             core.crowd.end_yield(yielded);
-            self.turn = Turn::Over;
+            self.yielding = Yielding::Over;
         }
     }
 
@@ -565,9 +565,9 @@ impl Flush {
         }
         // Until they are sent, payloads push each other out of the cache.
         let is_light = core.ring.unsent_bytes() < FLUSH_BYTES;
-        let has_yielded = matches!(self.turn, Turn::Over);
+        let has_yielded = matches!(self.yielding, Yielding::Over);
         if !has_yielded && is_light && core.crowd.take_turn(self.guest) && is_current_thread() {
-            self.turn = Turn::Yielded(core.crowd.start_yield());
+            self.yielding = Yielding::Yielded(core.crowd.start_yield());
             drop(core);
             cx.waker().wake_by_ref();
             return Advance::Yielded;
@@ -633,7 +633,7 @@ impl Ticket {
 
     /// Whether its caller has let others push.
     pub(crate) fn has_yielded(&self) -> bool {
-        !matches!(self.flush.turn, Turn::NotYielded)
+        !matches!(self.flush.yielding, Yielding::NotYielded)
     }
 
     /// Ready when the last completion is in.

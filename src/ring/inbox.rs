@@ -124,8 +124,9 @@ impl Inbox {
                 state.admitted = true;
                 return true;
             }
-            let refused = state.arrivals.pop_front();
-            state.forget(refused.as_ref());
+            if let Some(Ok(refused)) = state.arrivals.pop_front() {
+                state.bytes -= refused.payload.len();
+            }
         }
     }
 
@@ -203,12 +204,6 @@ impl InboxState {
 
     fn is_full(&self, limits: InboxLimits) -> bool {
         self.arrivals.len() >= limits.datagrams || self.bytes >= limits.bytes
-    }
-
-    fn forget(&mut self, arrival: Option<&Arrival>) {
-        if let Some(Ok(datagram)) = arrival {
-            self.bytes -= datagram.payload.len();
-        }
     }
 }
 
