@@ -2,11 +2,15 @@
 //!
 //! All guests run on one thread, and with them a client that paces questions to those that answer
 //! and takes the time. The flood comes from another thread, so that it takes no CPU time from them
-//! but by what it makes of it.
+//! but by what it makes of it. What other programs take is not the flood's doing either: a
+//! question during which the guests' thread waited for its CPU is told apart, for one such wait of
+//! 15 ms is the slowest hundredth of a window.
 
+use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -47,7 +51,10 @@ const QUESTIONS_TO_SETTLE: usize = 2;
 /// How long an answer may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Bytes of a question: when it was asked, and in which window.
+/// How long the guests' thread may wait for its CPU in the course of a question.
+const CPU_WAIT_MAX: Duration = Duration::from_micros(250);
+
+/// Bytes of a question.
 const QUESTION_BYTES: usize = 64;
 
 /// Where the flood goes in a window.
@@ -78,6 +85,8 @@ struct Window {
     p99: Duration,
     asked: usize,
     lost: usize,
+    /// Answered, but other programs had the CPU meanwhile; not in the quantiles.
+    held_up: usize,
     /// Datagrams sent by the flood, per second.
     flood: f64,
 }
@@ -96,6 +105,7 @@ pub(super) struct Figures {
     pub(super) flooded_in_bulk: Summary,
     pub(super) asked: usize,
     pub(super) lost: usize,
+    pub(super) held_up: usize,
     /// Datagrams of the flood and of the flood in bulk.
     pub(super) flood_per_second: [f64; 2],
 }
@@ -196,6 +206,7 @@ fn figures(backend: Backend, rounds: &[Round]) -> Figures {
         flooded_in_bulk: ratio(3),
         asked: total(|window| window.asked),
         lost: total(|window| window.lost),
+        held_up: total(|window| window.held_up),
         flood_per_second: [2, 3].map(|at| summary(&|windows| windows[at].flood).median),
     }
 }
@@ -260,32 +271,39 @@ impl Population {
             (self.epoch, window),
             asked,
         ));
+        let cpu_wait = CpuWait::of_this_thread();
         let mut latencies = Vec::with_capacity(asked);
+        let mut held_up = 0;
         let mut bytes = [0; QUESTION_BYTES];
-        while latencies.len() < asked {
+        while latencies.len() + held_up < asked {
             let Ok(received) = timeout(PATIENCE, self.client.recv_from(&mut bytes)).await else {
                 break;
             };
             let (len, _) = received?;
             let now = u64::try_from(self.epoch.elapsed().as_nanos())?;
-            let Some((asked_at, of_window)) = read_question(&bytes[..len]) else {
+            let Some(question) = Question::read(&bytes[..len]) else {
                 bail!("an answer is not what was asked");
             };
             // An answer that came too late for the last window was counted as lost there.
-            if of_window == window {
-                latencies.push(Duration::from_nanos(now - asked_at));
+            if question.window != window {
+                continue;
+            }
+            if cpu_wait.so_far().saturating_sub(question.waited_before) > CPU_WAIT_MAX {
+                held_up += 1;
+            } else {
+                latencies.push(Duration::from_nanos(now - question.due));
             }
         }
         asking.await.map_err(|error| format_err!("{error}"))??;
         let flood = flood.map_or(0.0, Flood::stop);
-        let lost = asked - latencies.len();
-        latencies.resize(asked, PATIENCE);
+        let lost = asked - latencies.len() - held_up;
+        latencies.resize(asked - held_up, PATIENCE);
         latencies.sort();
         let quantile = |of_hundred: usize| {
-            let at = asked.saturating_sub(1) * of_hundred / 100;
+            let at = latencies.len().saturating_sub(1) * of_hundred / 100;
             latencies.get(at).copied().unwrap_or(PATIENCE)
         };
-        Ok(Window { p50: quantile(50), p99: quantile(99), asked, lost, flood })
+        Ok(Window { p50: quantile(50), p99: quantile(99), asked, lost, held_up, flood })
     }
 }
 
@@ -318,11 +336,14 @@ async fn ask(
     let pace = Expiration::Interval(TimeSpec::from_duration(PACE));
     timer.set(pace, TimerSetTimeFlags::empty())?;
     #[expect(deprecated, reason = "its successor is unsafe; a File keeps its descriptor open")]
-    let timer = AsyncFd::new(std::fs::File::from(OwnedFd::from(timer)))?;
+    let timer = AsyncFd::new(File::from(OwnedFd::from(timer)))?;
+    let cpu_wait = CpuWait::of_this_thread();
+    let mut waited_before = cpu_wait.so_far();
     let mut due = start;
     for (at, answerer) in answerers.iter().cycle().take(asked).enumerate() {
         if at % QUESTIONS_PER_PACE == 0 {
             due += PACE;
+            waited_before = cpu_wait.so_far();
             while Instant::now() < due {
                 let mut expired = timer.readable().await?;
                 // How often does not matter: the clock is asked.
@@ -330,21 +351,55 @@ async fn ask(
             }
         }
         let due = u64::try_from((due - epoch).as_nanos())?;
-        client.send_to(&question(due, window), answerer).await.context("asking")?;
+        let question = Question { due, window, waited_before };
+        client.send_to(&question.write(), answerer).await.context("asking")?;
     }
     Ok(())
 }
 
-fn question(asked_at: u64, window: u64) -> [u8; QUESTION_BYTES] {
-    let mut bytes = [0; QUESTION_BYTES];
-    bytes[..8].copy_from_slice(&asked_at.to_ne_bytes());
-    bytes[8..16].copy_from_slice(&window.to_ne_bytes());
-    bytes
+/// What travels with a question and comes back with the answer, in nanoseconds.
+struct Question {
+    due: u64,
+    window: u64,
+    /// What the guests' thread had waited for its CPU when the question was not yet due.
+    waited_before: Duration,
 }
 
-fn read_question(bytes: &[u8]) -> Option<(u64, u64)> {
-    let number = |at: usize| Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-    Some((number(0)?, number(8)?))
+impl Question {
+    fn write(&self) -> [u8; QUESTION_BYTES] {
+        let mut bytes = [0; QUESTION_BYTES];
+        let waited = u64::try_from(self.waited_before.as_nanos()).unwrap_or(u64::MAX);
+        for (field, value) in bytes.chunks_exact_mut(8).zip([self.due, self.window, waited]) {
+            field.copy_from_slice(&value.to_ne_bytes());
+        }
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let number = |at: usize| Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+        let (due, window) = (number(0)?, number(8)?);
+        Some(Self { due, window, waited_before: Duration::from_nanos(number(16)?) })
+    }
+}
+
+/// How long a thread has waited for a CPU although it could run (`schedstat`, proc(5)).
+struct CpuWait(Option<File>);
+
+impl CpuWait {
+    fn of_this_thread() -> Self {
+        Self(File::open("/proc/thread-self/schedstat").ok())
+    }
+
+    /// Zero where the kernel does not tell.
+    fn so_far(&self) -> Duration {
+        let read = || {
+            let mut text = [0; 64];
+            let len = self.0.as_ref()?.read_at(&mut text, 0).ok()?;
+            // Time on the CPU, time waiting for it, turns.
+            str::from_utf8(&text[..len]).ok()?.split(' ').nth(1)?.parse().ok()
+        };
+        Duration::from_nanos(read().unwrap_or(0))
+    }
 }
 
 /// A thread that sends to one address as fast as it can.
