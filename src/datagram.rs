@@ -4,7 +4,7 @@
 //! A message may carry several datagrams of one size, the last of them shorter: GSO (`UDP_SEGMENT`)
 //! on the way out, GRO (`UDP_GRO`) on the way in. Guests see datagrams only.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::ops::Range;
 use std::ptr;
 
@@ -37,8 +37,14 @@ pub(crate) enum RawAddr {
 }
 
 impl RawAddr {
-    pub(crate) fn unspec() -> Self {
-        Self::Unspec(sockaddr_in(libc::AF_UNSPEC, SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)))
+    pub(crate) const fn unspec() -> Self {
+        Self::Unspec(libc::sockaddr_in {
+            // AF_UNSPEC
+            sin_family: 0,
+            sin_port: 0,
+            sin_addr: libc::in_addr { s_addr: 0 },
+            sin_zero: [0; 8],
+        })
     }
 
     pub(crate) fn as_ptr(&self) -> *const libc::sockaddr {
@@ -79,7 +85,12 @@ impl PartialEq for RawAddr {
 impl From<SocketAddr> for RawAddr {
     fn from(addr: SocketAddr) -> Self {
         match addr {
-            SocketAddr::V4(addr) => Self::V4(sockaddr_in(libc::AF_INET, addr)),
+            SocketAddr::V4(addr) => Self::V4(libc::sockaddr_in {
+                sin_family: family_field(libc::AF_INET),
+                sin_port: addr.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(addr.ip().octets()) },
+                sin_zero: [0; 8],
+            }),
             SocketAddr::V6(addr) => Self::V6(libc::sockaddr_in6 {
                 sin6_family: family_field(libc::AF_INET6),
                 sin6_port: addr.port().to_be(),
@@ -88,15 +99,6 @@ impl From<SocketAddr> for RawAddr {
                 sin6_scope_id: addr.scope_id(),
             }),
         }
-    }
-}
-
-fn sockaddr_in(family: libc::c_int, addr: SocketAddrV4) -> libc::sockaddr_in {
-    libc::sockaddr_in {
-        sin_family: family_field(family),
-        sin_port: addr.port().to_be(),
-        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(addr.ip().octets()) },
-        sin_zero: [0; 8],
     }
 }
 

@@ -7,7 +7,8 @@ use io_uring::Probe;
 
 use crate::error::KERNEL_MIN;
 use crate::limits::SOCKETS_DEFAULT;
-use crate::ring::probe;
+use crate::ring::recycle::Fitness;
+use crate::ring::{probe, recycle, trial};
 use crate::{SetupError, Uring};
 
 /// One requirement and how it was found.
@@ -55,7 +56,7 @@ impl Check {
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![kernel(), sysctl(), seccomp()];
     checks.extend(operations());
-    checks.extend([nofile(), memlock(), families(), ring()]);
+    checks.extend([nofile(), memlock(), families(), recycling(), ring()]);
     checks
 }
 
@@ -173,6 +174,23 @@ fn families() -> Check {
         }
         Err(error) => missing("address families", &error),
     }
+}
+
+fn recycling() -> Check {
+    let name = "recycling of closed sockets";
+    let recycle::Verdict { v4, v6 } = trial::verdict();
+    let is_limited = [&v4, &v6].iter().any(|fitness| matches!(fitness, Fitness::Unsound(_)));
+    let found = [("IPv4", v4), ("IPv6", v6)].map(|(family, fitness)| match fitness {
+        Fitness::Sound { also_connected: true } => format!("{family}: sound"),
+        Fitness::Sound { also_connected: false } => format!("{family}: sound unless connected"),
+        Fitness::Unsound(reason) => format!("{family}: off, {reason}"),
+    });
+    let found = found.join("; ");
+    if !is_limited {
+        return Check::good(name, found);
+    }
+    let remedy = "sockets of the family are made and closed anew: correct, but slower";
+    Check::bad(name, Verdict::Limited, found, remedy)
 }
 
 fn ring() -> Check {

@@ -34,8 +34,9 @@ use crate::limits::{
 };
 use crate::ring::arrivals::Arrivals;
 use crate::ring::inbox::{Inbox, InboxLimits};
-use crate::ring::op::Op;
+use crate::ring::op::{BindOp, Op};
 use crate::ring::probe::{self, Defaults};
+use crate::ring::recycle::Recycle;
 use crate::ring::slots::{Room, SlotIndex};
 use crate::ring::table::OpKey;
 use crate::ring::{Done, Gate, Ring};
@@ -64,6 +65,7 @@ impl fmt::Debug for Uring {
 pub struct UringBuilder {
     sockets: u32,
     inbox: InboxLimits,
+    recycle: Recycle,
 }
 
 impl UringBuilder {
@@ -92,13 +94,31 @@ impl UringBuilder {
         self
     }
 
+    /// How closed sockets are kept for new owners, which is cheaper than to make and free them:
+    /// by default [`Recycle::default`], and not at all with [`Recycle::OFF`].
+    ///
+    /// A socket is kept if its guest has only bound it to port 0, connected it, sent and received;
+    /// the next owner of its family cannot tell it from a new one. What that rests on is tried on
+    /// the running kernel before a ring keeps anything, and where something of the former owner is
+    /// left, nothing is kept and the log and [`doctor`](crate::doctor) say why.
+    /// [`Stats::closed_instead`] tells which sockets were not kept.
+    ///
+    /// Turn it off on a host that holds received packets back behind the kernel's socket look-up
+    /// (netfilter's NFQUEUE in the INPUT hook): one that is let go after the quarantine could still
+    /// reach the socket of a connected predecessor.
+    pub fn recycle(mut self, recycle: Recycle) -> Self {
+        self.recycle = recycle;
+        self
+    }
+
     /// Sets the ring up and checks that this kernel does everything sockets need.
     ///
     /// # Errors
     ///
     /// A [`SetupError`] that names what is missing and what to change.
     pub fn build(self) -> Result<Uring, SetupError> {
-        let probe::Built { ring, room, defaults, arrivals } = probe::build(self.sockets)?;
+        let probe::Built { ring, room, defaults, arrivals } =
+            probe::build(self.sockets, self.recycle)?;
         let shared = Shared {
             gate: ring.gate(),
             room,
@@ -228,7 +248,17 @@ impl Uring {
         UringBuilder {
             sockets: SOCKETS_DEFAULT,
             inbox: InboxLimits { datagrams: INBOX_DATAGRAMS_DEFAULT, bytes: INBOX_BYTES_DEFAULT },
+            recycle: Recycle::default(),
         }
+    }
+
+    /// Closes all sockets that are kept for new owners. Those whose guests close them from now on
+    /// are kept as before.
+    pub fn drain(&self) {
+        // What is with the kernel comes back first.
+        let mut core = self.shared.combine_with(self.shared.lock(), true);
+        core.ring.close_kept();
+        drop(self.shared.combine(core));
     }
 
     /// The ring's counters so far, what has come and nobody has looked at included.
@@ -286,13 +316,11 @@ impl Uring {
         &self,
         guest: Guest,
         slot: Option<SlotIndex>,
-        op: Op,
-        named_port: bool,
+        bind: Box<BindOp>,
     ) -> (SlotIndex, Ticket) {
         let mut core = self.shared.lock();
         core.crowd.push(guest);
-        let slot = slot.unwrap_or_else(|| core.ring.open());
-        let key = core.ring.submit_bind(slot, op, named_port);
+        let (slot, key) = core.ring.submit_bind(slot, bind);
         let ticket = self.ticket(&core, guest, key);
         self.carry_out(core);
         (slot, ticket)
@@ -724,7 +752,10 @@ async fn reap(attendance: Attendance) {
         {
             runtime.reaper.clone_from(cx.waker());
         }
-        drop(shared.combine(core));
+        if shared.combine(core).ring.has_kept_work() {
+            // A batch at a time, and between them the guests.
+            cx.waker().wake_by_ref();
+        }
         Poll::Pending
     })
     .await;

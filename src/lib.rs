@@ -104,7 +104,8 @@ pub use error::{KERNEL_MIN, SetupError};
 #[cfg(feature = "p2")]
 pub use p2::{UdpCtxView, UdpView};
 pub use policy::SocketAddrUse;
-pub use stats::Stats;
+pub use ring::recycle::Recycle;
+pub use stats::{ClosedInstead, Stats};
 
 /// The README's example is compiled with the tests.
 #[cfg(all(doctest, feature = "p2"))]

@@ -74,6 +74,18 @@ pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
 /// Bytes queued for one socket before its receive is disarmed.
 pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
 
+/// Closed sockets kept for new owners unless the builder says otherwise: in quarantine, and warm.
+pub const KEPT_SOCKETS_DEFAULT: u32 = 8192;
+
+/// Kept sockets that are drained, and closed, per enter.
+pub(crate) const TEND_BATCH: usize = 64;
+
+/// Sockets of a kind that are warm, as long as some are kept: for as many guests that bind at once.
+pub(crate) const WARM_MIN: usize = 128;
+
+/// Things received and dropped before a kept socket is closed instead.
+pub(crate) const DRAINS_MAX: u32 = 64;
+
 /// Looks at a full table or quota, while another thread is in the kernel, before a socket is
 /// refused.
 pub(crate) const FULL_ROOM_LOOKS_MAX: u32 = 1000;

@@ -6,14 +6,17 @@
 
 pub(crate) mod arrivals;
 mod buffers;
+mod grace;
 pub(crate) mod inbox;
 pub(crate) mod op;
 pub(crate) mod probe;
+pub(crate) mod recycle;
 pub(crate) mod send;
 pub(crate) mod slots;
 pub(crate) mod table;
 #[cfg(test)]
 mod tests;
+pub(crate) mod trial;
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,14 +31,17 @@ use io_uring::types::{CancelBuilder, Timespec};
 use io_uring::{IoUring, cqueue};
 
 use self::buffers::{BufferId, BufferRing};
+use self::grace::Grace;
 use self::inbox::{Datagram, Inbox};
-use self::op::{Op, SocketOption};
-use self::slots::{Receive, Room, SlotIndex, SlotState, SlotTable};
+use self::op::{BindOp, Op, SocketMemory, SocketOption};
+use self::recycle::{Drained, Recycler, Unfit};
+use self::slots::{Ending, Opened, Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
 use crate::error::Errno;
 use crate::limits::{
     BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX,
+    TEND_BATCH,
 };
 use crate::stats::Stats;
 
@@ -84,6 +90,7 @@ pub(crate) struct Ring {
     io: Arc<IoUring>,
     ops: OpTable,
     slots: SlotTable,
+    grace: Grace,
     /// `None` once leaked.
     buffers: Option<BufferRing>,
     /// What every receive is armed with; boxed, for the kernel reads it by address.
@@ -107,11 +114,18 @@ pub(crate) struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    pub(crate) fn new(io: IoUring, buffers: BufferRing, room: Arc<Room>) -> Self {
+    fn new(
+        io: IoUring,
+        buffers: BufferRing,
+        room: Arc<Room>,
+        recycler: Recycler,
+        grace: Grace,
+    ) -> Self {
         Self {
             io: Arc::new(io),
             ops: OpTable::default(),
-            slots: SlotTable::new(room),
+            slots: SlotTable::new(room, recycler),
+            grace,
             buffers: Some(buffers),
             receive_header: Box::new(receive_header()),
             backlog: VecDeque::new(),
@@ -131,13 +145,8 @@ impl Ring {
 
     // ---- slots ------------------------------------------------------------------------------
 
-    /// Gives a slot to a socket that has taken its place in the room.
-    pub(crate) fn open(&mut self) -> SlotIndex {
-        self.slots.open()
-    }
-
-    /// The owner of a slot is gone: cancels its receive, closes its file, and gives the slot away
-    /// once the last completion of both has come.
+    /// The owner of a slot is gone: cancels its receive, closes or unbinds its socket, and gives
+    /// the slot away or keeps the socket once the last completion of both has come.
     pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>, unread: u64) {
         self.stats.dropped_at_close += unread;
         let (ops, slots) = (&mut self.ops, &mut self.slots);
@@ -145,12 +154,16 @@ impl Ring {
             let mine = ops.find(held.key.user_data()).is_some_and(|(_, other, _)| other == slot);
             if mine {
                 ops.withdraw(held.key);
-                slots.end(slot, false);
+                // Of an open slot, so nothing follows.
+                let _ = slots.end(slot, false);
             }
             !mine
         });
         match self.slots.state(slot) {
-            SlotState::Free | SlotState::Closing { .. } => return,
+            SlotState::Free
+            | SlotState::Closing { .. }
+            | SlotState::Kept { .. }
+            | SlotState::GivenUp => return,
             SlotState::Open { receive: Receive::Armed(key) } => {
                 // In the same submission as the CLOSE, which else would answer 0 and free nothing.
                 let cancel = op::cancel(key.user_data());
@@ -160,25 +173,99 @@ impl Ring {
             // answers EBADF, which is as good.
             SlotState::Open { .. } => {}
         }
-        if self.slots.close(slot, quota) {
-            self.push_close(slot);
+        if let Some(ending) = self.slots.close(slot, quota) {
+            self.push_ending(slot, ending);
         }
     }
 
-    fn push_close(&mut self, slot: SlotIndex) {
+    fn push_ending(&mut self, slot: SlotIndex, ending: Ending) {
+        if ending == Ending::Unbind {
+            self.submit_unclaimed(slot, Op::Unbind);
+            return;
+        }
         if self.slots.takes_bursts(slot) {
-            self.submit_unclaimed(slot, Op::CountDrops(Box::default()));
+            self.submit_unclaimed(slot, Op::CountDrops(SocketMemory::unknown()));
         }
         self.submit_unclaimed(slot, Op::Close);
+    }
+
+    // ---- recycling --------------------------------------------------------------------------
+
+    /// Moves kept sockets on: into a grace period, out of it, and out of the way.
+    fn tend(&mut self) {
+        let recycler = &mut self.slots.recycler;
+        if recycler.is_empty() {
+            return;
+        }
+        match self.grace.is_over() {
+            Some(true) => {
+                let refused = self.slots.end_grace();
+                self.give_up(&refused);
+            }
+            // It will not end: there is no thread to wait, or no membarrier.
+            Some(false) => return self.close_kept(),
+            None => {}
+        }
+        let recycler = &mut self.slots.recycler;
+        if recycler.begin_grace() {
+            self.grace.begin();
+        }
+        if self.grace.is_time() {
+            recycler.idle();
+        }
+        self.grace.set_timer(recycler.limits().idle);
+        for _ in 0..TEND_BATCH {
+            let Some(slot) = self.slots.recycler.next_to_drain() else { break };
+            self.drain(slot);
+        }
+        for _ in 0..TEND_BATCH {
+            let Some(slot) = self.slots.recycler.next_surplus() else { break };
+            self.give_up(&[slot]);
+        }
+    }
+
+    /// Whether `tend` would push more.
+    pub(crate) fn has_kept_work(&self) -> bool {
+        self.slots.recycler.has_work()
+    }
+
+    fn drain(&mut self, slot: SlotIndex) {
+        let memory = self.slots.history(slot).has_sent().then(SocketMemory::unknown);
+        self.submit_unclaimed(slot, Op::Drain(memory));
+    }
+
+    /// Closes every socket that is kept for another owner.
+    pub(crate) fn close_kept(&mut self) {
+        let kept = self.slots.recycler.take_all();
+        self.give_up(&kept);
+    }
+
+    fn give_up(&mut self, slots: &[SlotIndex]) {
+        for slot in slots {
+            self.slots.give_up(*slot);
+            self.push_ending(*slot, Ending::Close);
+        }
     }
 
     // ---- submissions ------------------------------------------------------------------------
 
     /// Pushes an operation that somebody will wait for.
     pub(crate) fn submit(&mut self, slot: SlotIndex, mut op: Op) -> OpKey {
-        if let Op::Send(send) = &mut op {
-            send.plan(self.slots.segment_max(slot));
-            self.unsent_bytes += send.bytes();
+        match &mut op {
+            Op::Send(send) => {
+                send.plan(self.slots.segment_max(slot));
+                self.unsent_bytes += send.bytes();
+                self.slots.history(slot).send();
+            }
+            Op::Connect(_) => self.slots.history(slot).connect(),
+            Op::SetOption(_) => self.slots.history(slot).spoil(Unfit::Options),
+            Op::Bind(_)
+            | Op::Receive(_)
+            | Op::Install
+            | Op::CountDrops(_)
+            | Op::Unbind
+            | Op::Drain(_)
+            | Op::Close => {}
         }
         self.slots.begin(slot, matches!(op, Op::Send(_)));
         let key = self.ops.insert(op, slot);
@@ -193,17 +280,38 @@ impl Ring {
         key
     }
 
-    /// Pushes the chain that makes a slot's kernel socket. A bind to a port by number is held
-    /// until the closes pushed before it are done: they may be giving up that very port.
-    pub(crate) fn submit_bind(&mut self, slot: SlotIndex, op: Op, named_port: bool) -> OpKey {
+    /// Pushes the chain that makes and binds a socket which has its place in the room, in the slot
+    /// it has or is given now. A bind to a port by number is held until the closes pushed before it
+    /// are done: they may be giving up that very port.
+    pub(crate) fn submit_bind(
+        &mut self,
+        slot: Option<SlotIndex>,
+        mut bind: Box<BindOp>,
+    ) -> (SlotIndex, OpKey) {
+        let (names_port, is_addressed) = (bind.addr.port() != 0, !bind.addr.ip().is_unspecified());
+        let slot = slot.unwrap_or_else(|| {
+            let for_bind = (!names_port && !bind.sets_options()).then_some(is_addressed);
+            let Opened { slot, is_recycled } = self.slots.open(bind.family, for_bind);
+            bind.is_recycled = is_recycled;
+            slot
+        });
+        let history = self.slots.history(slot);
+        history.bind(is_addressed);
+        if names_port {
+            history.spoil(Unfit::NamedPort);
+        }
+        if bind.sets_options() {
+            history.spoil(Unfit::Options);
+        }
+        let op = Op::Bind(bind);
         let closes_before = self.slots.closes().next();
-        if !named_port || self.slots.closes().all_finished_before(closes_before) {
-            return self.submit(slot, op);
+        if !names_port || self.slots.closes().all_finished_before(closes_before) {
+            return (slot, self.submit(slot, op));
         }
         let key = self.ops.insert(op, slot);
         self.slots.begin(slot, false);
         self.held.push_back(Held { key, closes_before });
-        key
+        (slot, key)
     }
 
     /// Arms the slot's receive unless that has been done.
@@ -256,6 +364,9 @@ impl Ring {
     /// Moves what waits into the submission queue, and returns how many entries are in it.
     #[expect(unsafe_code, reason = "the submission queue")]
     pub(crate) fn ready_to_enter(&mut self) -> u32 {
+        if !self.is_ending {
+            self.tend();
+        }
         while let Some(chain) = self.backlog.pop_front() {
             if !self.try_push(&chain) {
                 self.backlog.push_front(chain);
@@ -362,7 +473,32 @@ impl Ring {
             self.stats.bytes_sent += outcome.sum;
         }
         let is_send = matches!(op, Op::Send(_));
+        let is_drained = match op {
+            Op::Drain(memory) => {
+                let is_settled = memory.as_ref().is_none_or(|memory| memory.is_settled());
+                Some(outcome.error == Some(Errno(libc::EAGAIN)) && is_settled)
+            }
+            Op::Send(_)
+            | Op::Bind(_)
+            | Op::Connect(_)
+            | Op::SetOption(_)
+            | Op::Receive(_)
+            | Op::Install
+            | Op::CountDrops(_)
+            | Op::Unbind
+            | Op::Close => None,
+        };
+        if outcome.error.is_some() && is_drained.is_none() {
+            self.slots.history(slot).spoil(Unfit::Error);
+        }
         self.end(slot, is_send);
+        if let Some(is_empty) = is_drained {
+            match self.slots.drained(slot, is_empty) {
+                Drained::Again => self.drain(slot),
+                Drained::Warm => {}
+                Drained::Close => self.give_up(&[slot]),
+            }
+        }
         self.finish(key);
     }
 
@@ -376,8 +512,8 @@ impl Ring {
     }
 
     fn end(&mut self, slot: SlotIndex, is_send: bool) {
-        if self.slots.end(slot, is_send) {
-            self.push_close(slot);
+        if let Some(ending) = self.slots.end(slot, is_send) {
+            self.push_ending(slot, ending);
         }
         while let Some(held) = self.held.pop_front() {
             if !self.slots.closes().all_finished_before(held.closes_before) {
@@ -423,7 +559,10 @@ impl Ring {
                 // No buffer was free (they are by the time it is armed again), or it was
                 // cancelled: by us, or because the thread that armed it has exited.
                 libc::ENOBUFS | libc::ECANCELED => {}
-                errno => self.wakers.extend(inbox.push_error(Errno(errno))),
+                errno => {
+                    self.slots.history(slot).spoil(Unfit::Error);
+                    self.wakers.extend(inbox.push_error(Errno(errno)));
+                }
             }
         }
         let full = inbox.pause_if_full();
@@ -453,7 +592,8 @@ impl Ring {
                 return self.push(key);
             }
             SlotState::Closing { .. } => self.stats.dropped_at_close += inbox.discard(),
-            SlotState::Free => {}
+            // Its receive has ended before.
+            SlotState::Free | SlotState::Kept { .. } | SlotState::GivenUp => {}
         }
         self.end(slot, false);
         self.finish(key);
@@ -497,6 +637,7 @@ impl Ring {
         if matches!(self.slots.state(slot), SlotState::Open { .. }) && self.slots.mark_bursts(slot)
         {
             let on = SocketOption { level: libc::SOL_UDP, name: libc::UDP_GRO, value: 1 };
+            self.slots.history(slot).spoil(Unfit::Options);
             self.submit_unclaimed(slot, Op::SetOption(Box::new(on)));
         }
     }
@@ -555,7 +696,15 @@ impl Ring {
 
     pub(crate) fn snapshot(&self) -> Stats {
         let room = self.slots.room();
-        Stats { sockets_created: room.created(), sockets_open: room.taken(), ..self.stats }
+        let recycler = &self.slots.recycler;
+        Stats {
+            sockets_created: room.created(),
+            sockets_open: room.taken(),
+            sockets_recycled: recycler.recycled(),
+            sockets_kept: recycler.kept(),
+            closed_instead: recycler.closed_instead(),
+            ..self.stats
+        }
     }
 }
 

@@ -134,19 +134,14 @@ impl UdpSocket {
         // The host's code, so not under the lock.
         self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
         let mut state = self.lock();
-        let op = Op::Bind(Box::new(BindOp {
-            family: self.family,
-            options: state.options.to_set(self.family),
-            addr: addr.into(),
-        }));
-        let named_port = addr.port() != 0;
+        let bind = BindOp::new(self.family, state.options.to_set(self.family), addr);
         let GuestCtx { uring, guest, .. } = &*self.ctx;
         let slot = self.slot.get().copied();
-        let (slot, ticket) = uring.submit_bind(*guest, slot, op, named_port);
+        let (slot, ticket) = uring.submit_bind(*guest, slot, Box::new(bind));
         self.slot.get_or_init(|| slot);
         state.life = SocketState::Binding(Box::new(ticket));
         // The kernel picks what the guest left open; then only it knows.
-        let is_known = named_port && !addr.ip().is_unspecified();
+        let is_known = addr.port() != 0 && !addr.ip().is_unspecified();
         state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
         Ok(())
     }
@@ -606,12 +601,6 @@ impl Options {
         self.hop_limit = other.hop_limit.or(self.hop_limit);
         self.receive_buffer = other.receive_buffer.or(self.receive_buffer);
         self.send_buffer = other.send_buffer.or(self.send_buffer);
-    }
-}
-
-impl SocketOption {
-    fn is_v6only(&self) -> bool {
-        self.level == libc::IPPROTO_IPV6 && self.name == libc::IPV6_V6ONLY
     }
 }
 

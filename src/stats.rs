@@ -2,7 +2,7 @@
 
 /// A snapshot of a ring's counters, by [`Uring::stats`](crate::Uring::stats).
 ///
-/// All are totals since the ring was built, except `sockets_open`.
+/// All are totals since the ring was built, except `sockets_open` and `sockets_kept`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -16,6 +16,13 @@ pub struct Stats {
     pub sockets_created: u64,
     /// Slots in use now, those of sockets still closing included.
     pub sockets_open: u64,
+    /// Sockets that were another guest's (or the same one's) before:
+    /// [`UringBuilder::recycle`](crate::UringBuilder::recycle).
+    pub sockets_recycled: u64,
+    /// Closed sockets kept for new owners now, in quarantine or warm.
+    pub sockets_kept: u64,
+    /// Sockets that were closed for good although the ring recycles.
+    pub closed_instead: ClosedInstead,
     /// Datagrams the kernel took from guests.
     pub datagrams_sent: u64,
     /// Those of them that travelled with others of their size in one message (`UDP_SEGMENT`).
@@ -59,6 +66,9 @@ impl std::ops::AddAssign for Stats {
             completions,
             sockets_created,
             sockets_open,
+            sockets_recycled,
+            sockets_kept,
+            closed_instead,
             datagrams_sent,
             datagrams_coalesced,
             gso_refusals,
@@ -79,6 +89,9 @@ impl std::ops::AddAssign for Stats {
         self.completions += completions;
         self.sockets_created += sockets_created;
         self.sockets_open += sockets_open;
+        self.sockets_recycled += sockets_recycled;
+        self.sockets_kept += sockets_kept;
+        self.closed_instead += closed_instead;
         self.datagrams_sent += datagrams_sent;
         self.datagrams_coalesced += datagrams_coalesced;
         self.gso_refusals += gso_refusals;
@@ -93,5 +106,41 @@ impl std::ops::AddAssign for Stats {
         self.dropped_at_close += dropped_at_close;
         self.dropped_by_kernel += dropped_by_kernel;
         self.dropped_malformed += dropped_malformed;
+    }
+}
+
+/// Why sockets were closed for good and not kept for new owners.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ClosedInstead {
+    /// Bound to a port by its number, which a disconnect does not give up.
+    pub named_port: u64,
+    /// A guest had set an option, or the socket received in bursts (`UDP_GRO`).
+    pub options: u64,
+    /// Connected, of a family that does not forget its peers.
+    pub connected: u64,
+    /// An operation had failed: a refused send, an unreachable peer, a bind to a foreign address.
+    pub error: u64,
+    /// An operation was still going on when the guest dropped the socket.
+    pub busy: u64,
+    /// [`Recycle`](crate::Recycle)'s limits were reached, or the slot was needed.
+    pub no_room: u64,
+    /// It did not behave on the way: it could not be unbound, or not be drained.
+    pub unclean: u64,
+    /// Nobody wanted it for a while, or the ring was [drained](crate::Uring::drain).
+    pub idle: u64,
+}
+
+impl std::ops::AddAssign for ClosedInstead {
+    fn add_assign(&mut self, other: Self) {
+        let Self { named_port, options, connected, error, busy, no_room, unclean, idle } = other;
+        self.named_port += named_port;
+        self.options += options;
+        self.connected += connected;
+        self.error += error;
+        self.busy += busy;
+        self.no_room += no_room;
+        self.unclean += unclean;
+        self.idle += idle;
     }
 }

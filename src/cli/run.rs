@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
-use wasi_uring::limits::SOCKETS_MAX;
+use wasi_uring::limits::{KEPT_SOCKETS_DEFAULT, SOCKETS_MAX};
 use wasi_uring::{SetupError, Stats, Uring};
 use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
@@ -86,7 +86,8 @@ impl<'a> Plan<'a> {
         let guests_per_ring = u32::try_from(guests.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_guest = (sockets_per_ring / guests_per_ring).max(1);
         // A socket keeps its slot until the kernel has let go of it; in the meantime its guest may
-        // open another.
+        // open another. And some files are for sockets kept for new owners.
+        let largest = largest - (largest / 2).min(KEPT_SOCKETS_DEFAULT);
         let with_closing = sockets_per_ring.saturating_mul(2).min(largest);
         let slots_per_ring = with_closing.max(sockets_per_ring);
         Self { args, threads, rings, slots_per_ring, sockets_per_guest }
@@ -195,6 +196,7 @@ fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
     for ring in rings {
         stats += ring.stats();
     }
+    let closed = stats.closed_instead;
     match backend {
         Backend::Stock => serde_json::json!({ "backend": backend.name() }),
         Backend::Uring => serde_json::json!({
@@ -205,6 +207,18 @@ fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
             "completions": stats.completions,
             "sockets_created": stats.sockets_created,
             "sockets_open": stats.sockets_open,
+            "sockets_recycled": stats.sockets_recycled,
+            "sockets_kept": stats.sockets_kept,
+            "closed_instead": {
+                "named_port": closed.named_port,
+                "options": closed.options,
+                "connected": closed.connected,
+                "error": closed.error,
+                "busy": closed.busy,
+                "no_room": closed.no_room,
+                "unclean": closed.unclean,
+                "idle": closed.idle,
+            },
             "datagrams_sent": stats.datagrams_sent,
             "datagrams_coalesced": stats.datagrams_coalesced,
             "gso_refusals": stats.gso_refusals,

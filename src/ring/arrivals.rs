@@ -1,13 +1,14 @@
 //! The eventfd that completions signal while nobody is inside the kernel for the ring.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 #[derive(Debug)]
-pub(crate) struct Arrivals(OwnedFd);
+pub(crate) struct Arrivals(File);
 
 impl Arrivals {
     #[expect(unsafe_code, reason = "eventfd(2)")]
@@ -18,13 +19,23 @@ impl Arrivals {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a descriptor just made for us alone.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// Signals it as a completion does.
+    pub(crate) fn signal(&self) {
+        // It fails only where the counter is at its limit, which is signal enough.
+        let _ = (&self.0).write(&1_u64.to_ne_bytes());
     }
 
     /// Registers with the current runtime, edge-triggered: the counter need not be read.
     #[expect(unsafe_code, reason = "tokio watches a descriptor number")]
     pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let fd = self.0.try_clone()?;
+        let fd = OwnedFd::from(self.0.try_clone()?);
         // SAFETY: the `AsyncFd` owns the duplicate, which nobody else can close.
         Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
     }

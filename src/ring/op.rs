@@ -2,6 +2,7 @@
 //! switch that writes submission queue entries.
 
 use std::cell::Cell;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use io_uring::squeue::{Entry, Flags};
@@ -27,14 +28,35 @@ pub(crate) enum Op {
     Install,
     /// What the kernel has dropped for want of room in the socket's receive buffer.
     CountDrops(Box<SocketMemory>),
+    /// CONNECT(AF_UNSPEC): dissolves the association and gives up a port that bind(2) chose.
+    Unbind,
+    /// Takes and drops one thing that waits to be received, a datagram or an error; and tells
+    /// whether datagrams are still on their way out of a socket that has sent some.
+    Drain(Option<Box<SocketMemory>>),
     Close,
 }
 
-/// SOCKET, the options recorded so far and BIND: the whole birth of a socket in one chain.
+/// SOCKET, the options recorded so far and BIND: the whole birth of a socket in one chain. For a
+/// recycled socket BIND alone.
 pub(crate) struct BindOp {
     pub(crate) family: Family,
     pub(crate) options: Vec<SocketOption>,
-    pub(crate) addr: RawAddr,
+    pub(crate) addr: SocketAddr,
+    /// As the kernel reads it.
+    raw: RawAddr,
+    /// The slot holds a recycled socket.
+    pub(crate) is_recycled: bool,
+}
+
+impl BindOp {
+    pub(crate) fn new(family: Family, options: Vec<SocketOption>, addr: SocketAddr) -> Self {
+        Self { family, options, addr, raw: addr.into(), is_recycled: false }
+    }
+
+    /// Whether it sets more than what every socket of its family is told.
+    pub(crate) fn sets_options(&self) -> bool {
+        self.options.iter().any(|option| !option.is_v6only())
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -51,7 +73,10 @@ impl Op {
     pub(crate) fn completions(&self) -> u32 {
         match self {
             Self::Send(send) => u32::try_from(send.messages()).unwrap_or(u32::MAX),
-            Self::Bind(_)
+            Self::Drain(Some(_)) => 2,
+            Self::Drain(None)
+            | Self::Unbind
+            | Self::Bind(_)
             | Self::Connect(_)
             | Self::SetOption(_)
             | Self::Receive(_)
@@ -72,6 +97,7 @@ impl Op {
     ) {
         let fd = types::Fixed(slot.0);
         match self {
+            Self::Bind(bind) if bind.is_recycled => entries.push(bind.entry(fd)),
             Self::Bind(bind) => {
                 // SOCK_CLOEXEC is EINVAL for a direct descriptor, and SOCK_NONBLOCK would answer
                 // EAGAIN where an armed receive should wait.
@@ -82,7 +108,7 @@ impl Op {
                 for option in &bind.options {
                     entries.push(option.entry(fd).flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));
                 }
-                entries.push(opcode::Bind::new(fd, bind.addr.as_ptr(), bind.addr.len()).build());
+                entries.push(bind.entry(fd));
             }
             Self::Connect(addr) => {
                 entries.push(opcode::Connect::new(fd, addr.as_ptr(), addr.len()).build());
@@ -94,6 +120,15 @@ impl Op {
             }
             Self::Install => entries.push(opcode::FixedFdInstall::new(fd, 0).build()),
             Self::CountDrops(memory) => entries.push(memory.entry(fd)),
+            Self::Unbind => {
+                entries.push(opcode::Connect::new(fd, UNSPEC.as_ptr(), UNSPEC.len()).build());
+            }
+            Self::Drain(memory) => {
+                // Without room for a payload, which is dropped.
+                let receive = opcode::Recv::new(fd, std::ptr::null_mut(), 0);
+                entries.push(receive.flags(libc::MSG_DONTWAIT | libc::MSG_TRUNC).build());
+                entries.extend(memory.iter().map(|memory| memory.entry(fd)));
+            }
             Self::Close => entries.push(opcode::Close::new(fd).build()),
         }
         for entry in entries {
@@ -102,7 +137,20 @@ impl Op {
     }
 }
 
+/// Nobody's address, as long-lived as the kernel may want it.
+static UNSPEC: RawAddr = RawAddr::unspec();
+
+impl BindOp {
+    fn entry(&self, fd: types::Fixed) -> Entry {
+        opcode::Bind::new(fd, self.raw.as_ptr(), self.raw.len()).build()
+    }
+}
+
 impl SocketOption {
+    pub(crate) fn is_v6only(&self) -> bool {
+        self.level == libc::IPPROTO_IPV6 && self.name == libc::IPV6_V6ONLY
+    }
+
     fn entry(&self, fd: types::Fixed) -> Entry {
         opcode::SetSockOpt::new(
             fd,
@@ -116,7 +164,6 @@ impl SocketOption {
 }
 
 /// What `SO_MEMINFO` (socket(7)) tells: an array that the kernel writes.
-#[derive(Default)]
 pub(crate) struct SocketMemory(Cell<[u32; 9]>);
 
 /// `SO_MEMINFO`, which libc does not have (asm-generic/socket.h).
@@ -126,9 +173,21 @@ const SO_MEMINFO: libc::c_int = 55;
 const GETSOCKOPT: u32 = 2;
 
 impl SocketMemory {
+    /// To be asked. Says the worst until it is answered.
+    pub(crate) fn unknown() -> Box<Self> {
+        Box::new(Self(Cell::new([u32::MAX; 9])))
+    }
+
     pub(crate) fn drops(&self) -> u32 {
         let [.., drops] = self.0.get();
         drops
+    }
+
+    /// Whether nothing of what was received or sent is charged to the socket (`SK_MEMINFO_*` in
+    /// linux/sock_diag.h).
+    pub(crate) fn is_settled(&self) -> bool {
+        let [received, _, sent, ..] = self.0.get();
+        received == 0 && sent == 0
     }
 
     /// GETSOCKOPT is SETSOCKOPT by another command, for which io-uring has no builder of its own.

@@ -11,7 +11,10 @@ use io_uring::{IoUring, Probe, opcode, types};
 use super::Ring;
 use super::arrivals::Arrivals;
 use super::buffers::BufferRing;
+use super::grace::Grace;
+use super::recycle::{Recycle, Recycler, Verdict};
 use super::slots::Room;
+use super::trial;
 use crate::datagram::{Family, RawAddr};
 use crate::error::SetupError;
 use crate::limits::{CQ_ENTRIES, SOCKETS_MAX, SQ_ENTRIES};
@@ -123,8 +126,9 @@ pub(crate) struct Built {
     pub(crate) arrivals: Arrivals,
 }
 
-/// Builds a ring with a table of `sockets` slots, or says which requirement failed.
-pub(crate) fn build(sockets: u32) -> Result<Built, SetupError> {
+/// Builds a ring with a table of `sockets` slots and some for kept sockets, or says which
+/// requirement failed.
+pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError> {
     if !(1..=SOCKETS_MAX).contains(&sockets) {
         return Err(SetupError::OutOfRange {
             option: "sockets",
@@ -135,7 +139,11 @@ pub(crate) fn build(sockets: u32) -> Result<Built, SetupError> {
     }
     let io = set_up()?;
     check_operations(&io)?;
-    register_table(&io, sockets)?;
+    let (recycle, verdict) = match recycle.quarantined_max {
+        0 => (recycle, Verdict::unsound("turned off")),
+        _ => recyclable(sockets, recycle),
+    };
+    register_table(&io, sockets + recycle.quarantined_max)?;
     let buffers = BufferRing::register(&io).map_err(step("registering the buffer ring"))?;
     check_options(&io)?;
     let arrivals = Arrivals::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
@@ -144,7 +152,12 @@ pub(crate) fn build(sockets: u32) -> Result<Built, SetupError> {
         .map_err(step("registering the eventfd"))?;
     let defaults = Defaults::probe()?;
     let room = Room::new(sockets);
-    let ring = Ring::new(io, buffers, Arc::clone(&room));
+    let grace = arrivals
+        .try_clone()
+        .map(Grace::new)
+        .map_err(|errno| SetupError::Io { step: "duplicating the eventfd", errno })?;
+    let recycler = Recycler::new(recycle, verdict);
+    let ring = Ring::new(io, buffers, Arc::clone(&room), recycler, grace);
     Ok(Built { ring, room, defaults, arrivals })
 }
 
@@ -217,6 +230,23 @@ fn check_operations(io: &IoUring) -> Result<(), SetupError> {
     }
 }
 
+/// What can be recycled here, with as many places for it as the kernel's limits leave beside the
+/// sockets' own.
+fn recyclable(sockets: u32, recycle: Recycle) -> (Recycle, Verdict) {
+    let nofile = u32::try_from(soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
+    let left = nofile.min(SOCKETS_MAX).saturating_sub(sockets);
+    let quarantined_max = recycle.quarantined_max.min(left);
+    let verdict = match quarantined_max {
+        0 => Verdict::unsound(
+            "RLIMIT_NOFILE leaves no room in the fixed-file table for sockets in quarantine",
+        ),
+        _ => trial::verdict(),
+    };
+    verdict.log();
+    let is_of_use = verdict.is_of_use();
+    (Recycle { quarantined_max: if is_of_use { quarantined_max } else { 0 }, ..recycle }, verdict)
+}
+
 fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {
     io.submitter().register_files_sparse(sockets).map_err(|errno| match errno.raw_os_error() {
         Some(libc::EMFILE) => {
@@ -255,7 +285,7 @@ fn check_options(io: &IoUring) -> Result<(), SetupError> {
         ("IORING_OP_CLOSE of a fixed-file slot", opcode::Close::new(fd).build()),
     ];
     for (operation, entry) in steps {
-        match run_alone(io, &entry).map_err(step("a trial operation"))? {
+        match run_alone(io, &[entry]).map_err(step("a trial operation"))? {
             0 => {}
             // A machine without IPv4 has nothing to try it on.
             result if result == -libc::EAFNOSUPPORT => return Ok(()),
@@ -271,17 +301,17 @@ fn check_options(io: &IoUring) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// Runs one operation to its end on a ring that nobody else uses yet.
-#[expect(unsafe_code, reason = "pushes an entry whose memory the caller borrows to us")]
-fn run_alone(io: &IoUring, entry: &io_uring::squeue::Entry) -> io::Result<i32> {
+/// Runs an operation that completes once to its end, on a ring that nobody else uses (yet).
+#[expect(unsafe_code, reason = "pushes entries whose memory the caller borrows to us")]
+pub(super) fn run_alone(io: &IoUring, entries: &[io_uring::squeue::Entry]) -> io::Result<i32> {
     {
-        // SAFETY: the ring is still being built; no other queue object exists.
+        // SAFETY: nobody else uses the ring; no other queue object exists.
         let mut queue = unsafe { io.submission_shared() };
-        // SAFETY: the entry's memory is alive in the caller, and we return after its completion.
-        unsafe { queue.push(entry) }.map_err(io::Error::other)?;
+        // SAFETY: the entries' memory is alive in the caller, and we return after the completion.
+        unsafe { queue.push_multiple(entries) }.map_err(io::Error::other)?;
     }
     io.submit_and_wait(1)?;
-    // SAFETY: the ring is still being built; no other queue object exists.
+    // SAFETY: nobody else uses the ring; no other queue object exists.
     let mut queue = unsafe { io.completion_shared() };
     queue.next().map(|completion| completion.result()).ok_or_else(|| io::Error::other("no result"))
 }

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use io_uring::types::DestinationSlot;
 
 use super::inbox::Inbox;
+use super::recycle::{Drained, History, Recycler};
 use super::table::OpKey;
+use crate::datagram::Family;
 use crate::limits::GSO_REFUSAL_SENDS;
 
 /// A place in the ring's fixed-file table: a direct descriptor's number.
@@ -87,9 +89,23 @@ pub(crate) enum SlotState {
     /// they keep their guest's place, else it could pile up any number of them.
     Closing {
         close: u64,
+        ending: Ending,
         is_pushed: bool,
         quota: Option<Arc<Room>>,
     },
+    /// Not owned; its socket is unbound and kept. Drained so many times.
+    Kept {
+        drains: u32,
+    },
+    /// Not owned; the socket that was kept is being closed.
+    GivenUp,
+}
+
+/// How a socket ends that its owner has dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    Close,
+    Unbind,
 }
 
 /// The multishot receive of an open slot.
@@ -114,13 +130,21 @@ struct Slot {
     segment_max: Option<(u16, u16)>,
     /// It has received in bursts, and was told to take them in one message.
     takes_bursts: bool,
+    history: History,
 }
 
 impl Slot {
-    fn open() -> Self {
+    fn open(history: History) -> Self {
         let state = SlotState::Open { receive: Receive::Idle };
-        Self { state, ops: 0, sends: 0, segment_max: None, takes_bursts: false }
+        Self { state, ops: 0, sends: 0, segment_max: None, takes_bursts: false, history }
     }
+}
+
+/// A slot for a new owner.
+pub(crate) struct Opened {
+    pub(crate) slot: SlotIndex,
+    /// There is a warm socket in it.
+    pub(crate) is_recycled: bool,
 }
 
 pub(crate) struct SlotTable {
@@ -128,22 +152,52 @@ pub(crate) struct SlotTable {
     free: Vec<SlotIndex>,
     room: Arc<Room>,
     closes: CloseLog,
+    pub(crate) recycler: Recycler,
 }
 
 impl SlotTable {
-    pub(crate) fn new(room: Arc<Room>) -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), room, closes: CloseLog::default() }
+    /// As many slots as the room has places, and one for each socket that may be in quarantine.
+    pub(crate) fn new(room: Arc<Room>, recycler: Recycler) -> Self {
+        let (slots, free) = (Vec::new(), Vec::new());
+        Self { slots, free, room, closes: CloseLog::default(), recycler }
     }
 
-    /// Gives a slot to a socket that has its place in the room, so there is one.
-    pub(crate) fn open(&mut self) -> SlotIndex {
-        if let Some(slot) = self.free.pop() {
-            self.slots[slot.0 as usize] = Slot::open();
-            return slot;
+    fn capacity(&self) -> usize {
+        let kept = u64::from(self.recycler.limits().quarantined_max);
+        usize::try_from(self.room.capacity + kept).unwrap_or(usize::MAX)
+    }
+
+    /// Gives a slot to a socket that has its place in the room, so there is one: what is neither
+    /// owned nor in quarantine is free or warm. With a warm socket in it, if there is one that is
+    /// as good as new `for_bind` to an address (or to all).
+    pub(crate) fn open(&mut self, family: Family, for_bind: Option<bool>) -> Opened {
+        if let Some(is_addressed) = for_bind
+            && let Some(slot) = self.recycler.take(family, is_addressed)
+        {
+            let entry = &mut self.slots[slot.0 as usize];
+            entry.history.renew();
+            *entry = Slot::open(entry.history);
+            return Opened { slot, is_recycled: true };
         }
-        let index = u32::try_from(self.slots.len()).expect("no more slots than the room has");
-        self.slots.push(Slot::open());
-        SlotIndex(index)
+        let open = Slot::open(History::new(family));
+        let mut free = self.free.pop();
+        if free.is_none() && self.slots.len() >= self.capacity() {
+            // The kernel replaces what is in the slot.
+            free = self.recycler.evict();
+        }
+        let slot = free.unwrap_or_else(|| {
+            let next = u32::try_from(self.slots.len()).expect("no more slots than the kernel has");
+            SlotIndex(next)
+        });
+        match self.slots.get_mut(slot.0 as usize) {
+            Some(entry) => *entry = open,
+            None => self.slots.push(open),
+        }
+        Opened { slot, is_recycled: false }
+    }
+
+    pub(crate) fn history(&mut self, slot: SlotIndex) -> &mut History {
+        &mut self.slots[slot.0 as usize].history
     }
 
     pub(crate) fn state(&mut self, slot: SlotIndex) -> &mut SlotState {
@@ -185,37 +239,93 @@ impl SlotTable {
         entry.sends += u32::from(is_send);
     }
 
-    /// An operation on the slot had its last completion. The slot becomes free if it was closing
-    /// and this was the last; its close is over, for those who wait for its port, when only sends
-    /// are left. `true` if its CLOSE is to be pushed now, for this was the last send.
-    pub(crate) fn end(&mut self, slot: SlotIndex, is_send: bool) -> bool {
+    /// An operation on the slot had its last completion. The slot becomes free, or its socket is
+    /// kept, if it was closing and this was the last; its close is over, for those who wait for its
+    /// port, when only sends are left. The ending that is to be pushed now, if any: this was the
+    /// last send, or the socket cannot be kept.
+    pub(crate) fn end(&mut self, slot: SlotIndex, is_send: bool) -> Option<Ending> {
         let entry = &mut self.slots[slot.0 as usize];
         entry.ops -= 1;
         entry.sends -= u32::from(is_send);
-        let SlotState::Closing { close, is_pushed, quota } = &mut entry.state else { return false };
-        if entry.ops == entry.sends {
-            self.closes.finish(*close);
-        }
-        if !*is_pushed {
-            *is_pushed = entry.sends == 0;
-            return *is_pushed;
-        }
-        if entry.ops == 0 {
-            if let Some(quota) = quota.take() {
-                quota.give_back();
-            }
+        if let SlotState::GivenUp = entry.state
+            && entry.ops == 0
+        {
             entry.state = SlotState::Free;
             self.free.push(slot);
-            self.room.give_back();
+            self.recycler.closed();
+            return None;
         }
-        false
+        let SlotState::Closing { close, ending, is_pushed, quota } = &mut entry.state else {
+            return None;
+        };
+        if !*is_pushed {
+            if entry.ops == entry.sends {
+                self.closes.finish(*close);
+            }
+            *is_pushed = entry.sends == 0;
+            return is_pushed.then_some(*ending);
+        }
+        if entry.ops > 0 {
+            return None;
+        }
+        if *ending == Ending::Unbind && entry.history.is_spoilt() {
+            self.recycler.refuse();
+            *ending = Ending::Close;
+            return Some(Ending::Close);
+        }
+        self.closes.finish(*close);
+        if let Some(quota) = quota.take() {
+            quota.give_back();
+        }
+        entry.state = match ending {
+            Ending::Close => {
+                self.free.push(slot);
+                SlotState::Free
+            }
+            Ending::Unbind => {
+                self.recycler.quarantine(slot);
+                SlotState::Kept { drains: 0 }
+            }
+        };
+        self.room.give_back();
+        None
     }
 
-    /// The owner is gone. `true` if the CLOSE is to be pushed now: no send is on its way. A guest
+    /// A grace period is over; those it covered that cannot be kept.
+    pub(crate) fn end_grace(&mut self) -> Vec<SlotIndex> {
+        let mut covered = self.recycler.end_grace();
+        covered.retain(|slot| !self.recycler.shelve(*slot, &self.slots[slot.0 as usize].history));
+        covered
+    }
+
+    /// A drain of a kept socket has ended.
+    pub(crate) fn drained(&mut self, slot: SlotIndex, is_empty: bool) -> Drained {
+        let entry = &mut self.slots[slot.0 as usize];
+        let SlotState::Kept { drains } = &mut entry.state else { return Drained::Close };
+        *drains += 1;
+        self.recycler.drained(slot, &entry.history, *drains, is_empty)
+    }
+
+    /// The CLOSE of a kept socket is about to be pushed.
+    pub(crate) fn give_up(&mut self, slot: SlotIndex) {
+        self.slots[slot.0 as usize].state = SlotState::GivenUp;
+    }
+
+    /// The owner is gone. The ending that is to be pushed now, unless a send is on its way. A guest
     /// that has sends on their way gets its place back after them, others at once.
-    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>) -> bool {
+    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>) -> Option<Ending> {
         let close = self.closes.start();
         let entry = &mut self.slots[slot.0 as usize];
+        let is_receiving = match &entry.state {
+            SlotState::Open { receive: Receive::Armed(_) | Receive::Pausing } => 1,
+            SlotState::Open { receive: Receive::Idle | Receive::Full(_) }
+            | SlotState::Free
+            | SlotState::Closing { .. }
+            | SlotState::Kept { .. }
+            | SlotState::GivenUp => 0,
+        };
+        let is_kept = self.recycler.accept(&entry.history, entry.ops > is_receiving);
+        let ending = if is_kept { Ending::Unbind } else { Ending::Close };
         let is_pushed = entry.sends == 0;
         let quota = if is_pushed {
             quota.give_back();
@@ -223,11 +333,11 @@ impl SlotTable {
         } else {
             Some(Arc::clone(quota))
         };
-        entry.state = SlotState::Closing { close, is_pushed, quota };
+        entry.state = SlotState::Closing { close, ending, is_pushed, quota };
         if !is_pushed && entry.ops == entry.sends {
             self.closes.finish(close);
         }
-        is_pushed
+        is_pushed.then_some(ending)
     }
 
     pub(crate) fn closes(&self) -> &CloseLog {
@@ -284,6 +394,17 @@ impl CloseLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::recycle::{Recycle, Verdict};
+
+    /// A table that keeps nothing.
+    fn table(room: &Arc<Room>) -> SlotTable {
+        let recycler = Recycler::new(Recycle::OFF, Verdict::unsound("not here"));
+        SlotTable::new(Arc::clone(room), recycler)
+    }
+
+    fn open(slots: &mut SlotTable) -> SlotIndex {
+        slots.open(Family::V4, None).slot
+    }
 
     #[test]
     fn a_full_room_refuses_and_takes_places_back() {
@@ -299,19 +420,19 @@ mod tests {
     fn a_closing_slot_is_not_given_away_before_its_last_completion() {
         let room = Room::new(1);
         assert!(room.take());
-        let mut slots = SlotTable::new(Arc::clone(&room));
-        let slot = slots.open();
+        let mut slots = table(&room);
+        let slot = open(&mut slots);
         let quota = Room::new(1);
         assert!(quota.take());
         slots.begin(slot, false); // a receive
-        assert!(slots.close(slot, &quota));
+        assert_eq!(slots.close(slot, &quota), Some(Ending::Close));
         slots.begin(slot, false); // the close
         assert!(quota.take(), "the guest may open another");
-        slots.end(slot, false);
+        assert_eq!(slots.end(slot, false), None);
         assert!(!room.take(), "the receive may still use the file");
-        slots.end(slot, false);
+        assert_eq!(slots.end(slot, false), None);
         assert!(room.take());
-        assert_eq!(slots.open(), slot);
+        assert_eq!(open(&mut slots), slot);
     }
 
     #[test]
@@ -319,19 +440,19 @@ mod tests {
         let room = Room::new(1);
         let quota = Room::new(1);
         assert!(room.take() && quota.take());
-        let mut slots = SlotTable::new(Arc::clone(&room));
-        let slot = slots.open();
+        let mut slots = table(&room);
+        let slot = open(&mut slots);
         slots.begin(slot, true);
         slots.begin(slot, false); // a receive
-        assert!(!slots.close(slot, &quota), "the kernel would find no file for the send");
+        assert_eq!(slots.close(slot, &quota), None, "the kernel would find no file for the send");
         let bound = slots.closes().next();
         assert!(!slots.closes().all_finished_before(bound));
-        assert!(!slots.end(slot, false));
+        assert_eq!(slots.end(slot, false), None);
         assert!(slots.closes().all_finished_before(bound));
-        assert!(slots.end(slot, true), "time for the CLOSE");
+        assert_eq!(slots.end(slot, true), Some(Ending::Close));
         slots.begin(slot, false);
         assert!(!quota.take() && !room.take());
-        assert!(!slots.end(slot, false));
+        assert_eq!(slots.end(slot, false), None);
         assert!(quota.take() && room.take());
     }
 

@@ -4,9 +4,10 @@
 use proptest::prelude::*;
 
 use super::inbox::InboxLimits;
+use super::recycle::Recycle;
 use super::send::SendOp;
 use super::*;
-use crate::datagram::Outgoing;
+use crate::datagram::{Family, Outgoing};
 use crate::limits::BUFFERS;
 
 const IORING_CQE_F_BUFFER: u32 = 1;
@@ -40,13 +41,13 @@ const LIMITS: InboxLimits = InboxLimits { datagrams: 4, bytes: 1 << 20 };
 
 impl Rig {
     fn new() -> Self {
-        let probe::Built { ring, room, .. } = probe::build(16).unwrap();
+        let probe::Built { ring, room, .. } = probe::build(16, Recycle::OFF).unwrap();
         Self { ring, room, quota: Room::new(16), sockets: Vec::new(), next_buffer: 0 }
     }
 
     fn open(&mut self) {
         assert!(self.room.take());
-        let slot = self.ring.open();
+        let slot = self.ring.slots.open(Family::V4, None).slot;
         let inbox = Arc::new(Inbox::new(LIMITS));
         self.ring.arm(slot, &inbox);
         self.sockets.push(Socket { slot, inbox, expected: VecDeque::new() });
@@ -205,23 +206,18 @@ proptest! {
 fn a_bind_by_number_is_held_until_the_close_before_it_is_done() {
     let mut rig = Rig::new();
     let bind = || {
-        Op::Bind(Box::new(op::BindOp {
-            family: crate::datagram::Family::V4,
-            options: Vec::new(),
-            addr: std::net::SocketAddr::from(([127, 0, 0, 1], 5000)).into(),
-        }))
+        let addr = std::net::SocketAddr::from(([127, 0, 0, 1], 5000));
+        Box::new(BindOp::new(Family::V4, Vec::new(), addr))
     };
     assert!(rig.room.take());
-    let old = rig.ring.open();
-    let key = rig.ring.submit_bind(old, bind(), true);
+    let (old, key) = rig.ring.submit_bind(None, bind());
     rig.complete(key.user_data(), 0, 0);
     rig.ring.close(old, &rig.quota, 0);
     let close = rig.held_close(old);
 
     assert!(rig.room.take());
-    let new = rig.ring.open();
     let pushed = rig.ring.pushed();
-    rig.ring.submit_bind(new, bind(), true);
+    let (new, _) = rig.ring.submit_bind(None, bind());
     assert_eq!(rig.ring.pushed(), pushed, "held: the close may be giving up this port");
     rig.complete(close, 0, 0);
     assert_eq!(rig.ring.pushed(), pushed + 2, "SOCKET and BIND");
@@ -439,8 +435,6 @@ fn enter(ring: &mut Ring) {
 /// With the real kernel: `Op::completions` and the linked chain rely on it.
 #[test]
 fn a_failing_socket_operation_completes_its_bind_once() {
-    use crate::datagram::Family;
-    use crate::ring::op::{BindOp, SocketOption};
     let bad_option = SocketOption { level: libc::SOL_SOCKET, name: -1, value: 1 };
     let foreign = std::net::SocketAddr::from(([192, 0, 2, 1], 0));
     let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
@@ -451,11 +445,10 @@ fn a_failing_socket_operation_completes_its_bind_once() {
         (vec![], local, None),
     ];
     for (options, addr, error) in cases {
-        let probe::Built { mut ring, room, .. } = probe::build(4).unwrap();
+        let probe::Built { mut ring, room, .. } = probe::build(4, Recycle::OFF).unwrap();
         assert!(room.take());
-        let slot = ring.open();
-        let bind = BindOp { family: Family::V4, options, addr: addr.into() };
-        let key = ring.submit_bind(slot, Op::Bind(Box::new(bind)), false);
+        let bind = BindOp::new(Family::V4, options, addr);
+        let (slot, key) = ring.submit_bind(None, Box::new(bind));
         enter(&mut ring);
         assert_eq!(ring.stats.completions, 1, "{error:?}");
         let done = ring.fetch(key, None).expect("the one completion was the last");
@@ -466,11 +459,12 @@ fn a_failing_socket_operation_completes_its_bind_once() {
     }
     // The head fails: a slot beyond the table. The kernel does not count that as a failure of
     // the chain, and BIND finds the slot empty; one completion all the same.
-    let probe::Built { mut ring, room, .. } = probe::build(1).unwrap();
+    let probe::Built { mut ring, room, .. } = probe::build(1, Recycle::OFF).unwrap();
     assert!(room.take());
-    let bind = BindOp { family: Family::V4, options: vec![], addr: local.into() };
-    let (first, beyond) = (ring.open(), ring.open());
-    let key = ring.submit_bind(beyond, Op::Bind(Box::new(bind)), false);
+    let bind = BindOp::new(Family::V4, vec![], local);
+    let mut open = || ring.slots.open(Family::V4, None).slot;
+    let (first, beyond) = (open(), open());
+    let (_, key) = ring.submit_bind(Some(beyond), Box::new(bind));
     enter(&mut ring);
     assert_eq!(ring.stats.completions, 1);
     assert_eq!(ring.fetch(key, None).unwrap().error, Some(Errno(libc::EBADF)));

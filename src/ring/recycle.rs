@@ -1,0 +1,461 @@
+//! Recycled sockets: which closed ones are kept for another owner, and what each has been through.
+//!
+//! A kernel socket costs more to make and to free than everything else in a short life. One whose
+//! history leaves no trace is therefore not closed but unbound (CONNECT with `AF_UNSPEC`), and
+//! becomes another guest's when that guest cannot tell it from a new one:
+//!
+//! 1. *unbound*: no packet that arrives from now on finds it;
+//! 2. *quarantined* until an RCU grace period is over, for the kernel looks sockets up and delivers
+//!    to them within one read-side section: no packet that found it before is still on its way;
+//! 3. *drained*: what had been queued is received and dropped, datagrams and errors, until nothing
+//!    is left;
+//! 4. *warm*: the next bind to port 0 takes it.
+//!
+//! Whatever does not behave on the way is closed. This file is the books of that way; the ring
+//! pushes the operations, `grace` waits, and `trial` tries on the running kernel whether it works.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::slots::SlotIndex;
+use crate::datagram::Family;
+use crate::limits::{DRAINS_MAX, KEPT_SOCKETS_DEFAULT, WARM_MIN};
+use crate::stats::ClosedInstead;
+
+/// How many closed sockets a ring keeps for new owners, and for how long:
+/// [`UringBuilder::recycle`](crate::UringBuilder::recycle).
+///
+/// A kept socket takes about 3 KB of kernel memory, and one that was flooded up to its receive
+/// buffer (`SO_RCVBUF`) more until it is drained or closed, twice `idle` after its guest closed it
+/// at the latest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recycle {
+    /// Sockets that may be in quarantine at a time; what is closed beyond them is closed for good.
+    /// 0 turns recycling off.
+    ///
+    /// A quarantine takes 8 to 20 ms, so 8192 are enough for 400,000 closes per second. They have
+    /// places in the fixed-file table of their own; where `RLIMIT_NOFILE` leaves no room for so
+    /// many beside the sockets, there are fewer.
+    pub quarantined_max: u32,
+    /// Sockets that may wait for a new owner behind their quarantine.
+    pub warm_max: u32,
+    /// At this interval those are closed that were not needed in the course of it.
+    pub idle: Duration,
+}
+
+impl Recycle {
+    /// Every socket is closed for good.
+    pub const OFF: Self =
+        Self { quarantined_max: 0, warm_max: 0, idle: Duration::from_millis(250) };
+}
+
+impl Default for Recycle {
+    fn default() -> Self {
+        Self { quarantined_max: KEPT_SOCKETS_DEFAULT, warm_max: KEPT_SOCKETS_DEFAULT, ..Self::OFF }
+    }
+}
+
+/// What a kernel socket has been through, as far as its next owner could notice.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct History {
+    family: Family,
+    /// Bound to an address and not to all of them. The kernel remembers that for good
+    /// (`SOCK_BINDADDR_LOCK`): bound to all addresses, such a socket would not forget the address
+    /// that a connect has chosen for it.
+    is_addressed: bool,
+    has_connected: bool,
+    has_sent: bool,
+    unfit: Option<Unfit>,
+}
+
+/// Why a socket is closed for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unfit {
+    /// Bound to a port by its number, which a disconnect does not give up.
+    NamedPort,
+    /// A guest or this crate has set an option.
+    Options,
+    /// Connected, of a family that remembers its peers.
+    Connected,
+    /// An operation has failed.
+    Error,
+    /// An operation was still going on when its owner dropped it.
+    Busy,
+    /// No place is left among the kept.
+    NoRoom,
+    /// It could not be unbound, or not be drained.
+    Unclean,
+    /// Nobody has wanted it for a while.
+    Idle,
+}
+
+impl ClosedInstead {
+    fn count(&mut self, unfit: Unfit) {
+        *match unfit {
+            Unfit::NamedPort => &mut self.named_port,
+            Unfit::Options => &mut self.options,
+            Unfit::Connected => &mut self.connected,
+            Unfit::Error => &mut self.error,
+            Unfit::Busy => &mut self.busy,
+            Unfit::NoRoom => &mut self.no_room,
+            Unfit::Unclean => &mut self.unclean,
+            Unfit::Idle => &mut self.idle,
+        } += 1;
+    }
+}
+
+impl History {
+    pub(crate) fn new(family: Family) -> Self {
+        Self { family, is_addressed: false, has_connected: false, has_sent: false, unfit: None }
+    }
+
+    /// For the next owner: what the kernel remembers stays.
+    fn renewed(self) -> Self {
+        Self { is_addressed: self.is_addressed, ..Self::new(self.family) }
+    }
+
+    pub(crate) fn renew(&mut self) {
+        *self = self.renewed();
+    }
+
+    pub(crate) fn bind(&mut self, is_addressed: bool) {
+        self.is_addressed |= is_addressed;
+    }
+
+    pub(crate) fn connect(&mut self) {
+        self.has_connected = true;
+    }
+
+    pub(crate) fn send(&mut self) {
+        self.has_sent = true;
+    }
+
+    pub(crate) fn has_sent(&self) -> bool {
+        self.has_sent
+    }
+
+    pub(crate) fn is_spoilt(&self) -> bool {
+        self.unfit.is_some()
+    }
+
+    pub(crate) fn spoil(&mut self, unfit: Unfit) {
+        self.unfit.get_or_insert(unfit);
+    }
+}
+
+/// What recycling may rely on in the sockets of one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fitness {
+    /// A disconnect restores every socket, or only those that were never connected.
+    Sound { also_connected: bool },
+    /// Why not.
+    Unsound(String),
+}
+
+/// What was found out about each family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    pub(crate) v4: Fitness,
+    pub(crate) v6: Fitness,
+}
+
+impl Verdict {
+    pub(crate) fn of(&self, family: Family) -> &Fitness {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+
+    /// Whether anything can be recycled.
+    pub(crate) fn is_of_use(&self) -> bool {
+        [&self.v4, &self.v6].iter().any(|fitness| matches!(fitness, Fitness::Sound { .. }))
+    }
+
+    /// Says what is not recycled, and why.
+    pub(crate) fn log(&self) {
+        for (family, fitness) in [("IPv4", &self.v4), ("IPv6", &self.v6)] {
+            match fitness {
+                Fitness::Sound { also_connected } => {
+                    tracing::debug!(family, also_connected, "closed sockets are recycled");
+                }
+                Fitness::Unsound(reason) => {
+                    tracing::warn!(family, %reason, "closed sockets are not recycled");
+                }
+            }
+        }
+    }
+
+    /// If no family is recycled, why.
+    pub(crate) fn unsound(why: &str) -> Self {
+        let unsound = Fitness::Unsound(why.to_owned());
+        Self { v4: unsound.clone(), v6: unsound }
+    }
+}
+
+/// What becomes of a socket that was drained once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drained {
+    Again,
+    Warm,
+    Close,
+}
+
+/// Sockets that are alike, behind their grace period.
+#[derive(Debug, Default)]
+struct Shelf {
+    /// To be drained, the oldest first.
+    undrained: VecDeque<SlotIndex>,
+    /// Drains in the kernel.
+    draining: usize,
+    /// The last was warmed last.
+    warm: VecDeque<SlotIndex>,
+    /// Fewest that were here since the last `idle`.
+    unneeded: usize,
+    /// Those of them that are yet to be closed.
+    surplus: usize,
+}
+
+impl Shelf {
+    fn len(&self) -> usize {
+        self.undrained.len() + self.draining + self.warm.len()
+    }
+
+    fn pop_oldest(&mut self) -> Option<SlotIndex> {
+        let oldest = self.undrained.pop_front().or_else(|| self.warm.pop_front());
+        self.unneeded = self.unneeded.min(self.len());
+        oldest
+    }
+}
+
+/// The kept sockets of one ring.
+pub(crate) struct Recycler {
+    limits: Recycle,
+    verdict: Verdict,
+    /// Unbound; the next grace period is theirs.
+    waiting: Vec<SlotIndex>,
+    /// A grace period is going on for these.
+    covered: Vec<SlotIndex>,
+    /// By family, and by whether they are addressed.
+    shelves: [[Shelf; 2]; 2],
+    /// Sockets that are neither an owner's nor on a shelf, those being closed included.
+    quarantined: u32,
+    closed_instead: ClosedInstead,
+    recycled: u64,
+}
+
+impl Recycler {
+    pub(crate) fn new(limits: Recycle, verdict: Verdict) -> Self {
+        Self {
+            limits,
+            verdict,
+            waiting: Vec::new(),
+            covered: Vec::new(),
+            shelves: Default::default(),
+            quarantined: 0,
+            closed_instead: ClosedInstead::default(),
+            recycled: 0,
+        }
+    }
+
+    pub(crate) fn limits(&self) -> Recycle {
+        self.limits
+    }
+
+    /// Whether a socket can be kept that its owner has dropped; counts it if not. Its operations
+    /// have ended, save for a receive that is being cancelled, or it `is_busy`.
+    pub(crate) fn accept(&mut self, history: &History, is_busy: bool) -> bool {
+        if self.limits.quarantined_max == 0 {
+            return false;
+        }
+        let unfit = match (history.unfit, self.verdict.of(history.family)) {
+            (_, Fitness::Unsound(_)) => return false,
+            (Some(unfit), _) => Some(unfit),
+            (None, Fitness::Sound { also_connected: false }) if history.has_connected => {
+                Some(Unfit::Connected)
+            }
+            (None, Fitness::Sound { .. }) if is_busy => Some(Unfit::Busy),
+            (None, Fitness::Sound { .. }) => {
+                (self.quarantined >= self.limits.quarantined_max).then_some(Unfit::NoRoom)
+            }
+        };
+        match unfit {
+            Some(unfit) => self.closed_instead.count(unfit),
+            None => self.quarantined += 1,
+        }
+        unfit.is_none()
+    }
+
+    /// An accepted socket could not be unbound.
+    pub(crate) fn refuse(&mut self) {
+        self.quarantined -= 1;
+        self.closed_instead.count(Unfit::Unclean);
+    }
+
+    /// An accepted socket is unbound.
+    pub(crate) fn quarantine(&mut self, slot: SlotIndex) {
+        self.waiting.push(slot);
+    }
+
+    /// Whether a grace period should begin, which those that wait have before them.
+    pub(crate) fn begin_grace(&mut self) -> bool {
+        if self.waiting.is_empty() || !self.covered.is_empty() {
+            return false;
+        }
+        std::mem::swap(&mut self.waiting, &mut self.covered);
+        true
+    }
+
+    /// It is over, for sockets that are to be put on their shelves.
+    pub(crate) fn end_grace(&mut self) -> Vec<SlotIndex> {
+        std::mem::take(&mut self.covered)
+    }
+
+    fn shelf(&mut self, history: &History) -> &mut Shelf {
+        let family = match history.family {
+            Family::V4 => 0,
+            Family::V6 => 1,
+        };
+        &mut self.shelves[family][usize::from(history.is_addressed)]
+    }
+
+    /// Puts a socket on its shelf, or refuses it for want of room.
+    pub(crate) fn shelve(&mut self, slot: SlotIndex, history: &History) -> bool {
+        if self.shelved() >= self.limits.warm_max as usize {
+            self.closed_instead.count(Unfit::NoRoom);
+            return false;
+        }
+        self.quarantined -= 1;
+        self.shelf(history).undrained.push_back(slot);
+        true
+    }
+
+    fn shelved(&self) -> usize {
+        self.shelves.iter().flatten().map(Shelf::len).sum()
+    }
+
+    /// A socket that is to be drained, for few of its kind are warm. The others can wait: what is
+    /// touched now and used later has left the cache.
+    pub(crate) fn next_to_drain(&mut self) -> Option<SlotIndex> {
+        let is_short = |shelf: &&mut Shelf| {
+            shelf.warm.len() + shelf.draining < WARM_MIN && !shelf.undrained.is_empty()
+        };
+        let shelf = self.shelves.iter_mut().flatten().find(is_short)?;
+        shelf.draining += 1;
+        shelf.undrained.pop_front()
+    }
+
+    /// So many drains of a socket have ended: nothing was left in it, or else there may be more.
+    pub(crate) fn drained(
+        &mut self,
+        slot: SlotIndex,
+        history: &History,
+        drains: u32,
+        is_empty: bool,
+    ) -> Drained {
+        if !is_empty && drains < DRAINS_MAX {
+            return Drained::Again;
+        }
+        let shelf = self.shelf(history);
+        shelf.draining -= 1;
+        if is_empty {
+            shelf.warm.push_back(slot);
+            return Drained::Warm;
+        }
+        self.quarantined += 1;
+        self.closed_instead.count(Unfit::Unclean);
+        Drained::Close
+    }
+
+    /// The CLOSE of a socket that was kept has ended.
+    pub(crate) fn closed(&mut self) {
+        self.quarantined -= 1;
+    }
+
+    /// A warm socket to bind to an address, or to all: the one that was warmed last.
+    pub(crate) fn take(&mut self, family: Family, is_addressed: bool) -> Option<SlotIndex> {
+        let like = |is_addressed| History { is_addressed, ..History::new(family) };
+        // Those bound to all addresses so far are as good for one; not the other way round.
+        let kinds = if is_addressed { &[true, false][..] } else { &[false] };
+        for kind in kinds {
+            let shelf = self.shelf(&like(*kind));
+            if let Some(slot) = shelf.warm.pop_back() {
+                shelf.unneeded = shelf.unneeded.min(shelf.len());
+                self.recycled += 1;
+                return Some(slot);
+            }
+        }
+        None
+    }
+
+    /// A slot whose kept socket may be replaced, for no slot is free.
+    pub(crate) fn evict(&mut self) -> Option<SlotIndex> {
+        let slot = self.shelves.iter_mut().flatten().find_map(Shelf::pop_oldest)?;
+        self.closed_instead.count(Unfit::NoRoom);
+        Some(slot)
+    }
+
+    /// Called at the interval of `idle`: finds out what nobody has needed since. All of that is
+    /// surplus, save for some warm ones.
+    pub(crate) fn idle(&mut self) {
+        for shelf in self.shelves.iter_mut().flatten() {
+            shelf.surplus = shelf.unneeded.saturating_sub(shelf.warm.len() / 2);
+            shelf.unneeded = shelf.len();
+        }
+    }
+
+    /// A surplus socket, to be closed.
+    pub(crate) fn next_surplus(&mut self) -> Option<SlotIndex> {
+        if self.quarantined >= self.limits.quarantined_max {
+            return None;
+        }
+        let shelf = self.shelves.iter_mut().flatten().find(|shelf| shelf.surplus > 0)?;
+        let Some(slot) = shelf.pop_oldest() else {
+            shelf.surplus = 0;
+            return None;
+        };
+        shelf.surplus -= 1;
+        self.quarantined += 1;
+        self.closed_instead.count(Unfit::Idle);
+        Some(slot)
+    }
+
+    /// Whether there is something to drain or to close.
+    pub(crate) fn has_work(&self) -> bool {
+        let has_room = self.quarantined < self.limits.quarantined_max;
+        self.shelves.iter().flatten().any(|shelf| {
+            let is_short = shelf.warm.len() + shelf.draining < WARM_MIN;
+            (is_short && !shelf.undrained.is_empty()) || (shelf.surplus > 0 && has_room)
+        })
+    }
+
+    /// Every socket that is kept and not with the kernel, to be closed.
+    pub(crate) fn take_all(&mut self) -> Vec<SlotIndex> {
+        let mut all = std::mem::take(&mut self.waiting);
+        all.append(&mut self.covered);
+        for shelf in self.shelves.iter_mut().flatten() {
+            let kept = shelf.undrained.drain(..).chain(shelf.warm.drain(..));
+            all.extend(kept.inspect(|_| self.quarantined += 1));
+            (shelf.unneeded, shelf.surplus) = (0, 0);
+        }
+        self.closed_instead.idle += all.len() as u64;
+        all
+    }
+
+    pub(crate) fn recycled(&self) -> u64 {
+        self.recycled
+    }
+
+    pub(crate) fn closed_instead(&self) -> ClosedInstead {
+        self.closed_instead
+    }
+
+    /// Sockets kept now.
+    pub(crate) fn kept(&self) -> u64 {
+        u64::from(self.quarantined) + self.shelved() as u64
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.quarantined == 0 && self.shelved() == 0
+    }
+}
