@@ -47,6 +47,9 @@ use crate::stats::Stats;
 /// Cheap to clone, and usable from any thread under any tokio runtime with I/O enabled
 /// (`enable_io`), several at once included. The ring goes away with its last handle, and sockets
 /// hold handles of their own.
+///
+/// Its threads must be in one network namespace: a socket is made in that of whichever thread
+/// enters the kernel.
 #[derive(Clone)]
 pub struct Uring {
     shared: Arc<Shared>,

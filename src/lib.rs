@@ -68,6 +68,16 @@
 //! lets all others have their turn after every 32, and so does, now and then, one that asks
 //! without end. [`Stats`] tells what was withheld or lost, and why.
 //!
+//! # Where a closed socket goes
+//!
+//! A kernel socket costs more to make and to free than the rest of a short life. One that its guest
+//! has only bound to port 0, connected, sent and received with is unbound instead of closed, and is
+//! the next guest's that binds to port 0; its table slot is its own all the while. In between no
+//! packet finds it any more, an RCU grace period lets those through that had found it before, and
+//! what they and the former owner have left is drained. `ring::recycle` has the rules,
+//! `ring::trial` tries them on the running kernel before a ring relies on them,
+//! [`UringBuilder::recycle`] sets limits or turns it off, and [`Stats`] counts.
+//!
 //! | module | its one job |
 //! |---|---|
 //! | [`p2`] | one thin function per WIT method; the linker functions |
@@ -75,7 +85,7 @@
 //! | `socket` | a socket's life cycle, options, sending and receiving |
 //! | `policy` | address checks, before any operation |
 //! | `driver` | who enters the kernel and when; the [`Uring`] handle; the reaper |
-//! | `ring` | queues, operations and their memory, slots, buffers, set-up |
+//! | `ring` | queues, operations and their memory, slots, recycled sockets, buffers, set-up |
 //! | `datagram` | socket addresses, control data and messages as bytes |
 //! | [`doctor`] | what this kernel and these limits allow |
 //! | `stats` | what went through a ring |

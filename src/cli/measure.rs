@@ -17,8 +17,9 @@ use super::host::{Backend, GuestConfig, Net, Program};
 /// The guest that every measurement runs: its modes are in its header.
 pub(crate) const LIFE: &str = include_str!("guests/life.wat");
 
-/// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting.
-const SOCKETS_MAX: u32 = 16_384;
+/// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
+/// and some files are left for recycled sockets.
+const SOCKETS_MAX: u32 = 11_264;
 
 /// What each guest is told to do, and how often.
 #[derive(Clone, Debug)]

@@ -78,17 +78,18 @@ impl<'a> Plan<'a> {
         };
         let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
         let largest = files.min(SOCKETS_MAX);
+        // Some files are for sockets kept for new owners.
+        let usual = largest - (largest / 2).min(KEPT_SOCKETS_DEFAULT);
         let per_ring = |total: usize| u32::try_from(total.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_ring = match args.sockets {
             Some(sockets) => per_ring(sockets as usize),
-            None => per_ring((256 * guests).max(4096)).min(largest),
+            None => per_ring((256 * guests).max(4096)).min(usual),
         };
         let guests_per_ring = u32::try_from(guests.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_guest = (sockets_per_ring / guests_per_ring).max(1);
         // A socket keeps its slot until the kernel has let go of it; in the meantime its guest may
-        // open another. And some files are for sockets kept for new owners.
-        let largest = largest - (largest / 2).min(KEPT_SOCKETS_DEFAULT);
-        let with_closing = sockets_per_ring.saturating_mul(2).min(largest);
+        // open another.
+        let with_closing = sockets_per_ring.saturating_mul(2).min(usual);
         let slots_per_ring = with_closing.max(sockets_per_ring);
         Self { args, threads, rings, slots_per_ring, sockets_per_guest }
     }

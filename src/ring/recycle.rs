@@ -334,15 +334,15 @@ impl Recycler {
         self.shelves.iter().flatten().map(Shelf::len).sum()
     }
 
-    /// A socket that is to be drained, for few of its kind are warm. The others can wait: what is
-    /// touched now and used later has left the cache.
+    /// A socket that is to be drained, for few of its kind are warm: the youngest, of which most is
+    /// still in the cache. The others can wait, for what is touched now and used later is not.
     pub(crate) fn next_to_drain(&mut self) -> Option<SlotIndex> {
         let is_short = |shelf: &&mut Shelf| {
             shelf.warm.len() + shelf.draining < WARM_MIN && !shelf.undrained.is_empty()
         };
         let shelf = self.shelves.iter_mut().flatten().find(is_short)?;
         shelf.draining += 1;
-        shelf.undrained.pop_front()
+        shelf.undrained.pop_back()
     }
 
     /// So many drains of a socket have ended: nothing was left in it, or else there may be more.
