@@ -180,7 +180,8 @@ impl Ring {
 
     fn push_ending(&mut self, slot: SlotIndex, ending: Ending) {
         if ending == Ending::Unbind {
-            self.submit_unclaimed(slot, Op::Unbind);
+            let memory = self.ask_if_sending(slot);
+            self.submit_unclaimed(slot, Op::Unbind(memory));
             return;
         }
         if self.slots.takes_bursts(slot) {
@@ -230,8 +231,20 @@ impl Ring {
     }
 
     fn drain(&mut self, slot: SlotIndex) {
-        let memory = self.slots.history(slot).has_sent().then(SocketMemory::unknown);
+        let memory = self.ask_if_sending(slot);
         self.submit_unclaimed(slot, Op::Drain(memory));
+    }
+
+    fn drained(&mut self, slot: SlotIndex, is_empty: bool) {
+        match self.slots.drained(slot, is_empty) {
+            Drained::Again => self.drain(slot),
+            Drained::Warm => {}
+            Drained::Close => self.give_up(&[slot]),
+        }
+    }
+
+    fn ask_if_sending(&mut self, slot: SlotIndex) -> Option<Box<SocketMemory>> {
+        self.slots.history(slot).may_be_sending().then(SocketMemory::unknown)
     }
 
     /// Closes every socket that is kept for another owner.
@@ -263,7 +276,7 @@ impl Ring {
             | Op::Receive(_)
             | Op::Install
             | Op::CountDrops(_)
-            | Op::Unbind
+            | Op::Unbind(_)
             | Op::Drain(_)
             | Op::Close => {}
         }
@@ -473,31 +486,19 @@ impl Ring {
             self.stats.bytes_sent += outcome.sum;
         }
         let is_send = matches!(op, Op::Send(_));
-        let is_drained = match op {
-            Op::Drain(memory) => {
-                let is_settled = memory.as_ref().is_none_or(|memory| memory.is_settled());
-                Some(outcome.error == Some(Errno(libc::EAGAIN)) && is_settled)
-            }
-            Op::Send(_)
-            | Op::Bind(_)
-            | Op::Connect(_)
-            | Op::SetOption(_)
-            | Op::Receive(_)
-            | Op::Install
-            | Op::CountDrops(_)
-            | Op::Unbind
-            | Op::Close => None,
-        };
-        if outcome.error.is_some() && is_drained.is_none() {
+        let is_drain = matches!(op, Op::Drain(_));
+        if let Op::Unbind(Some(memory)) | Op::Drain(Some(memory)) = op
+            && memory.is_all_sent()
+        {
+            self.slots.history(slot).has_sent_all();
+        }
+        let error = outcome.error;
+        if error.is_some() && !is_drain {
             self.slots.history(slot).spoil(Unfit::Error);
         }
         self.end(slot, is_send);
-        if let Some(is_empty) = is_drained {
-            match self.slots.drained(slot, is_empty) {
-                Drained::Again => self.drain(slot),
-                Drained::Warm => {}
-                Drained::Close => self.give_up(&[slot]),
-            }
+        if is_drain {
+            self.drained(slot, error == Some(Errno(libc::EAGAIN)));
         }
         self.finish(key);
     }

@@ -28,10 +28,11 @@ pub(crate) enum Op {
     Install,
     /// What the kernel has dropped for want of room in the socket's receive buffer.
     CountDrops(Box<SocketMemory>),
-    /// CONNECT(AF_UNSPEC): dissolves the association and gives up a port that bind(2) chose.
-    Unbind,
-    /// Takes and drops one thing that waits to be received, a datagram or an error; and tells
-    /// whether datagrams are still on their way out of a socket that has sent some.
+    /// CONNECT(AF_UNSPEC): dissolves the association and gives up a port that bind(2) chose. Of a
+    /// socket that has sent also whether datagrams are still on their way out.
+    Unbind(Option<Box<SocketMemory>>),
+    /// Takes and drops one thing that waits to be received, a datagram or an error. The question is
+    /// asked again unless it was answered.
     Drain(Option<Box<SocketMemory>>),
     Close,
 }
@@ -73,9 +74,9 @@ impl Op {
     pub(crate) fn completions(&self) -> u32 {
         match self {
             Self::Send(send) => u32::try_from(send.messages()).unwrap_or(u32::MAX),
-            Self::Drain(Some(_)) => 2,
-            Self::Drain(None)
-            | Self::Unbind
+            Self::Unbind(Some(_)) | Self::Drain(Some(_)) => 2,
+            Self::Unbind(None)
+            | Self::Drain(None)
             | Self::Bind(_)
             | Self::Connect(_)
             | Self::SetOption(_)
@@ -120,8 +121,9 @@ impl Op {
             }
             Self::Install => entries.push(opcode::FixedFdInstall::new(fd, 0).build()),
             Self::CountDrops(memory) => entries.push(memory.entry(fd)),
-            Self::Unbind => {
+            Self::Unbind(memory) => {
                 entries.push(opcode::Connect::new(fd, UNSPEC.as_ptr(), UNSPEC.len()).build());
+                entries.extend(memory.iter().map(|memory| memory.entry(fd)));
             }
             Self::Drain(memory) => {
                 // Without room for a payload, which is dropped.
@@ -183,11 +185,11 @@ impl SocketMemory {
         drops
     }
 
-    /// Whether nothing of what was received or sent is charged to the socket (`SK_MEMINFO_*` in
+    /// Whether the kernel is through with all that was sent (`SK_MEMINFO_WMEM_ALLOC` in
     /// linux/sock_diag.h).
-    pub(crate) fn is_settled(&self) -> bool {
-        let [received, _, sent, ..] = self.0.get();
-        received == 0 && sent == 0
+    pub(crate) fn is_all_sent(&self) -> bool {
+        let [_, _, sending, ..] = self.0.get();
+        sending == 0
     }
 
     /// GETSOCKOPT is SETSOCKOPT by another command, for which io-uring has no builder of its own.

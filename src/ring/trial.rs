@@ -149,7 +149,7 @@ impl Trial {
         unless(&bytes[..len] == b"mine", "a datagram is left")?;
         // An owner that connects and disconnects leaves what it had bound to.
         subject.view.connect(self.peer.local_addr()?)?;
-        self.run_op(subject.slot, &Op::Unbind)?;
+        self.run_op(subject.slot, &Op::Unbind(None))?;
         unless(subject.view.local_addr()?.ip() == ip, "a disconnect does not restore the address")?;
         unless(subject.view.local_addr()?.port() == 0, "a disconnect does not give up the port")
     }
@@ -183,7 +183,7 @@ impl Trial {
         if !self.steps.unbinds {
             return Ok(());
         }
-        self.run_op(subject.slot, &Op::Unbind)?;
+        self.run_op(subject.slot, &Op::Unbind(None))?;
         unless(subject.view.local_addr()?.port() == 0, "a disconnect does not give up the port")
     }
 
