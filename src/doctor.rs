@@ -130,7 +130,7 @@ fn operations() -> Vec<Check> {
 fn nofile() -> Check {
     let name = "RLIMIT_NOFILE";
     let limit = probe::soft_limit(libc::RLIMIT_NOFILE);
-    let found = format!("{limit}: tables of up to {limit} sockets");
+    let found = format!("{limit}: tables of up to {limit} sockets, kept ones included");
     if limit >= u64::from(SOCKETS_DEFAULT) {
         return Check::good(name, found);
     }

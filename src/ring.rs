@@ -185,7 +185,7 @@ impl Ring {
             return;
         }
         if self.slots.takes_bursts(slot) {
-            self.submit_unclaimed(slot, Op::CountDrops(SocketMemory::unknown()));
+            self.submit_unclaimed(slot, Op::CountDrops(Box::new(SocketMemory::unknown())));
         }
         self.submit_unclaimed(slot, Op::Close);
     }
@@ -244,7 +244,7 @@ impl Ring {
     }
 
     fn ask_if_sending(&mut self, slot: SlotIndex) -> Option<Box<SocketMemory>> {
-        self.slots.history(slot).may_be_sending().then(SocketMemory::unknown)
+        self.slots.history(slot).may_be_sending().then(|| Box::new(SocketMemory::unknown()))
     }
 
     /// Closes every socket that is kept for another owner.
@@ -301,7 +301,7 @@ impl Ring {
         slot: Option<SlotIndex>,
         mut bind: Box<BindOp>,
     ) -> (SlotIndex, OpKey) {
-        let (names_port, is_addressed) = (bind.addr.port() != 0, !bind.addr.ip().is_unspecified());
+        let (names_port, is_addressed) = (bind.addr.port() != 0, bind.is_addressed());
         let slot = slot.unwrap_or_else(|| {
             let for_bind = (!names_port && !bind.sets_options()).then_some(is_addressed);
             let Opened { slot, is_recycled } = self.slots.open(bind.family, for_bind);
@@ -470,6 +470,17 @@ impl Ring {
             return self.complete_receive(key, slot, &inbox, completion);
         }
         let Some((op, outcome)) = self.ops.count(key, result) else { return };
+        if let Op::Bind(bind) = op
+            && bind.is_recycled
+            && outcome.error.is_some()
+            && matches!(self.slots.state(slot), SlotState::Open { .. })
+        {
+            // An error is never the former owner's: a new socket, in the same slot, shall tell.
+            bind.is_recycled = false;
+            self.slots.replace(slot, bind.family, bind.is_addressed());
+            self.ops.restart(key);
+            return self.push(key);
+        }
         if let Op::Send(send) = op {
             let attempt = send.settle(outcome.succeeded as usize, outcome.error);
             if let Some(segment_max) = attempt.segment_max {

@@ -78,8 +78,9 @@ impl<'a> Plan<'a> {
         };
         let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
         let largest = files.min(SOCKETS_MAX);
-        // Some files are for sockets kept for new owners.
-        let usual = largest - (largest / 2).min(KEPT_SOCKETS_DEFAULT);
+        // Some files are for sockets kept for new owners, unless they are few.
+        let is_ample = largest >= 2 * KEPT_SOCKETS_DEFAULT;
+        let usual = if is_ample { largest - KEPT_SOCKETS_DEFAULT } else { largest };
         let per_ring = |total: usize| u32::try_from(total.div_ceil(rings)).unwrap_or(u32::MAX);
         let sockets_per_ring = match args.sockets {
             Some(sockets) => per_ring(sockets as usize),

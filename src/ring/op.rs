@@ -28,7 +28,7 @@ pub(crate) enum Op {
     Install,
     /// What the kernel has dropped for want of room in the socket's receive buffer.
     CountDrops(Box<SocketMemory>),
-    /// CONNECT(AF_UNSPEC): dissolves the association and gives up a port that bind(2) chose. Of a
+    /// CONNECT with `AF_UNSPEC`: dissolves the association and gives up a port that bind(2) chose. Of a
     /// socket that has sent also whether datagrams are still on their way out.
     Unbind(Option<Box<SocketMemory>>),
     /// Takes and drops one thing that waits to be received, a datagram or an error. The question is
@@ -52,6 +52,11 @@ pub(crate) struct BindOp {
 impl BindOp {
     pub(crate) fn new(family: Family, options: Vec<SocketOption>, addr: SocketAddr) -> Self {
         Self { family, options, addr, raw: addr.into(), is_recycled: false }
+    }
+
+    /// Whether it is to one address and not to all.
+    pub(crate) fn is_addressed(&self) -> bool {
+        !self.addr.ip().is_unspecified()
     }
 
     /// Whether it sets more than what every socket of its family is told.
@@ -176,8 +181,8 @@ const GETSOCKOPT: u32 = 2;
 
 impl SocketMemory {
     /// To be asked. Says the worst until it is answered.
-    pub(crate) fn unknown() -> Box<Self> {
-        Box::new(Self(Cell::new([u32::MAX; 9])))
+    pub(crate) fn unknown() -> Self {
+        Self(Cell::new([u32::MAX; 9]))
     }
 
     pub(crate) fn drops(&self) -> u32 {
@@ -186,7 +191,7 @@ impl SocketMemory {
     }
 
     /// Whether the kernel is through with all that was sent (`SK_MEMINFO_WMEM_ALLOC` in
-    /// linux/sock_diag.h).
+    /// `linux/sock_diag.h`).
     pub(crate) fn is_all_sent(&self) -> bool {
         let [_, _, sending, ..] = self.0.get();
         sending == 0

@@ -236,12 +236,12 @@ fn recyclable(sockets: u32, recycle: Recycle) -> (Recycle, Verdict) {
     let nofile = u32::try_from(soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
     let left = nofile.min(SOCKETS_MAX).saturating_sub(sockets);
     let quarantined_max = recycle.quarantined_max.min(left);
-    let verdict = match quarantined_max {
-        0 => Verdict::unsound(
-            "RLIMIT_NOFILE leaves no room in the fixed-file table for sockets in quarantine",
-        ),
-        _ => trial::verdict(),
-    };
+    if quarantined_max == 0 {
+        const WHY: &str = "RLIMIT_NOFILE leaves the table no room for sockets in quarantine";
+        tracing::info!(nofile, sockets, "closed sockets are not recycled: {WHY}");
+        return (Recycle::OFF, Verdict::unsound(WHY));
+    }
+    let verdict = trial::verdict();
     verdict.log();
     let is_of_use = verdict.is_of_use();
     (Recycle { quarantined_max: if is_of_use { quarantined_max } else { 0 }, ..recycle }, verdict)

@@ -142,11 +142,11 @@ impl History {
         self.may_be_sending = false;
     }
 
-    pub(crate) fn may_be_sending(&self) -> bool {
+    pub(crate) fn may_be_sending(self) -> bool {
         self.may_be_sending
     }
 
-    pub(crate) fn is_spoilt(&self) -> bool {
+    pub(crate) fn is_spoilt(self) -> bool {
         self.unfit.is_some()
     }
 
@@ -215,7 +215,7 @@ pub(crate) enum Drained {
 
 /// Sockets that are alike, behind their grace period.
 #[derive(Debug, Default)]
-struct Shelf {
+struct Pool {
     /// To be drained, the oldest first.
     undrained: VecDeque<SlotIndex>,
     /// Drains in the kernel.
@@ -228,7 +228,7 @@ struct Shelf {
     surplus: usize,
 }
 
-impl Shelf {
+impl Pool {
     fn len(&self) -> usize {
         self.undrained.len() + self.draining + self.warm.len()
     }
@@ -249,8 +249,8 @@ pub(crate) struct Recycler {
     /// A grace period is going on for these.
     covered: Vec<SlotIndex>,
     /// By family, and by whether they are addressed.
-    shelves: [[Shelf; 2]; 2],
-    /// Sockets that are neither an owner's nor on a shelf, those being closed included.
+    pools: [[Pool; 2]; 2],
+    /// Sockets that are neither an owner's nor in a pool, those being closed included.
     quarantined: u32,
     closed_instead: ClosedInstead,
     recycled: u64,
@@ -263,7 +263,7 @@ impl Recycler {
             verdict,
             waiting: Vec::new(),
             covered: Vec::new(),
-            shelves: Default::default(),
+            pools: Default::default(),
             quarantined: 0,
             closed_instead: ClosedInstead::default(),
             recycled: 0,
@@ -276,7 +276,7 @@ impl Recycler {
 
     /// Whether a socket can be kept that its owner has dropped; counts it if not. Its operations
     /// have ended, save for a receive that is being cancelled, or it `is_busy`.
-    pub(crate) fn accept(&mut self, history: &History, is_busy: bool) -> bool {
+    pub(crate) fn accept(&mut self, history: History, is_busy: bool) -> bool {
         if self.limits.quarantined_max == 0 {
             return false;
         }
@@ -318,50 +318,50 @@ impl Recycler {
         true
     }
 
-    /// It is over, for sockets that are to be put on their shelves.
+    /// It is over, for sockets that are to be put into their pools.
     pub(crate) fn end_grace(&mut self) -> Vec<SlotIndex> {
         std::mem::take(&mut self.covered)
     }
 
-    fn shelf(&mut self, history: &History) -> &mut Shelf {
+    fn pool(&mut self, history: History) -> &mut Pool {
         let family = match history.family {
             Family::V4 => 0,
             Family::V6 => 1,
         };
-        &mut self.shelves[family][usize::from(history.is_addressed)]
+        &mut self.pools[family][usize::from(history.is_addressed)]
     }
 
-    /// Puts a socket on its shelf, or refuses it for want of room.
-    pub(crate) fn shelve(&mut self, slot: SlotIndex, history: &History) -> bool {
-        if self.shelved() >= self.limits.warm_max as usize {
+    /// Puts a socket into its pool, or refuses it for want of room.
+    pub(crate) fn put_in_pool(&mut self, slot: SlotIndex, history: History) -> bool {
+        if self.pooled() >= self.limits.warm_max as usize {
             self.closed_instead.count(Unfit::NoRoom);
             return false;
         }
         self.quarantined -= 1;
-        self.shelf(history).undrained.push_back(slot);
+        self.pool(history).undrained.push_back(slot);
         true
     }
 
-    fn shelved(&self) -> usize {
-        self.shelves.iter().flatten().map(Shelf::len).sum()
+    fn pooled(&self) -> usize {
+        self.pools.iter().flatten().map(Pool::len).sum()
     }
 
     /// A socket that is to be drained, for few of its kind are warm: the youngest, of which most is
     /// still in the cache. The others can wait, for what is touched now and used later is not.
     pub(crate) fn next_to_drain(&mut self) -> Option<SlotIndex> {
-        let is_short = |shelf: &&mut Shelf| {
-            shelf.warm.len() + shelf.draining < WARM_MIN && !shelf.undrained.is_empty()
+        let is_short = |pool: &&mut Pool| {
+            pool.warm.len() + pool.draining < WARM_MIN && !pool.undrained.is_empty()
         };
-        let shelf = self.shelves.iter_mut().flatten().find(is_short)?;
-        shelf.draining += 1;
-        shelf.undrained.pop_back()
+        let pool = self.pools.iter_mut().flatten().find(is_short)?;
+        pool.draining += 1;
+        pool.undrained.pop_back()
     }
 
     /// So many drains of a socket have ended: nothing was left in it, or else there may be more.
     pub(crate) fn drained(
         &mut self,
         slot: SlotIndex,
-        history: &History,
+        history: History,
         drains: u32,
         is_empty: bool,
     ) -> Drained {
@@ -369,10 +369,10 @@ impl Recycler {
             return Drained::Again;
         }
         let is_empty = is_empty && !history.may_be_sending;
-        let shelf = self.shelf(history);
-        shelf.draining -= 1;
+        let pool = self.pool(history);
+        pool.draining -= 1;
         if is_empty {
-            shelf.warm.push_back(slot);
+            pool.warm.push_back(slot);
             return Drained::Warm;
         }
         self.quarantined += 1;
@@ -391,9 +391,9 @@ impl Recycler {
         // Those bound to all addresses so far are as good for one; not the other way round.
         let kinds = if is_addressed { &[true, false][..] } else { &[false] };
         for kind in kinds {
-            let shelf = self.shelf(&like(*kind));
-            if let Some(slot) = shelf.warm.pop_back() {
-                shelf.unneeded = shelf.unneeded.min(shelf.len());
+            let pool = self.pool(like(*kind));
+            if let Some(slot) = pool.warm.pop_back() {
+                pool.unneeded = pool.unneeded.min(pool.len());
                 self.recycled += 1;
                 return Some(slot);
             }
@@ -401,9 +401,15 @@ impl Recycler {
         None
     }
 
+    /// A socket that was taken did not serve.
+    pub(crate) fn replaced(&mut self) {
+        self.recycled -= 1;
+        self.closed_instead.count(Unfit::Error);
+    }
+
     /// A slot whose kept socket may be replaced, for no slot is free.
     pub(crate) fn evict(&mut self) -> Option<SlotIndex> {
-        let slot = self.shelves.iter_mut().flatten().find_map(Shelf::pop_oldest)?;
+        let slot = self.pools.iter_mut().flatten().find_map(Pool::pop_oldest)?;
         self.closed_instead.count(Unfit::NoRoom);
         Some(slot)
     }
@@ -411,9 +417,9 @@ impl Recycler {
     /// Called at the interval of `idle`: finds out what nobody has needed since. All of that is
     /// surplus, save for some warm ones.
     pub(crate) fn idle(&mut self) {
-        for shelf in self.shelves.iter_mut().flatten() {
-            shelf.surplus = shelf.unneeded.saturating_sub(shelf.warm.len() / 2);
-            shelf.unneeded = shelf.len();
+        for pool in self.pools.iter_mut().flatten() {
+            pool.surplus = pool.unneeded.saturating_sub(pool.warm.len() / 2);
+            pool.unneeded = pool.len();
         }
     }
 
@@ -422,12 +428,12 @@ impl Recycler {
         if self.quarantined >= self.limits.quarantined_max {
             return None;
         }
-        let shelf = self.shelves.iter_mut().flatten().find(|shelf| shelf.surplus > 0)?;
-        let Some(slot) = shelf.pop_oldest() else {
-            shelf.surplus = 0;
+        let pool = self.pools.iter_mut().flatten().find(|pool| pool.surplus > 0)?;
+        let Some(slot) = pool.pop_oldest() else {
+            pool.surplus = 0;
             return None;
         };
-        shelf.surplus -= 1;
+        pool.surplus -= 1;
         self.quarantined += 1;
         self.closed_instead.count(Unfit::Idle);
         Some(slot)
@@ -436,9 +442,9 @@ impl Recycler {
     /// Whether there is something to drain or to close.
     pub(crate) fn has_work(&self) -> bool {
         let has_room = self.quarantined < self.limits.quarantined_max;
-        self.shelves.iter().flatten().any(|shelf| {
-            let is_short = shelf.warm.len() + shelf.draining < WARM_MIN;
-            (is_short && !shelf.undrained.is_empty()) || (shelf.surplus > 0 && has_room)
+        self.pools.iter().flatten().any(|pool| {
+            let is_short = pool.warm.len() + pool.draining < WARM_MIN;
+            (is_short && !pool.undrained.is_empty()) || (pool.surplus > 0 && has_room)
         })
     }
 
@@ -446,10 +452,10 @@ impl Recycler {
     pub(crate) fn take_all(&mut self) -> Vec<SlotIndex> {
         let mut all = std::mem::take(&mut self.waiting);
         all.append(&mut self.covered);
-        for shelf in self.shelves.iter_mut().flatten() {
-            let kept = shelf.undrained.drain(..).chain(shelf.warm.drain(..));
+        for pool in self.pools.iter_mut().flatten() {
+            let kept = pool.undrained.drain(..).chain(pool.warm.drain(..));
             all.extend(kept.inspect(|_| self.quarantined += 1));
-            (shelf.unneeded, shelf.surplus) = (0, 0);
+            (pool.unneeded, pool.surplus) = (0, 0);
         }
         self.closed_instead.idle += all.len() as u64;
         all
@@ -465,11 +471,16 @@ impl Recycler {
 
     /// Sockets kept now.
     pub(crate) fn kept(&self) -> u64 {
-        u64::from(self.quarantined) + self.shelved() as u64
+        u64::from(self.quarantined) + self.pooled() as u64
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_warm(&self) -> bool {
+        self.pools.iter().flatten().any(|pool| !pool.warm.is_empty())
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.quarantined == 0 && self.shelved() == 0
+        self.quarantined == 0 && self.pooled() == 0
     }
 }
 
@@ -518,8 +529,8 @@ mod tests {
                 match step {
                     0 | 1 => {
                         let quarantined =
-                            kept.iter().filter(|(.., at)| !is_shelved(*at)).count();
-                        let accepted = recycler.accept(&history, false);
+                            kept.iter().filter(|(.., at)| !is_pooled(*at)).count();
+                        let accepted = recycler.accept(history, false);
                         prop_assert_eq!(accepted, quarantined < quarantined_max as usize);
                         if accepted {
                             recycler.quarantine(SlotIndex(next));
@@ -542,10 +553,10 @@ mod tests {
                     3 => for slot in recycler.end_grace() {
                         let at = find(&kept, slot);
                         prop_assert_eq!(kept[at].2, At::Covered);
-                        let shelved = kept.iter().filter(|(.., at)| is_shelved(*at)).count();
-                        let is_shelved = recycler.shelve(slot, &kept[at].1);
-                        prop_assert_eq!(is_shelved, shelved < warm_max as usize);
-                        kept[at].2 = if is_shelved { At::Undrained } else { At::Closing };
+                        let pooled = kept.iter().filter(|(.., at)| is_pooled(*at)).count();
+                        let is_pooled = recycler.put_in_pool(slot, kept[at].1);
+                        prop_assert_eq!(is_pooled, pooled < warm_max as usize);
+                        kept[at].2 = if is_pooled { At::Undrained } else { At::Closing };
                     },
                     4 => if let Some(slot) = recycler.next_to_drain() {
                         let at = find(&kept, slot);
@@ -559,7 +570,7 @@ mod tests {
                             let at = find(&kept, slots[which.index(slots.len())]);
                             let (slot, history, At::Draining(drains)) = kept[at] else { continue };
                             let is_empty = kind != 0;
-                            kept[at].2 = match recycler.drained(slot, &history, drains, is_empty) {
+                            kept[at].2 = match recycler.drained(slot, history, drains, is_empty) {
                                 Drained::Again => At::Draining(drains + 1),
                                 Drained::Warm => {
                                     prop_assert!(is_empty);
@@ -600,7 +611,7 @@ mod tests {
         }
     }
 
-    fn is_shelved(at: At) -> bool {
+    fn is_pooled(at: At) -> bool {
         matches!(at, At::Undrained | At::Draining(_) | At::Warm)
     }
 
@@ -618,12 +629,12 @@ mod tests {
             history
         };
         for unfit in [Unfit::NamedPort, Unfit::Options, Unfit::Error] {
-            assert!(!recycler.accept(&spoilt(unfit), false));
+            assert!(!recycler.accept(spoilt(unfit), false));
         }
-        assert!(!recycler.accept(&connected(Family::V6), false));
-        assert!(!recycler.accept(&History::new(Family::V4), true));
-        assert!(recycler.accept(&connected(Family::V4), false));
-        assert!(!recycler.accept(&History::new(Family::V4), false), "one is in quarantine");
+        assert!(!recycler.accept(connected(Family::V6), false));
+        assert!(!recycler.accept(History::new(Family::V4), true));
+        assert!(recycler.accept(connected(Family::V4), false));
+        assert!(!recycler.accept(History::new(Family::V4), false), "one is in quarantine");
         let expected = ClosedInstead {
             named_port: 1,
             options: 1,
@@ -641,13 +652,13 @@ mod tests {
         let mut recycler = recycler(1, 1);
         let mut history = History::new(Family::V4);
         history.send();
-        assert!(recycler.accept(&history, false));
+        assert!(recycler.accept(history, false));
         recycler.quarantine(SlotIndex(0));
         assert!(recycler.begin_grace());
         assert_eq!(recycler.end_grace(), [SlotIndex(0)]);
-        assert!(recycler.shelve(SlotIndex(0), &history));
+        assert!(recycler.put_in_pool(SlotIndex(0), history));
         assert_eq!(recycler.next_to_drain(), Some(SlotIndex(0)));
-        assert_eq!(recycler.drained(SlotIndex(0), &history, 1, true), Drained::Close);
+        assert_eq!(recycler.drained(SlotIndex(0), history, 1, true), Drained::Close);
         assert_eq!(recycler.closed_instead().unclean, 1);
     }
 
@@ -656,15 +667,15 @@ mod tests {
         let mut recycler = recycler(100, 100);
         let history = History::new(Family::V4);
         for slot in 0..100 {
-            assert!(recycler.accept(&history, false));
+            assert!(recycler.accept(history, false));
             recycler.quarantine(SlotIndex(slot));
         }
         assert!(recycler.begin_grace());
         for slot in recycler.end_grace() {
-            assert!(recycler.shelve(slot, &history));
+            assert!(recycler.put_in_pool(slot, history));
         }
         while let Some(slot) = recycler.next_to_drain() {
-            assert_eq!(recycler.drained(slot, &history, 1, true), Drained::Warm);
+            assert_eq!(recycler.drained(slot, history, 1, true), Drained::Warm);
         }
         let mut left = Vec::new();
         for _ in 0..12 {

@@ -196,6 +196,13 @@ impl SlotTable {
         Opened { slot, is_recycled: false }
     }
 
+    /// A recycled socket in use is about to be replaced by a new one.
+    pub(crate) fn replace(&mut self, slot: SlotIndex, family: Family, is_addressed: bool) {
+        self.recycler.replaced();
+        *self.history(slot) = History::new(family);
+        self.history(slot).bind(is_addressed);
+    }
+
     pub(crate) fn history(&mut self, slot: SlotIndex) -> &mut History {
         &mut self.slots[slot.0 as usize].history
     }
@@ -294,7 +301,8 @@ impl SlotTable {
     /// A grace period is over; those it covered that cannot be kept.
     pub(crate) fn end_grace(&mut self) -> Vec<SlotIndex> {
         let mut covered = self.recycler.end_grace();
-        covered.retain(|slot| !self.recycler.shelve(*slot, &self.slots[slot.0 as usize].history));
+        covered
+            .retain(|slot| !self.recycler.put_in_pool(*slot, self.slots[slot.0 as usize].history));
         covered
     }
 
@@ -303,7 +311,7 @@ impl SlotTable {
         let entry = &mut self.slots[slot.0 as usize];
         let SlotState::Kept { drains } = &mut entry.state else { return Drained::Close };
         *drains += 1;
-        self.recycler.drained(slot, &entry.history, *drains, is_empty)
+        self.recycler.drained(slot, entry.history, *drains, is_empty)
     }
 
     /// The CLOSE of a kept socket is about to be pushed.
@@ -324,7 +332,7 @@ impl SlotTable {
             | SlotState::Kept { .. }
             | SlotState::GivenUp => 0,
         };
-        let is_kept = self.recycler.accept(&entry.history, entry.ops > is_receiving);
+        let is_kept = self.recycler.accept(entry.history, entry.ops > is_receiving);
         let ending = if is_kept { Ending::Unbind } else { Ending::Close };
         let is_pushed = entry.sends == 0;
         let quota = if is_pushed {

@@ -1,6 +1,8 @@
 //! The test plays the kernel: it completes what the ring has pushed, in any order, without ever
 //! entering. Proptest prints the seed of a failing run.
 
+use std::time::{Duration, Instant};
+
 use proptest::prelude::*;
 
 use super::inbox::InboxLimits;
@@ -472,4 +474,71 @@ fn a_failing_socket_operation_completes_its_bind_once() {
         ring.close(slot, &Room::new(1), 0);
     }
     enter(&mut ring);
+}
+
+// ---- recycled sockets, with the real kernel -----------------------------------------------------
+
+const EVERYWHERE: std::net::SocketAddr =
+    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+
+/// A ring with a warm socket that was bound to all addresses.
+fn ring_with_a_warm_socket() -> (Ring, Arc<Room>) {
+    let recycle = Recycle { quarantined_max: 4, warm_max: 4, ..Recycle::default() };
+    let probe::Built { mut ring, room, .. } = probe::build(4, recycle).unwrap();
+    bind(&mut ring, &room, None, EVERYWHERE).1.unwrap();
+    ring.close(SlotIndex(0), &Room::new(1), 0);
+    enter(&mut ring);
+    assert_eq!((room.taken(), ring.snapshot().sockets_kept), (0, 1), "in quarantine");
+    let patience = Instant::now() + Duration::from_secs(10);
+    while !ring.slots.recycler.is_warm() {
+        assert!(Instant::now() < patience, "a grace period takes milliseconds");
+        std::thread::yield_now();
+        enter(&mut ring);
+    }
+    (ring, room)
+}
+
+/// Binds a socket, in a slot of its own unless it has one; and what came of it.
+fn bind(
+    ring: &mut Ring,
+    room: &Room,
+    slot: Option<SlotIndex>,
+    addr: std::net::SocketAddr,
+) -> (SlotIndex, Result<(), Errno>) {
+    assert!(slot.is_some() || room.take());
+    let (slot, key) = ring.submit_bind(slot, Box::new(BindOp::new(Family::V4, vec![], addr)));
+    enter(ring);
+    let done = ring.fetch(key, None).expect("it completes inside the enter");
+    (slot, done.error.map_or(Ok(()), Err))
+}
+
+#[test]
+fn a_bind_that_fails_on_a_recycled_socket_is_answered_by_a_new_one() {
+    let (mut ring, room) = ring_with_a_warm_socket();
+    let foreign = std::net::SocketAddr::from(([192, 0, 2, 1], 0));
+    let (slot, bound) = bind(&mut ring, &room, None, foreign);
+    assert_eq!(bound, Err(Errno(libc::EADDRNOTAVAIL)));
+    assert_eq!(slot, SlotIndex(0), "it was the warm one's");
+    let stats = ring.snapshot();
+    assert_eq!((stats.sockets_recycled, stats.closed_instead.error), (0, 1));
+    assert_eq!(bind(&mut ring, &room, Some(slot), EVERYWHERE).1, Ok(()));
+    ring.close(slot, &Room::new(1), 0);
+    enter(&mut ring);
+    assert_eq!((room.taken(), ring.snapshot().sockets_kept), (0, 0), "closed after an error");
+}
+
+#[test]
+fn a_guest_that_leaves_while_its_recycled_socket_binds_leaves_nothing() {
+    for addr in [EVERYWHERE, std::net::SocketAddr::from(([192, 0, 2, 1], 0))] {
+        let (mut ring, room) = ring_with_a_warm_socket();
+        assert!(room.take());
+        let bind = BindOp::new(Family::V4, vec![], addr);
+        let (slot, key) = ring.submit_bind(None, Box::new(bind));
+        ring.abandon(key);
+        ring.close(slot, &Room::new(1), 0);
+        enter(&mut ring);
+        let stats = ring.snapshot();
+        assert_eq!((room.taken(), stats.sockets_kept, stats.closed_instead.busy), (0, 0, 1));
+        assert!(ring.ops.is_quiet());
+    }
 }
