@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use wasi_uring::Recycle;
 use wasi_uring::limits::SOCKETS_MAX;
 
 /// How a command ends if it does not end well.
@@ -134,6 +135,8 @@ pub(crate) struct RunArgs {
     /// [default: 256 per guest, at least 4096, within the open-files limit]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(SOCKETS_MAX)))]
     pub(crate) sockets: Option<u32>,
+    #[command(flatten)]
+    pub(crate) recycle: RecycleArgs,
     /// End with one line of JSON on stderr: what went through the rings
     #[arg(long)]
     pub(crate) stats: bool,
@@ -142,6 +145,19 @@ pub(crate) struct RunArgs {
     /// Arguments for the guests
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<String>,
+}
+
+#[derive(Args, Clone, Copy)]
+pub(crate) struct RecycleArgs {
+    /// Close every socket for good instead of keeping it for a new owner
+    #[arg(long)]
+    no_recycle: bool,
+}
+
+impl RecycleArgs {
+    pub(crate) fn limits(self) -> Recycle {
+        if self.no_recycle { Recycle::OFF } else { Recycle::default() }
+    }
 }
 
 #[derive(Args)]
@@ -181,6 +197,8 @@ pub(crate) struct BenchArgs {
     /// Sockets for flood [default: 1000] and idle [default: 10000]
     #[arg(long, value_name = "N")]
     pub(crate) sockets: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub(crate) recycle: RecycleArgs,
     /// per-core (one thread) or multi-thread
     #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
     pub(crate) runtime: RuntimeArg,

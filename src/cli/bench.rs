@@ -50,7 +50,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         return Err(Failure::usage(error));
     }
     let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
-    let contest = Contest::new().map_err(Failure::run)?;
+    let contest = Contest::new(args.recycle.limits()).map_err(Failure::run)?;
     let runtime = match args.runtime {
         RuntimeArg::PerCore => tokio::runtime::Builder::new_current_thread().enable_all().build(),
         RuntimeArg::MultiThread => tokio::runtime::Builder::new_multi_thread().enable_all().build(),

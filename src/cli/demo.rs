@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
+use wasi_uring::Recycle;
 use wasmtime::error::Context;
 
 use super::bench::{contend, progress_bar};
@@ -28,7 +29,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
              wasmtime-wasi's sockets is a file"
         ));
     }
-    let contest = Contest::new().map_err(Failure::run)?;
+    let contest = Contest::new(Recycle::default()).map_err(Failure::run)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use cpu_time::ProcessTime;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
-use wasi_uring::Uring;
+use wasi_uring::{Recycle, Uring};
 use wasmtime::component::Component;
 use wasmtime::{Engine, format_err};
 use wasmtime_wasi::WasiCtx;
@@ -65,7 +65,7 @@ pub(crate) struct Contest {
 }
 
 impl Contest {
-    pub(crate) fn new() -> wasmtime::Result<Self> {
+    pub(crate) fn new(recycle: Recycle) -> wasmtime::Result<Self> {
         let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
         let engine = Engine::default();
@@ -73,7 +73,7 @@ impl Contest {
         Ok(Self {
             stock: Arc::new(Program::link(&engine, &component, Backend::Stock)?),
             uring: Arc::new(Program::link(&engine, &component, Backend::Uring)?),
-            ring: Uring::builder().sockets(sockets).build()?,
+            ring: Uring::builder().sockets(sockets).recycle(recycle).build()?,
             sockets,
         })
     }

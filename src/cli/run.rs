@@ -96,7 +96,8 @@ impl<'a> Plan<'a> {
     }
 
     fn build_rings(&self) -> Result<Vec<Uring>, SetupError> {
-        let build = |_| Uring::builder().sockets(self.slots_per_ring).build();
+        let recycle = self.args.recycle.limits();
+        let build = |_| Uring::builder().sockets(self.slots_per_ring).recycle(recycle).build();
         (0..self.rings).map(build).collect()
     }
 
