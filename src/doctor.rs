@@ -6,9 +6,9 @@
 use io_uring::Probe;
 
 use crate::error::KERNEL_MIN;
-use crate::limits::SOCKETS_DEFAULT;
-use crate::ring::recycle::Fitness;
-use crate::ring::{probe, recycle, trial};
+use crate::limits::{KEPT_SOCKETS_DEFAULT, SOCKETS_DEFAULT};
+use crate::ring::recycle::{Fitness, Soundness};
+use crate::ring::{probe, trial};
 use crate::{SetupError, Uring};
 
 /// One requirement and how it was found.
@@ -178,14 +178,22 @@ fn families() -> Check {
 
 fn recycling() -> Check {
     let name = "recycling of closed sockets";
-    let recycle::Verdict { v4, v6 } = trial::verdict();
+    let Soundness { v4, v6 } = trial::soundness();
     let is_limited = [&v4, &v6].iter().any(|fitness| matches!(fitness, Fitness::Unsound(_)));
     let found = [("IPv4", v4), ("IPv6", v6)].map(|(family, fitness)| match fitness {
         Fitness::Sound { also_connected: true } => format!("{family}: sound"),
         Fitness::Sound { also_connected: false } => format!("{family}: sound unless connected"),
         Fitness::Unsound(reason) => format!("{family}: off, {reason}"),
+        Fitness::Absent => format!("{family}: no such family"),
     });
     let found = found.join("; ");
+    let limit = probe::soft_limit(libc::RLIMIT_NOFILE);
+    if limit <= u64::from(SOCKETS_DEFAULT) {
+        let found =
+            format!("{found}; but a table of {SOCKETS_DEFAULT} leaves no room for kept ones");
+        let remedy = format!("raise RLIMIT_NOFILE to {}", SOCKETS_DEFAULT + KEPT_SOCKETS_DEFAULT);
+        return Check::bad(name, Verdict::Limited, found, remedy);
+    }
     if !is_limited {
         return Check::good(name, found);
     }

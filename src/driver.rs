@@ -1,6 +1,7 @@
 //! Who enters the kernel, and when.
 //!
-//! There is one door and no thread behind it. Callers push entries under a short lock; whoever
+//! There is one door and no thread behind it (one beside it waits for grace periods, once sockets
+//! are recycled). Callers push entries under a short lock; whoever
 //! finds the ring free enters for everybody who has pushed, looks again for what came meanwhile,
 //! and wakes those whose completions are in (flat combining). The guests of a current-thread
 //! runtime never contend with each other, so there a caller yields once before it enters if other
@@ -48,8 +49,8 @@ use crate::stats::Stats;
 /// (`enable_io`), several at once included. The ring goes away with its last handle, and sockets
 /// hold handles of their own.
 ///
-/// Its threads must be in one network namespace: a socket is made in that of whichever thread
-/// enters the kernel.
+/// Its threads must be in one network namespace (and one cgroup, and under one security label): a
+/// socket is made in those of whichever thread enters the kernel, and recycled with them.
 #[derive(Clone)]
 pub struct Uring {
     shared: Arc<Shared>,
@@ -102,9 +103,10 @@ impl UringBuilder {
     ///
     /// A socket is kept if its guest has only bound it to port 0, connected it, sent and received;
     /// the next owner of its family cannot tell it from a new one. What that rests on is tried on
-    /// the running kernel before a ring keeps anything, and where something of the former owner is
-    /// left, nothing is kept and the log and [`doctor`](crate::doctor) say why.
-    /// [`Stats::closed_instead`] tells which sockets were not kept.
+    /// the running kernel, once per process, by the first `build` (some 20 ms). Where something of
+    /// the former owner is left in a family's sockets, or in connected ones, those are not kept,
+    /// and the log and [`doctor`](crate::doctor) say why. [`Stats::closed_instead`] tells which
+    /// sockets were not kept. A ring that keeps some has a thread that waits for the kernel.
     ///
     /// Turn it off on a host that holds received packets back behind the kernel's socket look-up
     /// (netfilter's NFQUEUE in the INPUT hook): one that is let go after the quarantine could still
@@ -255,13 +257,18 @@ impl Uring {
         }
     }
 
-    /// Closes all sockets that are kept for new owners. Those whose guests close them from now on
-    /// are kept as before.
+    /// Closes the sockets that are kept for new owners now. Those that guests close from now on are
+    /// kept as before.
+    ///
+    /// When it returns they are closed, unless another thread is inside the kernel for the ring;
+    /// then that does it.
     pub fn drain(&self) {
         // What is with the kernel comes back first.
         let mut core = self.shared.combine_with(self.shared.lock(), true);
         core.ring.close_kept();
-        drop(self.shared.combine(core));
+        while !core.entering && core.ring.has_kept_work() {
+            core = self.shared.combine(core);
+        }
     }
 
     /// The ring's counters so far, what has come and nobody has looked at included.
@@ -506,7 +513,8 @@ impl Shared {
                 core.ring.listen();
                 break;
             }
-            if !pending && !core.ring.listen() {
+            // What the thread of the grace periods signals meanwhile finds nobody else listening.
+            if !pending && !core.ring.listen() && !core.ring.has_news() {
                 break;
             }
             core.ring.stop_listening();

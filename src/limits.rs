@@ -1,5 +1,7 @@
 //! Every bound of the crate, and the relations between them that the rest relies on.
 
+use std::time::Duration;
+
 /// Slots of a ring's fixed-file table unless the builder says otherwise.
 pub const SOCKETS_DEFAULT: u32 = 4096;
 
@@ -74,6 +76,9 @@ pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
 /// Bytes queued for one socket before its receive is disarmed.
 pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
 
+/// Shortest interval at which a ring looks for sockets that nobody needs.
+pub(crate) const IDLE_MIN: Duration = Duration::from_millis(1);
+
 /// Closed sockets kept for new owners unless the builder says otherwise: in quarantine, and warm.
 pub const KEPT_SOCKETS_DEFAULT: u32 = 8192;
 
@@ -82,6 +87,10 @@ pub(crate) const TEND_BATCH: usize = 64;
 
 /// Sockets of a kind that are warm, as long as some are kept: for as many guests that bind at once.
 pub(crate) const WARM_MIN: usize = 128;
+
+/// Kernel memory of unread datagrams that a socket may be kept with, and so what a guest can leave
+/// behind of a flood: with 8192 sockets in quarantine 32 MiB.
+pub(crate) const KEPT_BYTES_MAX: u32 = 4096;
 
 /// Things received and dropped before a kept socket is closed instead.
 pub(crate) const DRAINS_MAX: u32 = 64;

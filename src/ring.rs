@@ -31,17 +31,17 @@ use io_uring::types::{CancelBuilder, Timespec};
 use io_uring::{IoUring, cqueue};
 
 use self::buffers::{BufferId, BufferRing};
-use self::grace::Grace;
+use self::grace::{Grace, News};
 use self::inbox::{Datagram, Inbox};
 use self::op::{BindOp, Op, SocketMemory, SocketOption};
 use self::recycle::{Drained, Recycler, Unfit};
-use self::slots::{Ending, Opened, Receive, Room, SlotIndex, SlotState, SlotTable};
+use self::slots::{Ending, Holds, Opened, Receive, Room, SlotIndex, SlotState, SlotTable};
 use self::table::{Ended, OpKey, OpTable, Outcome};
 use crate::datagram::{parse_received, receive_header};
 use crate::error::Errno;
 use crate::limits::{
-    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX,
-    TEND_BATCH,
+    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, KEPT_BYTES_MAX,
+    TEARDOWN_ROUNDS_MAX, TEND_BATCH,
 };
 use crate::stats::Stats;
 
@@ -180,8 +180,7 @@ impl Ring {
 
     fn push_ending(&mut self, slot: SlotIndex, ending: Ending) {
         if ending == Ending::Unbind {
-            let memory = self.ask_if_sending(slot);
-            self.submit_unclaimed(slot, Op::Unbind(memory));
+            self.submit_unclaimed(slot, Op::Unbind(Box::new(SocketMemory::unknown())));
             return;
         }
         if self.slots.takes_bursts(slot) {
@@ -194,25 +193,18 @@ impl Ring {
 
     /// Moves kept sockets on: into a grace period, out of it, and out of the way.
     fn tend(&mut self) {
+        match self.grace.take_news() {
+            Some(News::Over) => self.slots.end_grace(),
+            Some(News::Time) => self.slots.recycler.idle(),
+            Some(News::Failed) => self.slots.recycler.turn_off("there are no grace periods"),
+            None => {}
+        }
         let recycler = &mut self.slots.recycler;
         if recycler.is_empty() {
             return;
         }
-        match self.grace.is_over() {
-            Some(true) => {
-                let refused = self.slots.end_grace();
-                self.give_up(&refused);
-            }
-            // It will not end: there is no thread to wait, or no membarrier.
-            Some(false) => return self.close_kept(),
-            None => {}
-        }
-        let recycler = &mut self.slots.recycler;
         if recycler.begin_grace() {
             self.grace.begin();
-        }
-        if self.grace.is_time() {
-            recycler.idle();
         }
         self.grace.set_timer(recycler.limits().idle);
         for _ in 0..TEND_BATCH {
@@ -221,8 +213,13 @@ impl Ring {
         }
         for _ in 0..TEND_BATCH {
             let Some(slot) = self.slots.recycler.next_surplus() else { break };
-            self.give_up(&[slot]);
+            self.give_up(slot);
         }
+    }
+
+    /// Whether there is something that `tend` has not heard of.
+    pub(crate) fn has_news(&self) -> bool {
+        self.grace.has_news()
     }
 
     /// Whether `tend` would push more.
@@ -231,7 +228,8 @@ impl Ring {
     }
 
     fn drain(&mut self, slot: SlotIndex) {
-        let memory = self.ask_if_sending(slot);
+        let ask = self.slots.history(slot).may_be_sending();
+        let memory = ask.then(|| Box::new(SocketMemory::unknown()));
         self.submit_unclaimed(slot, Op::Drain(memory));
     }
 
@@ -239,25 +237,18 @@ impl Ring {
         match self.slots.drained(slot, is_empty) {
             Drained::Again => self.drain(slot),
             Drained::Warm => {}
-            Drained::Close => self.give_up(&[slot]),
+            Drained::Close => self.give_up(slot),
         }
     }
 
-    fn ask_if_sending(&mut self, slot: SlotIndex) -> Option<Box<SocketMemory>> {
-        self.slots.history(slot).may_be_sending().then(|| Box::new(SocketMemory::unknown()))
-    }
-
-    /// Closes every socket that is kept for another owner.
+    /// Closes as many sockets as are kept now, bit by bit.
     pub(crate) fn close_kept(&mut self) {
-        let kept = self.slots.recycler.take_all();
-        self.give_up(&kept);
+        self.slots.recycler.give_up(Unfit::Idle);
     }
 
-    fn give_up(&mut self, slots: &[SlotIndex]) {
-        for slot in slots {
-            self.slots.give_up(*slot);
-            self.push_ending(*slot, Ending::Close);
-        }
+    fn give_up(&mut self, slot: SlotIndex) {
+        self.slots.give_up(slot);
+        self.push_ending(slot, Ending::Close);
     }
 
     // ---- submissions ------------------------------------------------------------------------
@@ -303,9 +294,13 @@ impl Ring {
     ) -> (SlotIndex, OpKey) {
         let (names_port, is_addressed) = (bind.addr.port() != 0, bind.is_addressed());
         let slot = slot.unwrap_or_else(|| {
-            let for_bind = (!names_port && !bind.sets_options()).then_some(is_addressed);
-            let Opened { slot, is_recycled } = self.slots.open(bind.family, for_bind);
-            bind.is_recycled = is_recycled;
+            let reused = (!names_port && !bind.sets_options()).then(|| bind.sets_source());
+            let Opened { slot, holds } = self.slots.open(bind.family, reused);
+            bind.is_recycled = holds == Holds::Warm;
+            if holds == Holds::Evicted {
+                // If SOCKET failed, BIND would go on with what it has not replaced.
+                self.submit_unclaimed(slot, Op::Close);
+            }
             slot
         });
         let history = self.slots.history(slot);
@@ -472,14 +467,15 @@ impl Ring {
         let Some((op, outcome)) = self.ops.count(key, result) else { return };
         if let Op::Bind(bind) = op
             && bind.is_recycled
-            && outcome.error.is_some()
-            && matches!(self.slots.state(slot), SlotState::Open { .. })
         {
-            // An error is never the former owner's: a new socket, in the same slot, shall tell.
-            bind.is_recycled = false;
-            self.slots.replace(slot, bind.family, bind.is_addressed());
-            self.ops.restart(key);
-            return self.push(key);
+            self.slots.recycler.taken(outcome.error.is_none());
+            if outcome.error.is_some() && matches!(self.slots.state(slot), SlotState::Open { .. }) {
+                // An error is never the former owner's: a new socket, in the same slot, shall tell.
+                bind.is_recycled = false;
+                self.slots.replace(slot, bind.family, bind.is_addressed());
+                self.ops.restart(key);
+                return self.push(key);
+            }
         }
         if let Op::Send(send) = op {
             let attempt = send.settle(outcome.succeeded as usize, outcome.error);
@@ -498,7 +494,12 @@ impl Ring {
         }
         let is_send = matches!(op, Op::Send(_));
         let is_drain = matches!(op, Op::Drain(_));
-        if let Op::Unbind(Some(memory)) | Op::Drain(Some(memory)) = op
+        if let Op::Unbind(memory) = op
+            && memory.unread() > KEPT_BYTES_MAX
+        {
+            self.slots.history(slot).spoil(Unfit::Unread);
+        }
+        if let Op::Unbind(memory) | Op::Drain(Some(memory)) = op
             && memory.is_all_sent()
         {
             self.slots.history(slot).has_sent_all();

@@ -51,7 +51,8 @@ pub struct Stats {
     pub dropped_at_close: u64,
     /// Datagrams (or several in one message) that the kernel dropped because a socket's receive
     /// buffer was full (`SO_MEMINFO`). Asked when the socket is closed, and only if it was seen to
-    /// receive in bursts: what a socket lost that nobody ever received from is not in here.
+    /// receive in bursts: what a socket lost that nobody ever received from is not in here,
+    /// unless it was recycled and a later owner's was asked.
     pub dropped_by_kernel: u64,
     /// Messages that could not be read: cut, or without an IP sender.
     pub dropped_malformed: u64,
@@ -125,6 +126,8 @@ pub struct ClosedInstead {
     pub busy: u64,
     /// [`Recycle`](crate::Recycle)'s limits were reached, or the slot was needed.
     pub no_room: u64,
+    /// More unread datagrams waited in it than 4 KiB of kernel memory hold.
+    pub unread: u64,
     /// It did not behave on the way: it could not be unbound, or not be drained.
     pub unclean: u64,
     /// Nobody wanted it for a while, or the ring was [drained](crate::Uring::drain).
@@ -133,13 +136,15 @@ pub struct ClosedInstead {
 
 impl std::ops::AddAssign for ClosedInstead {
     fn add_assign(&mut self, other: Self) {
-        let Self { named_port, options, connected, error, busy, no_room, unclean, idle } = other;
+        let Self { named_port, options, connected, error, busy, no_room, unread, unclean, idle } =
+            other;
         self.named_port += named_port;
         self.options += options;
         self.connected += connected;
         self.error += error;
         self.busy += busy;
         self.no_room += no_room;
+        self.unread += unread;
         self.unclean += unclean;
         self.idle += idle;
     }

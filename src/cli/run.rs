@@ -219,6 +219,7 @@ fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
                 "error": closed.error,
                 "busy": closed.busy,
                 "no_room": closed.no_room,
+                "unread": closed.unread,
                 "unclean": closed.unclean,
                 "idle": closed.idle,
             },

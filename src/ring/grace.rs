@@ -10,6 +10,9 @@ use super::arrivals::Arrivals;
 
 /// Waits until every read-side critical section of the kernel's RCU that has begun is over: no
 /// packet is on its way any more to a socket that was found by it before (membarrier(2)).
+///
+/// On a machine with one CPU it does not wait, for there nothing runs that could be on such a way:
+/// packets are delivered by softirqs, which are over before a thread goes on.
 #[expect(unsafe_code, reason = "membarrier(2)")]
 pub(crate) fn wait() -> io::Result<()> {
     let (flags, cpu_id) = (0, 0);
@@ -24,15 +27,27 @@ pub(crate) struct Grace {
     arrivals: Option<Arrivals>,
     requests: Option<Sender<Request>>,
     state: Arc<State>,
-    /// Grace periods asked for and seen to be over.
+    /// Grace periods asked for and told to be over.
     begun: u64,
     ended: u64,
     has_timer: bool,
+    has_told_of_failure: bool,
 }
 
 enum Request {
     Wait,
     Timer(Duration),
+}
+
+/// What the ring is to hear of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// The grace period that was begun last is over.
+    Over,
+    /// The timer has run down.
+    Time,
+    /// No more grace periods will end.
+    Failed,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +67,7 @@ impl Grace {
             begun: 0,
             ended: 0,
             has_timer: false,
+            has_told_of_failure: false,
         }
     }
 
@@ -62,15 +78,12 @@ impl Grace {
             let thread = std::thread::Builder::new().name("wasi-uring-rcu".to_owned());
             match thread.spawn(move || serve(&receiver, &state, &arrivals)) {
                 Ok(_detached) => self.requests = Some(sender),
-                Err(error) => {
-                    tracing::error!(%error, "no thread waits for grace periods");
-                    self.state.has_failed.store(true, Ordering::Relaxed);
-                }
+                Err(error) => tracing::error!(%error, "no thread waits for grace periods"),
             }
         }
-        if let Some(requests) = &self.requests {
-            // A thread that is gone has said so.
-            let _ = requests.send(request);
+        let sent = self.requests.as_ref().map(|requests| requests.send(request));
+        if !matches!(sent, Some(Ok(()))) {
+            self.state.has_failed.store(true, Ordering::Relaxed);
         }
     }
 
@@ -78,20 +91,6 @@ impl Grace {
     pub(crate) fn begin(&mut self) {
         self.begun += 1;
         self.request(Request::Wait);
-    }
-
-    /// Whether the last grace period that was begun is over, told once; `false` if no more will be.
-    pub(crate) fn is_over(&mut self) -> Option<bool> {
-        if self.state.has_failed.load(Ordering::Relaxed) {
-            return Some(false);
-        }
-        // Pairs with the thread's: what the kernel did before is seen by what is pushed after.
-        let is_over =
-            self.ended < self.begun && self.state.over.load(Ordering::Acquire) == self.begun;
-        if is_over {
-            self.ended = self.begun;
-        }
-        is_over.then_some(true)
     }
 
     /// Sets the timer unless it is set.
@@ -102,11 +101,40 @@ impl Grace {
         }
     }
 
-    /// Whether the timer has run down, told once.
-    pub(crate) fn is_time(&mut self) -> bool {
-        let is_time = self.has_timer && self.state.is_time.swap(false, Ordering::Relaxed);
-        self.has_timer &= !is_time;
-        is_time
+    fn news(&self) -> Option<News> {
+        if !self.has_told_of_failure && self.state.has_failed.load(Ordering::Relaxed) {
+            return Some(News::Failed);
+        }
+        // The last one that was begun: others may have been for sockets that are gone. Pairs with
+        // the thread's, so what is pushed now comes after it.
+        if self.ended < self.begun && self.state.over.load(Ordering::Acquire) == self.begun {
+            return Some(News::Over);
+        }
+        (self.has_timer && self.state.is_time.load(Ordering::Relaxed)).then_some(News::Time)
+    }
+
+    #[cfg(test)]
+    pub(super) fn are_all_over(&self) -> bool {
+        self.state.over.load(Ordering::Relaxed) == self.begun
+    }
+
+    pub(crate) fn has_news(&self) -> bool {
+        self.news().is_some()
+    }
+
+    /// One of the news, told once.
+    pub(crate) fn take_news(&mut self) -> Option<News> {
+        let news = self.news();
+        match news {
+            Some(News::Over) => self.ended = self.begun,
+            Some(News::Time) => {
+                self.state.is_time.store(false, Ordering::Relaxed);
+                self.has_timer = false;
+            }
+            Some(News::Failed) => self.has_told_of_failure = true,
+            None => {}
+        }
+        news
     }
 }
 
@@ -129,7 +157,8 @@ fn serve(requests: &Receiver<Request>, state: &State, arrivals: &Arrivals) {
                 }
             },
             Ok(Request::Timer(after)) => {
-                timer = Some(Instant::now() + after);
+                // Beyond what clocks can tell it never runs down.
+                timer = Instant::now().checked_add(after);
                 continue;
             }
             Err(RecvTimeoutError::Timeout) => {

@@ -28,11 +28,11 @@ pub(crate) enum Op {
     Install,
     /// What the kernel has dropped for want of room in the socket's receive buffer.
     CountDrops(Box<SocketMemory>),
-    /// CONNECT with `AF_UNSPEC`: dissolves the association and gives up a port that bind(2) chose. Of a
-    /// socket that has sent also whether datagrams are still on their way out.
-    Unbind(Option<Box<SocketMemory>>),
-    /// Takes and drops one thing that waits to be received, a datagram or an error. The question is
-    /// asked again unless it was answered.
+    /// CONNECT with `AF_UNSPEC`: dissolves the association and gives up a port that bind(2) chose;
+    /// and what the socket then still holds.
+    Unbind(Box<SocketMemory>),
+    /// Takes and drops one thing that waits to be received, a datagram or an error; and once more
+    /// what the socket holds, if it had datagrams on their way out.
     Drain(Option<Box<SocketMemory>>),
     Close,
 }
@@ -59,6 +59,12 @@ impl BindOp {
         !self.addr.ip().is_unspecified()
     }
 
+    /// Whether the kernel sets the socket's source address by it. Bound to all addresses or to a
+    /// group, a socket keeps the one it has.
+    pub(crate) fn sets_source(&self) -> bool {
+        self.is_addressed() && !self.addr.ip().is_multicast()
+    }
+
     /// Whether it sets more than what every socket of its family is told.
     pub(crate) fn sets_options(&self) -> bool {
         self.options.iter().any(|option| !option.is_v6only())
@@ -79,9 +85,8 @@ impl Op {
     pub(crate) fn completions(&self) -> u32 {
         match self {
             Self::Send(send) => u32::try_from(send.messages()).unwrap_or(u32::MAX),
-            Self::Unbind(Some(_)) | Self::Drain(Some(_)) => 2,
-            Self::Unbind(None)
-            | Self::Drain(None)
+            Self::Unbind(_) | Self::Drain(Some(_)) => 2,
+            Self::Drain(None)
             | Self::Bind(_)
             | Self::Connect(_)
             | Self::SetOption(_)
@@ -128,7 +133,7 @@ impl Op {
             Self::CountDrops(memory) => entries.push(memory.entry(fd)),
             Self::Unbind(memory) => {
                 entries.push(opcode::Connect::new(fd, UNSPEC.as_ptr(), UNSPEC.len()).build());
-                entries.extend(memory.iter().map(|memory| memory.entry(fd)));
+                entries.push(memory.entry(fd));
             }
             Self::Drain(memory) => {
                 // Without room for a payload, which is dropped.
@@ -190,8 +195,14 @@ impl SocketMemory {
         drops
     }
 
-    /// Whether the kernel is through with all that was sent (`SK_MEMINFO_WMEM_ALLOC` in
+    /// Bytes of kernel memory that what waits to be received takes (`SK_MEMINFO_RMEM_ALLOC` in
     /// `linux/sock_diag.h`).
+    pub(crate) fn unread(&self) -> u32 {
+        let [unread, ..] = self.0.get();
+        unread
+    }
+
+    /// Whether the kernel is through with all that was sent (`SK_MEMINFO_WMEM_ALLOC`).
     pub(crate) fn is_all_sent(&self) -> bool {
         let [_, _, sending, ..] = self.0.get();
         sending == 0

@@ -12,12 +12,12 @@ use super::Ring;
 use super::arrivals::Arrivals;
 use super::buffers::BufferRing;
 use super::grace::Grace;
-use super::recycle::{Recycle, Recycler, Verdict};
+use super::recycle::{Recycle, Recycler, Soundness};
 use super::slots::Room;
 use super::trial;
 use crate::datagram::{Family, RawAddr};
 use crate::error::SetupError;
-use crate::limits::{CQ_ENTRIES, SOCKETS_MAX, SQ_ENTRIES};
+use crate::limits::{CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
 
 /// Every operation a socket's life uses, with the kernel that brought it.
 pub(crate) const OPERATIONS: &[(&str, u8, &str)] = &[
@@ -139,8 +139,8 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     }
     let io = set_up()?;
     check_operations(&io)?;
-    let (recycle, verdict) = match recycle.quarantined_max {
-        0 => (recycle, Verdict::unsound("turned off")),
+    let (recycle, soundness) = match recycle.quarantined_max {
+        0 => (recycle, Soundness::unsound("turned off")),
         _ => recyclable(sockets, recycle),
     };
     register_table(&io, sockets + recycle.quarantined_max)?;
@@ -156,7 +156,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
         .try_clone()
         .map(Grace::new)
         .map_err(|errno| SetupError::Io { step: "duplicating the eventfd", errno })?;
-    let recycler = Recycler::new(recycle, verdict);
+    let recycler = Recycler::new(recycle, soundness);
     let ring = Ring::new(io, buffers, Arc::clone(&room), recycler, grace);
     Ok(Built { ring, room, defaults, arrivals })
 }
@@ -232,19 +232,23 @@ fn check_operations(io: &IoUring) -> Result<(), SetupError> {
 
 /// What can be recycled here, with as many places for it as the kernel's limits leave beside the
 /// sockets' own.
-fn recyclable(sockets: u32, recycle: Recycle) -> (Recycle, Verdict) {
+fn recyclable(sockets: u32, recycle: Recycle) -> (Recycle, Soundness) {
     let nofile = u32::try_from(soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
     let left = nofile.min(SOCKETS_MAX).saturating_sub(sockets);
     let quarantined_max = recycle.quarantined_max.min(left);
+    let idle = recycle.idle.max(IDLE_MIN);
     if quarantined_max == 0 {
         const WHY: &str = "RLIMIT_NOFILE leaves the table no room for sockets in quarantine";
         tracing::info!(nofile, sockets, "closed sockets are not recycled: {WHY}");
-        return (Recycle::OFF, Verdict::unsound(WHY));
+        return (Recycle::OFF, Soundness::unsound(WHY));
     }
-    let verdict = trial::verdict();
-    verdict.log();
-    let is_of_use = verdict.is_of_use();
-    (Recycle { quarantined_max: if is_of_use { quarantined_max } else { 0 }, ..recycle }, verdict)
+    let soundness = trial::soundness();
+    soundness.log();
+    let is_of_use = soundness.is_of_use();
+    (
+        Recycle { quarantined_max: if is_of_use { quarantined_max } else { 0 }, idle, ..recycle },
+        soundness,
+    )
 }
 
 fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {

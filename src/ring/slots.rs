@@ -143,8 +143,17 @@ impl Slot {
 /// A slot for a new owner.
 pub(crate) struct Opened {
     pub(crate) slot: SlotIndex,
-    /// There is a warm socket in it.
-    pub(crate) is_recycled: bool,
+    pub(crate) holds: Holds,
+}
+
+/// What is in a slot that has a new owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holds {
+    Nothing,
+    /// A socket for the new owner.
+    Warm,
+    /// A socket that was kept and must go, for the slot is needed.
+    Evicted,
 }
 
 pub(crate) struct SlotTable {
@@ -168,37 +177,36 @@ impl SlotTable {
     }
 
     /// Gives a slot to a socket that has its place in the room, so there is one: what is neither
-    /// owned nor in quarantine is free or warm. With a warm socket in it, if there is one that is
-    /// as good as new `for_bind` to an address (or to all).
-    pub(crate) fn open(&mut self, family: Family, for_bind: Option<bool>) -> Opened {
-        if let Some(is_addressed) = for_bind
-            && let Some(slot) = self.recycler.take(family, is_addressed)
+    /// owned nor busy with recycling is free or kept. With a warm socket in it, if one may be
+    /// `reused` and there is one that is as good as new for a bind that sets the source address, or
+    /// does not.
+    pub(crate) fn open(&mut self, family: Family, reused: Option<bool>) -> Opened {
+        if let Some(sets_source) = reused
+            && let Some(slot) = self.recycler.take(family, sets_source)
         {
             let entry = &mut self.slots[slot.0 as usize];
             entry.history.renew();
             *entry = Slot::open(entry.history);
-            return Opened { slot, is_recycled: true };
+            return Opened { slot, holds: Holds::Warm };
         }
         let open = Slot::open(History::new(family));
-        let mut free = self.free.pop();
-        if free.is_none() && self.slots.len() >= self.capacity() {
-            // The kernel replaces what is in the slot.
-            free = self.recycler.evict();
+        if let Some(slot) = self.free.pop() {
+            self.slots[slot.0 as usize] = open;
+            return Opened { slot, holds: Holds::Nothing };
         }
-        let slot = free.unwrap_or_else(|| {
-            let next = u32::try_from(self.slots.len()).expect("no more slots than the kernel has");
-            SlotIndex(next)
-        });
-        match self.slots.get_mut(slot.0 as usize) {
-            Some(entry) => *entry = open,
-            None => self.slots.push(open),
+        if self.slots.len() >= self.capacity()
+            && let Some(slot) = self.recycler.evict()
+        {
+            self.slots[slot.0 as usize] = open;
+            return Opened { slot, holds: Holds::Evicted };
         }
-        Opened { slot, is_recycled: false }
+        let next = u32::try_from(self.slots.len()).expect("no more slots than the kernel has");
+        self.slots.push(open);
+        Opened { slot: SlotIndex(next), holds: Holds::Nothing }
     }
 
-    /// A recycled socket in use is about to be replaced by a new one.
+    /// A recycled socket is about to be replaced by a new one.
     pub(crate) fn replace(&mut self, slot: SlotIndex, family: Family, is_addressed: bool) {
-        self.recycler.replaced();
         *self.history(slot) = History::new(family);
         self.history(slot).bind(is_addressed);
     }
@@ -275,8 +283,7 @@ impl SlotTable {
         if entry.ops > 0 {
             return None;
         }
-        if *ending == Ending::Unbind && entry.history.is_spoilt() {
-            self.recycler.refuse();
+        if *ending == Ending::Unbind && self.recycler.refuses(entry.history) {
             *ending = Ending::Close;
             return Some(Ending::Close);
         }
@@ -298,18 +305,19 @@ impl SlotTable {
         None
     }
 
-    /// A grace period is over; those it covered that cannot be kept.
-    pub(crate) fn end_grace(&mut self) -> Vec<SlotIndex> {
-        let mut covered = self.recycler.end_grace();
-        covered
-            .retain(|slot| !self.recycler.put_in_pool(*slot, self.slots[slot.0 as usize].history));
-        covered
+    /// The grace period is over.
+    pub(crate) fn end_grace(&mut self) {
+        for slot in self.recycler.end_grace() {
+            self.recycler.put_in_pool(slot, self.slots[slot.0 as usize].history);
+        }
     }
 
     /// A drain of a kept socket has ended.
     pub(crate) fn drained(&mut self, slot: SlotIndex, is_empty: bool) -> Drained {
         let entry = &mut self.slots[slot.0 as usize];
-        let SlotState::Kept { drains } = &mut entry.state else { return Drained::Close };
+        let SlotState::Kept { drains } = &mut entry.state else {
+            unreachable!("a socket is kept until its last drain has ended");
+        };
         *drains += 1;
         self.recycler.drained(slot, entry.history, *drains, is_empty)
     }
@@ -401,12 +409,14 @@ impl CloseLog {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::ring::recycle::{Recycle, Verdict};
+    use crate::ring::recycle::{Fitness, Recycle, Soundness, Unfit};
 
     /// A table that keeps nothing.
     fn table(room: &Arc<Room>) -> SlotTable {
-        let recycler = Recycler::new(Recycle::OFF, Verdict::unsound("not here"));
+        let recycler = Recycler::new(Recycle::OFF, Soundness::unsound("not here"));
         SlotTable::new(Arc::clone(room), recycler)
     }
 
@@ -477,5 +487,70 @@ mod tests {
         assert!(!log.all_finished_before(log.next()));
         log.finish(third);
         assert!(log.all_finished_before(log.next()));
+    }
+
+    proptest! {
+        /// Kills: more in quarantine, drained and closed than there are slots for, a slot given to
+        /// two.
+        #[test]
+        fn whoever_has_a_place_in_the_room_finds_a_slot_whatever_is_kept(
+            steps in proptest::collection::vec((0_u8..8, any::<prop::sample::Index>()), 1..400)
+        ) {
+            let sound = Fitness::Sound { also_connected: true };
+            let soundness = Soundness { v4: sound.clone(), v6: sound };
+            let limits = Recycle { quarantined_max: 2, warm_max: 8, ..Recycle::OFF };
+            let (room, quota) = (Room::new(3), Room::new(100));
+            let recycler = Recycler::new(limits, soundness);
+            let mut slots = SlotTable::new(Arc::clone(&room), recycler);
+            let mut owned: Vec<SlotIndex> = Vec::new();
+            // With the kernel: drains, and endings.
+            let (mut draining, mut ending) = (Vec::new(), Vec::new());
+            for (step, which) in steps {
+                match step {
+                    0 | 1 => if room.take() {
+                        let family = if which.index(2) == 0 { Family::V4 } else { Family::V6 };
+                        let Opened { slot, .. } = slots.open(family, Some(step == 0));
+                        prop_assert!((slot.0 as usize) < slots.capacity(), "beyond the table");
+                        prop_assert!(!owned.contains(&slot) && !ending.contains(&slot));
+                        prop_assert!(!draining.contains(&slot));
+                        slots.history(slot).bind(step == 0);
+                        owned.push(slot);
+                    },
+                    2 if !owned.is_empty() => {
+                        let slot = owned.swap_remove(which.index(owned.len()));
+                        prop_assert!(quota.take());
+                        prop_assert!(slots.close(slot, &quota).is_some());
+                        slots.begin(slot, false);
+                        ending.push(slot);
+                    }
+                    3 if !ending.is_empty() => {
+                        let slot = ending.swap_remove(which.index(ending.len()));
+                        prop_assert_eq!(slots.end(slot, false), None);
+                    }
+                    4 => {
+                        slots.recycler.begin_grace();
+                    }
+                    5 => slots.end_grace(),
+                    6 => if let Some(slot) = slots.recycler.next_to_drain() {
+                        slots.begin(slot, false);
+                        draining.push(slot);
+                    } else if !draining.is_empty() {
+                        let slot = draining.swap_remove(which.index(draining.len()));
+                        prop_assert_eq!(slots.end(slot, false), None);
+                        prop_assert_eq!(slots.drained(slot, true), Drained::Warm);
+                    },
+                    _ => {
+                        if which.index(4) == 0 {
+                            slots.recycler.give_up(Unfit::Idle);
+                        }
+                        if let Some(slot) = slots.recycler.next_surplus() {
+                            slots.give_up(slot);
+                            slots.begin(slot, false);
+                            ending.push(slot);
+                        }
+                    }
+                }
+            }
+        }
     }
 }

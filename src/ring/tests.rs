@@ -1,6 +1,7 @@
 //! The test plays the kernel: it completes what the ring has pushed, in any order, without ever
 //! entering. Proptest prints the seed of a failing run.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -11,6 +12,7 @@ use super::send::SendOp;
 use super::*;
 use crate::datagram::{Family, Outgoing};
 use crate::limits::BUFFERS;
+use crate::stats::ClosedInstead;
 
 const IORING_CQE_F_BUFFER: u32 = 1;
 const IORING_CQE_F_MORE: u32 = 2;
@@ -208,7 +210,7 @@ proptest! {
 fn a_bind_by_number_is_held_until_the_close_before_it_is_done() {
     let mut rig = Rig::new();
     let bind = || {
-        let addr = std::net::SocketAddr::from(([127, 0, 0, 1], 5000));
+        let addr = SocketAddr::from(([127, 0, 0, 1], 5000));
         Box::new(BindOp::new(Family::V4, Vec::new(), addr))
     };
     assert!(rig.room.take());
@@ -438,8 +440,8 @@ fn enter(ring: &mut Ring) {
 #[test]
 fn a_failing_socket_operation_completes_its_bind_once() {
     let bad_option = SocketOption { level: libc::SOL_SOCKET, name: -1, value: 1 };
-    let foreign = std::net::SocketAddr::from(([192, 0, 2, 1], 0));
-    let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let foreign = SocketAddr::from(([192, 0, 2, 1], 0));
+    let local = SocketAddr::from(([127, 0, 0, 1], 0));
     let cases = [
         // The middle of the chain fails, its end fails, nothing fails.
         (vec![bad_option], local, Some(Errno(libc::ENOPROTOOPT))),
@@ -478,67 +480,278 @@ fn a_failing_socket_operation_completes_its_bind_once() {
 
 // ---- recycled sockets, with the real kernel -----------------------------------------------------
 
-const EVERYWHERE: std::net::SocketAddr =
-    std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+const EVERYWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
+const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+const LOOPBACK_6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0);
 
-/// A ring with a warm socket that was bound to all addresses.
-fn ring_with_a_warm_socket() -> (Ring, Arc<Room>) {
-    let recycle = Recycle { quarantined_max: 4, warm_max: 4, ..Recycle::default() };
-    let probe::Built { mut ring, room, .. } = probe::build(4, recycle).unwrap();
-    bind(&mut ring, &room, None, EVERYWHERE).1.unwrap();
-    ring.close(SlotIndex(0), &Room::new(1), 0);
-    enter(&mut ring);
-    assert_eq!((room.taken(), ring.snapshot().sockets_kept), (0, 1), "in quarantine");
-    let patience = Instant::now() + Duration::from_secs(10);
-    while !ring.slots.recycler.is_warm() {
-        assert!(Instant::now() < patience, "a grace period takes milliseconds");
-        std::thread::yield_now();
-        enter(&mut ring);
-    }
-    (ring, room)
+/// A ring that recycles, and its sockets.
+struct Recycling {
+    ring: Ring,
+    room: Arc<Room>,
 }
 
-/// Binds a socket, in a slot of its own unless it has one; and what came of it.
-fn bind(
-    ring: &mut Ring,
-    room: &Room,
-    slot: Option<SlotIndex>,
-    addr: std::net::SocketAddr,
-) -> (SlotIndex, Result<(), Errno>) {
-    assert!(slot.is_some() || room.take());
-    let (slot, key) = ring.submit_bind(slot, Box::new(BindOp::new(Family::V4, vec![], addr)));
-    enter(ring);
-    let done = ring.fetch(key, None).expect("it completes inside the enter");
-    (slot, done.error.map_or(Ok(()), Err))
+impl Recycling {
+    fn new() -> Self {
+        let recycle = Recycle { quarantined_max: 4, warm_max: 4, ..Recycle::default() };
+        let probe::Built { ring, room, .. } = probe::build(4, recycle).unwrap();
+        Self { ring, room }
+    }
+
+    /// One with a warm socket that was bound to an address, or to all.
+    fn with_a_warm_socket(addr: SocketAddr) -> Self {
+        let mut this = Self::new();
+        let slot = this.bound(addr);
+        this.close(slot);
+        assert_eq!((this.room.taken(), this.ring.snapshot().sockets_kept), (0, 1));
+        this.until(|ring| ring.slots.recycler.is_warm());
+        this
+    }
+
+    fn until(&mut self, mut is_so: impl FnMut(&mut Ring) -> bool) {
+        let patience = Instant::now() + Duration::from_secs(10);
+        while !is_so(&mut self.ring) {
+            assert!(Instant::now() < patience, "it takes milliseconds");
+            std::thread::yield_now();
+            enter(&mut self.ring);
+        }
+    }
+
+    fn bind(&mut self, slot: Option<SlotIndex>, bind: BindOp) -> (SlotIndex, Option<Errno>) {
+        assert!(slot.is_some() || self.room.take());
+        let (slot, key) = self.ring.submit_bind(slot, Box::new(bind));
+        (slot, self.done(key))
+    }
+
+    fn done(&mut self, key: OpKey) -> Option<Errno> {
+        enter(&mut self.ring);
+        self.ring.fetch(key, None).expect("it completes inside the enter").error
+    }
+
+    fn bound(&mut self, addr: SocketAddr) -> SlotIndex {
+        let (slot, error) = self.bind(None, bind_op(addr));
+        assert_eq!(error, None);
+        slot
+    }
+
+    fn run(&mut self, slot: SlotIndex, op: Op) {
+        let key = self.ring.submit(slot, op);
+        assert_eq!(self.done(key), None);
+    }
+
+    fn close(&mut self, slot: SlotIndex) {
+        self.ring.close(slot, &Room::new(1), 0);
+        enter(&mut self.ring);
+    }
+
+    /// Where a socket is, by a descriptor of it.
+    fn port(&mut self, slot: SlotIndex) -> u16 {
+        let key = self.ring.submit(slot, Op::Install);
+        enter(&mut self.ring);
+        let descriptor = self.ring.fetch(key, None).unwrap().descriptor.unwrap();
+        UdpSocket::from(descriptor).local_addr().unwrap().port()
+    }
+}
+
+fn bind_op(addr: SocketAddr) -> BindOp {
+    let family = if addr.is_ipv4() { Family::V4 } else { Family::V6 };
+    BindOp::new(family, vec![], addr)
+}
+
+fn connect_op(addr: SocketAddr) -> Op {
+    Op::Connect(Box::new(addr.into()))
+}
+
+fn a_send() -> Op {
+    Op::Send(SendOp::new(vec![Outgoing { payload: vec![1; 8], to: None }]))
 }
 
 #[test]
 fn a_bind_that_fails_on_a_recycled_socket_is_answered_by_a_new_one() {
-    let (mut ring, room) = ring_with_a_warm_socket();
-    let foreign = std::net::SocketAddr::from(([192, 0, 2, 1], 0));
-    let (slot, bound) = bind(&mut ring, &room, None, foreign);
-    assert_eq!(bound, Err(Errno(libc::EADDRNOTAVAIL)));
+    let mut rig = Recycling::with_a_warm_socket(EVERYWHERE);
+    let (slot, error) = rig.bind(None, bind_op(([192, 0, 2, 1], 0).into()));
+    assert_eq!(error, Some(Errno(libc::EADDRNOTAVAIL)));
     assert_eq!(slot, SlotIndex(0), "it was the warm one's");
-    let stats = ring.snapshot();
+    let stats = rig.ring.snapshot();
     assert_eq!((stats.sockets_recycled, stats.closed_instead.error), (0, 1));
-    assert_eq!(bind(&mut ring, &room, Some(slot), EVERYWHERE).1, Ok(()));
-    ring.close(slot, &Room::new(1), 0);
-    enter(&mut ring);
-    assert_eq!((room.taken(), ring.snapshot().sockets_kept), (0, 0), "closed after an error");
+    assert_eq!(rig.bind(Some(slot), bind_op(EVERYWHERE)).1, None);
+    rig.close(slot);
+    assert_eq!(
+        (rig.room.taken(), rig.ring.snapshot().sockets_kept),
+        (0, 0),
+        "closed after an error"
+    );
 }
 
 #[test]
 fn a_guest_that_leaves_while_its_recycled_socket_binds_leaves_nothing() {
-    for addr in [EVERYWHERE, std::net::SocketAddr::from(([192, 0, 2, 1], 0))] {
-        let (mut ring, room) = ring_with_a_warm_socket();
-        assert!(room.take());
-        let bind = BindOp::new(Family::V4, vec![], addr);
-        let (slot, key) = ring.submit_bind(None, Box::new(bind));
-        ring.abandon(key);
-        ring.close(slot, &Room::new(1), 0);
-        enter(&mut ring);
-        let stats = ring.snapshot();
-        assert_eq!((room.taken(), stats.sockets_kept, stats.closed_instead.busy), (0, 0, 1));
-        assert!(ring.ops.is_quiet());
+    for addr in [EVERYWHERE, ([192, 0, 2, 1], 0).into()] {
+        let mut rig = Recycling::with_a_warm_socket(EVERYWHERE);
+        assert!(rig.room.take());
+        let (slot, key) = rig.ring.submit_bind(None, Box::new(bind_op(addr)));
+        rig.ring.abandon(key);
+        rig.close(slot);
+        let stats = rig.ring.snapshot();
+        assert_eq!((rig.room.taken(), stats.sockets_kept, stats.closed_instead.busy), (0, 0, 1));
+        assert!(rig.ring.ops.is_quiet());
     }
+}
+
+/// Kills: each thing of a history that is not told.
+#[test]
+fn a_socket_with_a_history_that_shows_is_closed_for_its_reason() {
+    type Life = fn(&mut Recycling) -> SlotIndex;
+    type Reason = fn(&ClosedInstead) -> u64;
+    let lives: [(&str, Life, Reason); 8] = [
+        (
+            "a port by number",
+            |rig| {
+                let port = UdpSocket::bind(LOOPBACK).unwrap().local_addr().unwrap().port();
+                rig.bound((Ipv4Addr::LOCALHOST, port).into())
+            },
+            |closed| closed.named_port,
+        ),
+        (
+            "an option set later",
+            |rig| {
+                let slot = rig.bound(LOOPBACK);
+                rig.run(slot, Op::SetOption(Box::new(TTL)));
+                slot
+            },
+            |closed| closed.options,
+        ),
+        (
+            "an option set with the bind",
+            |rig| rig.bind(None, BindOp::new(Family::V4, vec![TTL], LOOPBACK)).0,
+            |closed| closed.options,
+        ),
+        (
+            "bursts taken in one message",
+            |rig| {
+                let slot = rig.bound(LOOPBACK);
+                rig.ring.take_bursts(slot);
+                enter(&mut rig.ring);
+                slot
+            },
+            |closed| closed.options,
+        ),
+        (
+            "a peer over IPv6",
+            |rig| {
+                let slot = rig.bound(LOOPBACK_6);
+                rig.run(slot, connect_op((Ipv6Addr::LOCALHOST, 9).into()));
+                slot
+            },
+            |closed| closed.connected,
+        ),
+        (
+            "a refusal that was received",
+            |rig| {
+                let slot = rig.bound(LOOPBACK);
+                let inbox = Arc::new(Inbox::new(LIMITS));
+                rig.ring.arm(slot, &inbox);
+                rig.run(slot, connect_op((Ipv4Addr::LOCALHOST, 9).into()));
+                rig.run(slot, a_send());
+                rig.until(|_| !inbox.is_empty());
+                slot
+            },
+            |closed| closed.error,
+        ),
+        (
+            "an operation still going on",
+            |rig| {
+                let slot = rig.bound(LOOPBACK);
+                let key = rig.ring.submit(slot, Op::Install);
+                rig.ring.abandon(key);
+                slot
+            },
+            |closed| closed.busy,
+        ),
+        (
+            "a flood left unread",
+            |rig| {
+                let slot = rig.bound(LOOPBACK);
+                let at = (Ipv4Addr::LOCALHOST, rig.port(slot));
+                let peer = UdpSocket::bind(LOOPBACK).unwrap();
+                for _ in 0..20 {
+                    peer.send_to(&[0; 1000], at).unwrap();
+                }
+                slot
+            },
+            |closed| closed.unread,
+        ),
+    ];
+    for (what, live, reason) in lives {
+        let mut rig = Recycling::new();
+        let slot = live(&mut rig);
+        rig.close(slot);
+        let stats = rig.ring.snapshot();
+        assert_eq!(
+            (reason(&stats.closed_instead), stats.sockets_kept),
+            (1, 0),
+            "{what}: {stats:?}"
+        );
+        assert_eq!(rig.room.taken(), 0, "{what}");
+    }
+}
+
+const TTL: SocketOption = SocketOption { level: libc::IPPROTO_IP, name: libc::IP_TTL, value: 9 };
+
+#[test]
+fn a_socket_without_one_is_the_next_owners() {
+    type Life = fn(&mut Recycling, SlotIndex);
+    let lives: [(SocketAddr, Life); 4] = [
+        (EVERYWHERE, |_, _| {}),
+        (LOOPBACK_6, |_, _| {}),
+        (LOOPBACK, |rig, slot| {
+            let peer = UdpSocket::bind(LOOPBACK).unwrap();
+            rig.run(slot, connect_op(peer.local_addr().unwrap()));
+            rig.run(slot, a_send());
+        }),
+        (LOOPBACK, |rig, slot| {
+            let inbox = Arc::new(Inbox::new(LIMITS));
+            rig.ring.arm(slot, &inbox);
+            let peer = UdpSocket::bind(LOOPBACK).unwrap();
+            peer.send_to(b"unread", (Ipv4Addr::LOCALHOST, rig.port(slot))).unwrap();
+        }),
+    ];
+    for (addr, live) in lives {
+        let mut rig = Recycling::new();
+        let slot = rig.bound(addr);
+        live(&mut rig, slot);
+        rig.close(slot);
+        rig.until(|ring| ring.slots.recycler.is_warm());
+        assert_eq!(rig.bound(addr), slot);
+        assert_eq!(rig.ring.snapshot().sockets_recycled, 1, "{addr}");
+    }
+}
+
+/// The kernel leaves the source address of a socket that was bound to one as it is, when it is
+/// bound to all (and later disconnects), and over IPv6 when it is bound to a group.
+#[test]
+fn a_source_address_does_not_reach_an_owner_who_names_none() {
+    let everywhere_6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+    let group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let group = SocketAddr::V6(SocketAddrV6::new(group, 0, 0, 1));
+    for (before, now) in [(LOOPBACK, EVERYWHERE), (LOOPBACK_6, everywhere_6), (LOOPBACK_6, group)] {
+        let mut rig = Recycling::with_a_warm_socket(before);
+        rig.bound(now);
+        assert_eq!(rig.ring.snapshot().sockets_recycled, 0, "{before}, {now}");
+    }
+    let mut rig = Recycling::with_a_warm_socket(everywhere_6);
+    rig.bound(group);
+    assert_eq!(rig.ring.snapshot().sockets_recycled, 1, "it has none");
+}
+
+/// Kills: a grace period that is taken for over when an earlier one is.
+#[test]
+fn what_is_closed_during_a_grace_period_waits_for_the_next() {
+    let mut rig = Recycling::new();
+    let first = rig.bound(LOOPBACK);
+    rig.close(first);
+    // The first one's goes on, if it is not over; it is given up, and the second one's begins.
+    rig.ring.close_kept();
+    let second = rig.bound(LOOPBACK);
+    rig.close(second);
+    rig.until(|ring| ring.slots.recycler.is_warm());
+    assert!(rig.ring.grace.are_all_over());
 }

@@ -12,36 +12,38 @@ use io_uring::IoUring;
 use super::grace;
 use super::op::{BindOp, Op, SocketOption};
 use super::probe::run_alone;
-use super::recycle::{Fitness, Verdict};
+use super::recycle::{Fitness, Soundness};
 use super::slots::SlotIndex;
-use crate::datagram::Family;
+use crate::datagram::{Family, RawAddr};
 use crate::limits::DRAINS_MAX;
 
 /// How long what was sent over loopback may take.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// What this kernel leaves of a socket's former owner. Tried once per process, unless something
 /// else than the kernel has kept it from being tried: a namespace without loopback, say.
-pub(crate) fn verdict() -> Verdict {
-    static TRIED: Mutex<Option<Verdict>> = Mutex::new(None);
+pub(crate) fn soundness() -> Soundness {
+    static TRIED: Mutex<[Option<Fitness>; 2]> = Mutex::new([None, None]);
     let mut tried = TRIED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(verdict) = &*tried {
-        return verdict.clone();
+    let [v4, v6] = &mut *tried;
+    Soundness { v4: fitness(Family::V4, v4), v6: fitness(Family::V6, v6) }
+}
+
+fn fitness(family: Family, tried: &mut Option<Fitness>) -> Fitness {
+    if let Some(fitness) = tried {
+        return fitness.clone();
     }
-    let mut is_final = true;
-    let mut of = |family| match Trial::of(family).map(|trial| trial.run()) {
-        Ok(Ok(also_connected)) => Fitness::Sound { also_connected },
-        Ok(Err(Trace::Left(what))) => Fitness::Unsound(what.to_owned()),
-        Ok(Err(Trace::Untried(error))) | Err(error) => {
-            is_final = false;
-            Fitness::Unsound(format!("could not be tried: {error}"))
+    let fitness = match Trial::of(family).map_err(Trace::from).and_then(|trial| trial.run()) {
+        Ok(also_connected) => Fitness::Sound { also_connected },
+        Err(Trace::Left(what)) => Fitness::Unsound(what.to_owned()),
+        Err(Trace::Untried(error)) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            Fitness::Absent
+        }
+        Err(Trace::Untried(error)) => {
+            return Fitness::Unsound(format!("could not be tried: {error}"));
         }
     };
-    let verdict = Verdict { v4: of(Family::V4), v6: of(Family::V6) };
-    if is_final {
-        *tried = Some(verdict.clone());
-    }
-    verdict
+    tried.insert(fitness).clone()
 }
 
 /// Why sockets of a family are not recycled.
@@ -149,7 +151,7 @@ impl Trial {
         unless(&bytes[..len] == b"mine", "a datagram is left")?;
         // An owner that connects and disconnects leaves what it had bound to.
         subject.view.connect(self.peer.local_addr()?)?;
-        self.run_op(subject.slot, &Op::Unbind(None))?;
+        self.disconnect(subject)?;
         unless(subject.view.local_addr()?.ip() == ip, "a disconnect does not restore the address")?;
         unless(subject.view.local_addr()?.port() == 0, "a disconnect does not give up the port")
     }
@@ -183,8 +185,13 @@ impl Trial {
         if !self.steps.unbinds {
             return Ok(());
         }
-        self.run_op(subject.slot, &Op::Unbind(None))?;
+        self.disconnect(subject)?;
         unless(subject.view.local_addr()?.port() == 0, "a disconnect does not give up the port")
+    }
+
+    fn disconnect(&self, subject: &Subject) -> io::Result<()> {
+        let nobody = Op::Connect(Box::new(RawAddr::unspec()));
+        self.run_op(subject.slot, &nobody).map(drop)
     }
 
     fn drain(&self, subject: &Subject) -> Result<(), Trace> {
