@@ -10,6 +10,7 @@
 
 mod guest;
 pub mod native;
+pub mod network;
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -151,27 +152,33 @@ fn component(version: &str) -> (&'static Engine, Component) {
     (engine, component.clone())
 }
 
+/// A store whose guest has what the setup gives it, with the ring it is served by.
+pub fn host(engine: &Engine, backend: Backend, setup: Setup) -> (Uring, Linker<Host>, Store<Host>) {
+    let uring = setup.uring.unwrap_or_else(uring);
+    let mut linker = Linker::new(engine);
+    match backend {
+        Backend::Stock => wasmtime_wasi::p2::add_to_linker_async(&mut linker).unwrap(),
+        Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker).unwrap(),
+    }
+    let mut wasi = WasiCtx::builder();
+    let mut udp = UdpCtx::builder(&uring).sockets_max(setup.sockets_max);
+    if let Some(allow) = setup.allow {
+        let same = Arc::clone(&allow);
+        wasi.allow_udp(true).socket_addr_check(move |addr, use_| {
+            let allowed = same(addr, use_);
+            Box::pin(async move { allowed })
+        });
+        udp = udp.allow(move |addr, use_| allow(addr, use_));
+    }
+    let host = Host { wasi: wasi.build(), table: ResourceTable::new(), udp: udp.build() };
+    let store = Store::new(engine, host);
+    (uring, linker, store)
+}
+
 impl Rig {
     pub async fn new(backend: Backend, setup: Setup) -> Self {
-        let uring = setup.uring.unwrap_or_else(uring);
         let (engine, component) = component(setup.version);
-        let mut linker = Linker::new(engine);
-        match backend {
-            Backend::Stock => wasmtime_wasi::p2::add_to_linker_async(&mut linker).unwrap(),
-            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker).unwrap(),
-        }
-        let mut wasi = WasiCtx::builder();
-        let mut udp = UdpCtx::builder(&uring).sockets_max(setup.sockets_max);
-        if let Some(allow) = setup.allow {
-            let same = Arc::clone(&allow);
-            wasi.allow_udp(true).socket_addr_check(move |addr, use_| {
-                let allowed = same(addr, use_);
-                Box::pin(async move { allowed })
-            });
-            udp = udp.allow(move |addr, use_| allow(addr, use_));
-        }
-        let host = Host { wasi: wasi.build(), table: ResourceTable::new(), udp: udp.build() };
-        let mut store = Store::new(engine, host);
+        let (uring, linker, mut store) = host(engine, backend, setup);
         let guest =
             driver::Driver::instantiate_async(&mut store, &component, &linker).await.unwrap();
         let network = guest.call_instance_network(&mut store).await.unwrap();

@@ -2,37 +2,17 @@
 //! Made with ip(8) and tc(8), as root.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::process::Command;
 use std::thread;
 
-use nix::sched::{CloneFlags, unshare};
 use wasi_uring::{Stats, Uring};
 
 use crate::coalesced::{assert_heard, batch, content};
+use crate::common::network::{in_a_network, run};
 use crate::common::{
     Backend, Endpoint, ErrorCode, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on, eventually, native,
     on, on_both, uring, yield_to_others,
 };
 use crate::pair;
-
-/// Runs a test on a thread that is in a network by itself. Threads and processes started there
-/// are in it, too.
-fn in_a_network(mtu: u32, test: impl FnOnce() + Send) {
-    let alone = || {
-        unshare(CloneFlags::CLONE_NEWNET)
-            .expect("these tests make networks, for which they are root");
-        run(&format!("ip link set lo up mtu {mtu}"));
-        test();
-    };
-    thread::scope(|scope| scope.spawn(alone).join()).expect("the test's own part");
-}
-
-fn run(line: &str) {
-    let mut words = line.split(' ');
-    let mut command = Command::new(words.next().unwrap());
-    let output = command.args(words).output().expect("iproute2 is installed");
-    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-}
 
 // ---- small packets ------------------------------------------------------------------------------
 
