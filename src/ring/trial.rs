@@ -18,7 +18,7 @@ use crate::datagram::{Family, RawAddr};
 use crate::limits::DRAINS_MAX;
 
 /// How long what was sent over loopback may take.
-const PATIENCE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What this kernel leaves of a socket's former owner. Tried once per process, unless something
 /// else than the kernel has kept it from being tried: a namespace without loopback, say.
