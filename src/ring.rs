@@ -199,12 +199,10 @@ impl Ring {
             Some(News::Failed) => self.slots.recycler.turn_off("there are no grace periods"),
             None => {}
         }
-        let recycler = &mut self.slots.recycler;
+        self.begin_grace();
+        let recycler = &self.slots.recycler;
         if recycler.is_empty() {
             return;
-        }
-        if recycler.begin_grace() {
-            self.grace.begin();
         }
         self.grace.set_timer(recycler.limits().idle);
         for _ in 0..TEND_BATCH {
@@ -214,6 +212,12 @@ impl Ring {
         for _ in 0..TEND_BATCH {
             let Some(slot) = self.slots.recycler.next_surplus() else { break };
             self.give_up(slot);
+        }
+    }
+
+    fn begin_grace(&mut self) {
+        if self.slots.recycler.begin_grace() {
+            self.grace.begin();
         }
     }
 
@@ -439,6 +443,10 @@ impl Ring {
             if batch.len() < COMPLETIONS_BATCH || self.stats.pauses > pauses {
                 break;
             }
+        }
+        if !self.is_ending {
+            // What is unbound now need not wait for the next enter.
+            self.begin_grace();
         }
     }
 
