@@ -32,8 +32,9 @@ const GUESTS: usize = 4;
 /// Lives that a guest leads between two looks at what the others have found.
 const CHAPTER: u32 = 500;
 
-/// Lives after which a ring that does not recycle is given up on.
-const LIVES_MAX: u32 = 4_000_000;
+/// Sockets made anew before a ring that does not recycle is given up on. Where grace periods take
+/// long there are as many as live then; a busy machine has been seen to make one in three.
+const NEW_MAX: u64 = RECYCLED;
 
 /// What guests share.
 struct World {
@@ -51,9 +52,10 @@ impl World {
         while !self.is_over.load(Ordering::Relaxed) {
             let first = self.next_life.fetch_add(CHAPTER, Ordering::Relaxed);
             let lived = guest.live(self.seed, first, CHAPTER).await;
-            let is_enough =
-                self.uring.stats().sockets_recycled >= RECYCLED || first > FIRST_LIFE + LIVES_MAX;
-            if lived.is_err() || is_enough {
+            let stats = self.uring.stats();
+            let is_enough = stats.sockets_recycled >= RECYCLED;
+            let is_in_vain = stats.sockets_created - stats.sockets_recycled > NEW_MAX;
+            if lived.is_err() || is_enough || is_in_vain {
                 self.is_over.store(true, Ordering::Relaxed);
             }
             tally = tally + lived?;
