@@ -259,14 +259,25 @@ impl Ring {
 
     /// Pushes an operation that somebody will wait for.
     pub(crate) fn submit(&mut self, slot: SlotIndex, mut op: Op) -> OpKey {
-        match &mut op {
-            Op::Send(send) => {
-                send.plan(self.slots.segment_max(slot));
-                self.unsent_bytes += send.bytes();
-                self.slots.history(slot).send();
-            }
-            Op::Connect(_) => self.slots.history(slot).connect(),
-            Op::SetOption(_) => self.slots.history(slot).spoil(Unfit::Options),
+        if let Op::Send(send) = &mut op {
+            send.plan(self.slots.segment_max(slot));
+            self.unsent_bytes += send.bytes();
+        }
+        self.record(slot, &op);
+        self.slots.begin(slot, matches!(op, Op::Send(_)));
+        let key = self.ops.insert(op, slot);
+        self.push(key);
+        key
+    }
+
+    /// Tells a slot's history of an operation that leaves something in its socket.
+    fn record(&mut self, slot: SlotIndex, op: &Op) {
+        let history = self.slots.history(slot);
+        match op {
+            Op::Send(_) => history.send(),
+            Op::Connect(_) => history.connect(),
+            Op::SetOption(_) => history.spoil(Unfit::Options),
+            // `submit_bind` does so itself, for one that is held, too.
             Op::Bind(_)
             | Op::Receive(_)
             | Op::Install
@@ -275,13 +286,10 @@ impl Ring {
             | Op::Drain(_)
             | Op::Close => {}
         }
-        self.slots.begin(slot, matches!(op, Op::Send(_)));
-        let key = self.ops.insert(op, slot);
-        self.push(key);
-        key
     }
 
     fn submit_unclaimed(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+        self.record(slot, &op);
         let key = self.ops.insert_unclaimed(op, slot);
         self.slots.begin(slot, false);
         self.push(key);
@@ -658,7 +666,6 @@ impl Ring {
         if matches!(self.slots.state(slot), SlotState::Open { .. }) && self.slots.mark_bursts(slot)
         {
             let on = SocketOption { level: libc::SOL_UDP, name: libc::UDP_GRO, value: 1 };
-            self.slots.history(slot).spoil(Unfit::Options);
             self.submit_unclaimed(slot, Op::SetOption(Box::new(on)));
         }
     }

@@ -576,11 +576,7 @@ impl Options {
     fn to_set(self, family: Family) -> Vec<SocketOption> {
         let mut options = Vec::new();
         if family == Family::V6 {
-            options.push(SocketOption {
-                level: libc::IPPROTO_IPV6,
-                name: libc::IPV6_V6ONLY,
-                value: 1,
-            });
+            options.push(SocketOption::V6ONLY);
         }
         if let Some(hops) = self.hop_limit {
             let (level, name) = hop_limit_option(family);

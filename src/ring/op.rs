@@ -159,8 +159,12 @@ impl BindOp {
 }
 
 impl SocketOption {
+    /// What every IPv6 socket is told: WASI sockets are never dual-stack.
+    pub(crate) const V6ONLY: Self =
+        Self { level: libc::IPPROTO_IPV6, name: libc::IPV6_V6ONLY, value: 1 };
+
     pub(crate) fn is_v6only(&self) -> bool {
-        self.level == libc::IPPROTO_IPV6 && self.name == libc::IPV6_V6ONLY
+        (self.level, self.name) == (Self::V6ONLY.level, Self::V6ONLY.name)
     }
 
     fn entry(&self, fd: types::Fixed) -> Entry {

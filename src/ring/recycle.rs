@@ -122,12 +122,8 @@ impl History {
     }
 
     /// For the next owner: what the kernel remembers stays.
-    fn renewed(self) -> Self {
+    pub(crate) fn renewed(self) -> Self {
         Self { is_addressed: self.is_addressed, ..Self::new(self.family) }
-    }
-
-    pub(crate) fn renew(&mut self) {
-        *self = self.renewed();
     }
 
     pub(crate) fn bind(&mut self, is_addressed: bool) {

@@ -185,8 +185,7 @@ impl SlotTable {
             && let Some(slot) = self.recycler.take(family, sets_source)
         {
             let entry = &mut self.slots[slot.0 as usize];
-            entry.history.renew();
-            *entry = Slot::open(entry.history);
+            *entry = Slot::open(entry.history.renewed());
             return Opened { slot, holds: Holds::Warm };
         }
         let open = Slot::open(History::new(family));

@@ -210,8 +210,8 @@ impl Trial {
     // ---- operations -------------------------------------------------------------------------
 
     fn bind_op(&self, ip: IpAddr, is_recycled: bool) -> BindOp {
-        let v6only = SocketOption { level: libc::IPPROTO_IPV6, name: libc::IPV6_V6ONLY, value: 1 };
-        let options = if self.family == Family::V6 { vec![v6only] } else { Vec::new() };
+        let options =
+            if self.family == Family::V6 { vec![SocketOption::V6ONLY] } else { Vec::new() };
         let mut bind = BindOp::new(self.family, options, SocketAddr::new(ip, 0));
         bind.is_recycled = is_recycled;
         bind
