@@ -1,10 +1,14 @@
 //! One guest's share of a ring: its policy, its quota, its name.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 
 use tokio::task::yield_now;
+
+use crate::driver::wakes_nobody;
 
 use crate::datagram::Family;
 use crate::driver::{Guest, Uring};
@@ -47,6 +51,8 @@ impl Turn {
 
     pub(crate) async fn give_up_if_over(&self) {
         if self.datagrams.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
+            // Wasmtime polls a concurrent call for the first time without a waker to yield by.
+            poll_fn(|cx| if wakes_nobody(cx) { Poll::Pending } else { Poll::Ready(()) }).await;
             // Not only behind the others that are ready: also behind a look at who else is.
             yield_now().await;
             self.begin();

@@ -338,7 +338,7 @@ impl Uring {
 
     fn ticket(&self, core: &Core, guest: Guest, key: OpKey) -> Ticket {
         let flush = Flush { guest, pushed: core.ring.pushed(), yielding: Yielding::NotYielded };
-        Ticket { uring: self.clone(), key, flush, fetched: false }
+        Ticket { uring: self.clone(), key, flush, fetched: false, ends_with_caller: false }
     }
 
     /// Arms a socket's receive: where its datagrams will be, and what to wait for so that those
@@ -605,7 +605,8 @@ impl Flush {
         // Until they are sent, payloads push each other out of the cache.
         let is_light = core.ring.unsent_bytes() < FLUSH_BYTES;
         let has_yielded = matches!(self.yielding, Yielding::Over);
-        if !has_yielded && is_light && core.crowd.take_turn(self.guest) && is_current_thread() {
+        let can_yield = !has_yielded && is_light && !wakes_nobody(cx);
+        if can_yield && core.crowd.take_turn(self.guest) && is_current_thread() {
             self.yielding = Yielding::Yielded(core.crowd.start_yield());
             drop(core);
             cx.waker().wake_by_ref();
@@ -623,6 +624,12 @@ enum Advance<'core> {
     Looked(MutexGuard<'core, Core>),
 }
 
+/// Whether a future cannot be woken by what it is polled with: Wasmtime polls a concurrent call so,
+/// the first time, and at once again with a waker if it was not ready.
+pub(crate) fn wakes_nobody(cx: &Context<'_>) -> bool {
+    cx.waker().will_wake(Waker::noop())
+}
+
 /// Whether this thread's runtime has no other: its guests never contend for the ring.
 fn is_current_thread() -> bool {
     Handle::try_current()
@@ -636,13 +643,20 @@ pub(crate) struct Ticket {
     key: OpKey,
     flush: Flush,
     fetched: bool,
+    ends_with_caller: bool,
 }
 
 impl Ticket {
+    /// For a `send` that is not to go on without its caller.
+    pub(crate) fn cancelled_with_caller(mut self) -> Self {
+        self.ends_with_caller = true;
+        self
+    }
+
     /// Ready with what came of the operation after its last completion.
     pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<Done> {
         let coop = ready!(coop::poll_proceed(cx));
-        let Self { uring, key, flush, fetched } = self;
+        let Self { uring, key, flush, fetched, .. } = self;
         let mut core = uring.shared.lock();
         flush.end_yield(&mut core);
         let mut done = core.ring.fetch(*key, None);
@@ -693,7 +707,7 @@ impl Ticket {
     /// Ready when the operation has reached the kernel, with what came of it if it is done by then.
     pub(crate) fn poll_submitted(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done>> {
         let coop = ready!(coop::poll_proceed(cx));
-        let Self { uring, key, flush, fetched } = self;
+        let Self { uring, key, flush, fetched, .. } = self;
         let mut core = ready!(flush.poll_submitted(uring, cx));
         let done = core.ring.fetch(*key, None);
         *fetched = done.is_some();
@@ -704,8 +718,16 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if !self.fetched {
-            self.uring.shared.lock().ring.abandon(self.key);
+        if self.fetched {
+            return;
+        }
+        let mut core = self.uring.shared.lock();
+        if self.ends_with_caller {
+            core.ring.cancel(self.key);
+        }
+        core.ring.abandon(self.key);
+        if self.ends_with_caller {
+            self.uring.carry_out(core);
         }
     }
 }

@@ -98,6 +98,8 @@ pub mod doctor;
 pub mod limits;
 #[cfg(feature = "p2")]
 pub mod p2;
+#[cfg(feature = "p3")]
+pub mod p3;
 
 mod ctx;
 mod datagram;
@@ -107,15 +109,17 @@ mod policy;
 mod ring;
 mod socket;
 mod stats;
+#[cfg(any(feature = "p2", feature = "p3"))]
+mod view;
 
 pub use ctx::{UdpCtx, UdpCtxBuilder};
 pub use driver::{Uring, UringBuilder};
 pub use error::{KERNEL_MIN, SetupError};
-#[cfg(feature = "p2")]
-pub use p2::{UdpCtxView, UdpView};
 pub use policy::SocketAddrUse;
 pub use ring::recycle::Recycle;
 pub use stats::{ClosedInstead, Stats};
+#[cfg(any(feature = "p2", feature = "p3"))]
+pub use view::{UdpCtxView, UdpSocket, UdpView};
 
 /// The README's example is compiled with the tests.
 #[cfg(all(doctest, feature = "p2"))]

@@ -35,6 +35,9 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 /// Datagrams per `send` or `receive`, the number wasmtime-wasi permits.
 pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
 
+/// Sends of WASI 0.3 that one socket may have on their way at once; the others wait for one of them.
+pub(crate) const SENDS_MAX: u32 = 64;
+
 /// Datagrams a guest may take without waiting before other guests of its thread have their turn.
 pub(crate) const TURN_DATAGRAMS: usize = 32;
 

@@ -21,7 +21,7 @@
 
 mod host;
 
-use wasmtime::component::{HasData, Linker, ResourceTable};
+use wasmtime::component::Linker;
 use wasmtime_wasi::WasiView;
 use wasmtime_wasi::cli::{WasiCli, WasiCliView};
 use wasmtime_wasi::filesystem::{WasiFilesystem, WasiFilesystemView};
@@ -29,9 +29,9 @@ use wasmtime_wasi::p2::bindings::{self as stock, LinkOptions};
 use wasmtime_wasi::random::WasiRandom;
 use wasmtime_wasi::sockets::{WasiSockets, WasiSocketsView};
 
-use crate::UdpCtx;
+use crate::view::{Udp, UdpView};
 
-pub use self::host::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};
+pub use self::host::{IncomingDatagramStream, OutgoingDatagramStream};
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -55,7 +55,7 @@ mod bindings {
         with: {
             "wasi:io/poll": wasmtime_wasi_io::bindings::wasi::io::poll,
             "wasi:sockets/network": wasmtime_wasi::p2::bindings::sockets::network,
-            "wasi:sockets/udp.udp-socket": super::UdpSocket,
+            "wasi:sockets/udp.udp-socket": crate::view::UdpSocket,
             "wasi:sockets/udp.incoming-datagram-stream": super::IncomingDatagramStream,
             "wasi:sockets/udp.outgoing-datagram-stream": super::OutgoingDatagramStream,
         },
@@ -63,27 +63,6 @@ mod bindings {
 }
 
 use self::bindings::wasi::sockets::{udp, udp_create_socket};
-
-/// What a store's data must provide: its guest's [`UdpCtx`] and resource table.
-pub trait UdpView: Send {
-    /// Both, borrowed together.
-    fn udp(&mut self) -> UdpCtxView<'_>;
-}
-
-/// What [`UdpView`] provides.
-#[derive(Debug)]
-pub struct UdpCtxView<'a> {
-    /// The guest's UDP configuration and ring.
-    pub ctx: &'a mut UdpCtx,
-    /// The guest's resources, the same table as [`WasiView`]'s.
-    pub table: &'a mut ResourceTable,
-}
-
-struct Udp;
-
-impl HasData for Udp {
-    type Data<'a> = UdpCtxView<'a>;
-}
 
 /// Adds all of WASI 0.2, UDP on the ring: takes the place of
 /// [`wasmtime_wasi::p2::add_to_linker_async`].

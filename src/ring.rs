@@ -722,6 +722,14 @@ impl Ring {
         }
     }
 
+    /// Takes a `send` back that still waits for room.
+    pub(crate) fn cancel(&mut self, key: OpKey) {
+        if let Some(send) = self.ops.send_mut(key) {
+            send.cancel();
+            self.push_chain(&[op::cancel(key.user_data())]);
+        }
+    }
+
     pub(crate) fn snapshot(&self) -> Stats {
         let room = self.slots.room();
         let recycler = &self.slots.recycler;

@@ -1,24 +1,31 @@
-//! A guest's UDP socket: its life cycle, options, sending and receiving. Knows WASI's rules and
-//! the ring's operations, and nothing of Wasmtime.
+//! A guest's UDP socket: its life cycle and options here, sending and receiving below. Knows WASI's
+//! rules and the ring's operations, and nothing of Wasmtime.
+//!
+//! Most calls have the guest to themselves until they return. `send_one` and `receive_one`, which
+//! WASI 0.3 declares async, do not: several of them wait at a time, and any other call may come
+//! between.
+
+mod receive;
+mod send;
 
 use std::future::poll_fn;
-use std::net::{SocketAddr, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
-use tokio::task::coop::consume_budget;
+use tokio::sync::Semaphore;
 
 use crate::ctx::GuestCtx;
-use crate::datagram::{Family, Outgoing, RawAddr};
+use crate::datagram::{Family, RawAddr};
 use crate::driver::{Flush, Ticket};
 use crate::error::{Errno, ErrorCode};
-use crate::limits::{BATCH_DATAGRAMS_MAX, PAYLOAD_BYTES_MAX, RECEIVE_BYTES_MAX};
+use crate::limits::SENDS_MAX;
 use crate::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::ring::Done;
-use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
+use crate::ring::inbox::Inbox;
 use crate::ring::op::{BindOp, Op, SocketOption};
 use crate::ring::probe::{FamilyDefaults, hop_limit_option};
-use crate::ring::send::SendOp;
 use crate::ring::slots::SlotIndex;
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
@@ -30,11 +37,15 @@ pub(crate) struct UdpSocket {
     /// Made when somebody first wants to receive.
     inbox: OnceLock<Arc<Inbox>>,
     state: Mutex<State>,
+    /// A permit for each concurrent send on its way; all of them for the bind it may begin with.
+    sends: Semaphore,
 }
 
 /// Small, for most sockets of a crowd never need most of it.
 struct State {
     life: SocketState,
+    /// The concurrent call that waits for the bind. Whoever else hears of it first wakes it.
+    binder: Option<Waker>,
     options: Options,
     /// What the kernel last said, if nothing has happened since that may change it.
     local: Option<Box<SocketAddr>>,
@@ -61,13 +72,6 @@ struct Options {
     hop_limit: Option<u8>,
     receive_buffer: Option<u32>,
     send_buffer: Option<u32>,
-}
-
-/// Datagrams kept from a guest.
-#[derive(Default)]
-struct Withheld {
-    by_policy: u64,
-    not_from_peer: u64,
 }
 
 /// A socket option that WASI lets guests set.
@@ -100,12 +104,14 @@ impl UdpSocket {
             inbox: OnceLock::new(),
             state: Mutex::new(State {
                 life: SocketState::Unbound,
+                binder: None,
                 options: Options::default(),
                 local: None,
                 remote: None,
                 arming: None,
                 in_flight: None,
             }),
+            sends: Semaphore::const_new(SENDS_MAX as usize),
         })
     }
 
@@ -119,7 +125,7 @@ impl UdpSocket {
 
     // ---- bind -------------------------------------------------------------------------------
 
-    /// Validates, asks the policy, and pushes SOCKET, the options and BIND as one chain.
+    /// Validates, asks the policy, and pushes the bind.
     pub(crate) fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
         match self.lock().life {
             SocketState::Unbound => {}
@@ -133,6 +139,12 @@ impl UdpSocket {
         }
         // The host's code, so not under the lock.
         self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
+        self.push_bind(addr);
+        Ok(())
+    }
+
+    /// Pushes SOCKET, the options and BIND as one chain.
+    fn push_bind(&self, addr: SocketAddr) {
         let mut state = self.lock();
         let bind = BindOp::new(self.family, state.options.to_set(self.family), addr);
         let GuestCtx { uring, guest, .. } = &*self.ctx;
@@ -143,25 +155,49 @@ impl UdpSocket {
         // The kernel picks what the guest left open; then only it knows.
         let is_known = addr.port() != 0 && !addr.ip().is_unspecified();
         state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
-        Ok(())
     }
 
     pub(crate) async fn finish_bind(&self) -> Result<(), ErrorCode> {
+        poll_fn(|cx| self.lock().poll_finish(cx)).await
+    }
+
+    /// Both steps in one.
+    pub(crate) async fn bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
+        if self.is_bound().await {
+            return Err(ErrorCode::InvalidState);
+        }
+        self.forget_bind().await;
+        self.start_bind(addr)?;
+        self.finish_bind().await
+    }
+
+    /// Binds to any address and port unless the socket is bound.
+    async fn bind_anywhere(&self) -> Result<(), ErrorCode> {
+        if self.is_bound().await {
+            return Ok(());
+        }
+        self.forget_bind().await;
+        self.push_bind(anywhere(self.family));
+        self.finish_bind().await
+    }
+
+    /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
+    async fn beside<T>(&self, bind: impl Future<Output = T>) -> T {
+        let _alone = self.sends.acquire_many(SENDS_MAX).await;
+        let mut bind = pin!(bind);
         poll_fn(|cx| {
-            let mut state = self.lock();
-            ready!(state.poll_settled(cx));
-            Poll::Ready(match state.life {
-                SocketState::Settled(result) => {
-                    state.life =
-                        if result.is_ok() { SocketState::Bound } else { SocketState::Unbound };
-                    result
-                }
-                SocketState::Unbound | SocketState::Binding(_) | SocketState::Bound => {
-                    Err(ErrorCode::NotInProgress)
-                }
-            })
+            let poll = bind.as_mut().poll(cx);
+            if poll.is_pending() {
+                self.lock().binder = Some(cx.waker().clone());
+            }
+            poll
         })
         .await
+    }
+
+    /// Drops the failure of a bind whose caller has given up.
+    async fn forget_bind(&self) {
+        let _failure = self.finish_bind().await;
     }
 
     /// Waits for a bind on its way; whether the socket is bound then.
@@ -169,9 +205,14 @@ impl UdpSocket {
         poll_fn(|cx| {
             let mut state = self.lock();
             ready!(state.poll_settled(cx));
-            Poll::Ready(matches!(state.life, SocketState::Settled(Ok(())) | SocketState::Bound))
+            Poll::Ready(state.is_bound())
         })
         .await
+    }
+
+    /// Asks the policy for the bind to any address and port that the kernel would do by itself.
+    fn may_bind_anywhere(&self) -> Result<(), ErrorCode> {
+        self.ctx.policy.check(anywhere(self.family), SocketAddrUse::UdpBind)
     }
 
     /// Pushes an operation on the socket, which is bound, and waits for it.
@@ -187,9 +228,9 @@ impl UdpSocket {
         *self.slot.get().expect("a bound socket has a slot")
     }
 
-    // ---- stream -----------------------------------------------------------------------------
+    // ---- connect ----------------------------------------------------------------------------
 
-    /// Connects, reconnects or disconnects a bound socket, as `stream` asks.
+    /// Connects, reconnects or disconnects a bound socket, as `stream` of WASI 0.2 asks.
     pub(crate) async fn stream(&self, remote: Option<SocketAddr>) -> Result<(), ErrorCode> {
         if !self.is_bound().await {
             return Err(ErrorCode::InvalidState);
@@ -198,24 +239,41 @@ impl UdpSocket {
             // What waits for room is for the peer of its time, whom its entries do not name.
             poll_fn(|cx| self.poll_sendable(cx)).await;
         }
-        if let Some(remote) = remote {
-            self.connect(remote).await?;
-        } else if self.lock().remote.is_some() {
-            self.run_connect(RawAddr::unspec()).await?;
-            self.lock().remote = None;
+        match remote {
+            Some(remote) => {
+                self.check_peer(remote, false)?;
+                self.associate(remote).await
+            }
+            None if self.remote().is_some() => self.dissolve().await,
+            None => Ok(()),
         }
-        if let Some(inbox) = self.inbox.get() {
-            inbox.readmit();
-        }
-        Ok(())
     }
 
-    async fn connect(&self, remote: SocketAddr) -> Result<(), ErrorCode> {
+    /// `connect` of WASI 0.3, which binds what is not bound.
+    pub(crate) async fn connect(&self, remote: SocketAddr) -> Result<(), ErrorCode> {
+        let is_bound = self.is_bound().await;
+        self.check_peer(remote, !is_bound)?;
+        self.bind_anywhere().await?;
+        self.associate(remote).await
+    }
+
+    pub(crate) async fn disconnect(&self) -> Result<(), ErrorCode> {
+        self.remote_address()?;
+        self.dissolve().await
+    }
+
+    fn check_peer(&self, remote: SocketAddr, binds: bool) -> Result<(), ErrorCode> {
         if !is_of_family(remote, self.family) || !is_remote(remote) {
             return Err(ErrorCode::InvalidArgument);
         }
+        if binds {
+            self.may_bind_anywhere()?;
+        }
         self.ctx.policy.check(remote, SocketAddrUse::UdpSend)?;
-        self.ctx.policy.check(remote, SocketAddrUse::UdpReceive)?;
+        self.ctx.policy.check(remote, SocketAddrUse::UdpReceive)
+    }
+
+    async fn associate(&self, remote: SocketAddr) -> Result<(), ErrorCode> {
         let mut result = self.run_connect(remote.into()).await;
         if result == Err(Errno(libc::EINVAL)) {
             // A socket keeps the source address of its first route; a peer beyond another one
@@ -226,11 +284,24 @@ impl UdpSocket {
         }
         match result {
             Ok(()) => {
-                self.lock().remote = Some(Box::new(as_the_kernel_names(remote)));
+                self.set_remote(Some(remote));
                 Ok(())
             }
             Err(Errno(libc::EAFNOSUPPORT)) => Err(ErrorCode::InvalidArgument),
             Err(errno) => Err(errno.into()),
+        }
+    }
+
+    async fn dissolve(&self) -> Result<(), ErrorCode> {
+        self.run_connect(RawAddr::unspec()).await?;
+        self.set_remote(None);
+        Ok(())
+    }
+
+    fn set_remote(&self, remote: Option<SocketAddr>) {
+        self.lock().remote = remote.map(|remote| Box::new(as_the_kernel_names(remote)));
+        if let Some(inbox) = self.inbox.get() {
+            inbox.readmit();
         }
     }
 
@@ -322,216 +393,6 @@ impl UdpSocket {
         self.lock().options.update(options);
         Ok(())
     }
-
-    // ---- receive ----------------------------------------------------------------------------
-
-    /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox. With
-    /// it, the peer that a connected socket hears.
-    async fn listening(&self) -> (&Inbox, Option<SocketAddr>) {
-        poll_fn(|cx| {
-            let GuestCtx { uring, guest, .. } = &*self.ctx;
-            let mut state = self.lock();
-            let inbox = self.inbox.get_or_init(|| {
-                let (inbox, flush) = uring.arm(*guest, self.bound_slot());
-                state.arming = Some(Box::new(flush));
-                inbox
-            });
-            // Kept until it is done, for a guest may look once and come back.
-            if let Some(flush) = &mut state.arming {
-                ready!(flush.poll(uring, cx));
-                state.arming = None;
-            }
-            Poll::Ready((&**inbox, state.remote.as_deref().copied()))
-        })
-        .await
-    }
-
-    /// Up to `max` datagrams that are there already, at most as many as wasmtime-wasi hands out.
-    pub(crate) async fn receive(&self, max: u64) -> Result<Vec<Datagram>, ErrorCode> {
-        let max = usize::try_from(max).unwrap_or(usize::MAX).min(BATCH_DATAGRAMS_MAX);
-        if max == 0 {
-            return Ok(Vec::new());
-        }
-        // A guest that asks without end does not suspend by itself.
-        consume_budget().await;
-        let (inbox, remote) = self.listening().await;
-        let most = InboxLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
-        let mut has_looked = false;
-        loop {
-            self.ctx.turn.give_up_if_over().await;
-            let Taken { mut datagrams, first_is_admitted, resume } = inbox.take(most)?;
-            if resume {
-                self.resume();
-            }
-            if datagrams.is_empty() {
-                if std::mem::replace(&mut has_looked, true) {
-                    return Ok(datagrams);
-                }
-                self.ctx.uring.look();
-                continue;
-            }
-            self.ctx.turn.count(datagrams.len());
-            let mut is_admitted = first_is_admitted;
-            let mut withheld = Withheld::default();
-            datagrams.retain(|datagram| {
-                std::mem::take(&mut is_admitted)
-                    || self.may_hear(datagram.from, remote, &mut withheld)
-            });
-            self.count(withheld);
-            if !datagrams.is_empty() {
-                return Ok(datagrams);
-            }
-        }
-    }
-
-    /// Ready when `receive` would return a datagram or an error.
-    pub(crate) async fn receivable(&self) {
-        let (inbox, remote) = self.listening().await;
-        poll_fn(|cx| {
-            if self.admit(inbox, remote) {
-                return Poll::Ready(());
-            }
-            // Not registered yet: what the look brings would wake the very task that looks.
-            self.ctx.uring.look_and_listen();
-            if self.admit(inbox, remote) {
-                return Poll::Ready(());
-            }
-            inbox.wake_on_arrival(cx.waker());
-            // Another thread may have booked something in between.
-            if self.admit(inbox, remote) {
-                return Poll::Ready(());
-            }
-            self.ctx.turn.begin();
-            Poll::Pending
-        })
-        .await;
-    }
-
-    /// Whether an arrival is there that the guest may see; those it may not are dropped.
-    fn admit(&self, inbox: &Inbox, remote: Option<SocketAddr>) -> bool {
-        let mut withheld = Withheld::default();
-        let admitted = inbox.admit(|from| self.may_hear(from, remote, &mut withheld));
-        self.count(withheld);
-        if !admitted && inbox.resume_if_drained() {
-            // What was dropped had filled it.
-            self.resume();
-        }
-        admitted
-    }
-
-    /// Whether the guest may see a datagram of this sender.
-    fn may_hear(
-        &self,
-        from: SocketAddr,
-        remote: Option<SocketAddr>,
-        withheld: &mut Withheld,
-    ) -> bool {
-        let allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
-        // The kernel filters what arrives after the connect, not what was queued before.
-        let is_peer = remote.is_none_or(|remote| remote == from);
-        withheld.by_policy += u64::from(!allowed);
-        withheld.not_from_peer += u64::from(allowed && !is_peer);
-        allowed && is_peer
-    }
-
-    fn count(&self, Withheld { by_policy, not_from_peer }: Withheld) {
-        if by_policy + not_from_peer > 0 {
-            self.ctx.uring.count(|stats| {
-                stats.dropped_by_policy += by_policy;
-                stats.dropped_not_from_peer += not_from_peer;
-            });
-        }
-    }
-
-    fn resume(&self) {
-        self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
-    }
-
-    // ---- send -------------------------------------------------------------------------------
-
-    /// Sends datagrams in order, as one submission, and returns how many the kernel took or will
-    /// take.
-    ///
-    /// WIT: "If at least one datagram has been sent successfully, this function never returns an
-    /// error." What must wait for room is told of by the next `send`, if it fails.
-    pub(crate) async fn send(
-        &self,
-        datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
-    ) -> Result<u64, ErrorCode> {
-        let remote = {
-            let mut state = self.lock();
-            if let Some(earlier) = &mut state.in_flight {
-                let Some(done) = earlier.try_done() else { return Ok(0) };
-                state.in_flight = None;
-                if let Some(errno) = done.error {
-                    return Err(errno.into());
-                }
-            }
-            state.remote.as_deref().copied()
-        };
-        let mut refused = None;
-        let mut accepted = Vec::with_capacity(datagrams.len());
-        for (payload, to) in datagrams {
-            match self.check_outgoing(&payload, to, remote) {
-                Ok(to) => accepted.push(Outgoing { payload, to }),
-                Err(error) => {
-                    refused = Some(error);
-                    break;
-                }
-            }
-        }
-        if accepted.is_empty() {
-            return refused.map_or(Ok(0), Err);
-        }
-        let accepted_len = accepted.len() as u64;
-        let mut ticket = self.submit(Op::Send(SendOp::new(accepted)));
-        let done = poll_fn(|cx| ticket.poll_submitted(cx)).await;
-        if ticket.has_yielded() {
-            self.ctx.turn.begin();
-        }
-        match done {
-            Some(Done { error: Some(errno), sent: 0, .. }) => Err(errno.into()),
-            Some(Done { sent, .. }) => Ok(sent),
-            None => {
-                self.lock().in_flight = Some(Box::new(ticket));
-                Ok(accepted_len)
-            }
-        }
-    }
-
-    /// Ready when the kernel has taken all that was sent.
-    pub(crate) fn poll_sendable(&self, cx: &mut Context<'_>) -> Poll<()> {
-        match &self.lock().in_flight {
-            Some(ticket) => ticket.poll_is_done(cx),
-            None => Poll::Ready(()),
-        }
-    }
-
-    /// Checks one datagram; the address to send it to, or none for a connected socket's peer.
-    fn check_outgoing(
-        &self,
-        payload: &[u8],
-        to: Option<SocketAddr>,
-        remote: Option<SocketAddr>,
-    ) -> Result<Option<RawAddr>, ErrorCode> {
-        if payload.len() > PAYLOAD_BYTES_MAX {
-            return Err(ErrorCode::DatagramTooLarge);
-        }
-        if let Some(to) = to
-            && (!is_remote(to) || !is_of_family(to, self.family))
-        {
-            return Err(ErrorCode::InvalidArgument);
-        }
-        let effective = match (to, remote) {
-            // WIT: a connected socket's datagrams name its peer or nobody.
-            (Some(to), Some(remote)) if to != remote => return Err(ErrorCode::InvalidArgument),
-            (Some(to), _) => to,
-            (None, Some(remote)) => remote,
-            (None, None) => return Err(ErrorCode::InvalidArgument),
-        };
-        self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
-        Ok(remote.is_none().then(|| effective.into()))
-    }
 }
 
 impl State {
@@ -546,8 +407,34 @@ impl State {
                 })
             });
             self.life = SocketState::Settled(result);
+            if let Some(binder) = self.binder.take() {
+                binder.wake();
+            }
         }
         Poll::Ready(())
+    }
+
+    /// Ready with what came of a bind, which is told once.
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ErrorCode>> {
+        ready!(self.poll_settled(cx));
+        Poll::Ready(match self.life {
+            SocketState::Settled(result) => {
+                self.life = if result.is_ok() { SocketState::Bound } else { SocketState::Unbound };
+                result
+            }
+            SocketState::Unbound | SocketState::Binding(_) | SocketState::Bound => {
+                Err(ErrorCode::NotInProgress)
+            }
+        })
+    }
+
+    /// Whether it is bound, or about to be.
+    fn may_be_bound(&self) -> bool {
+        self.is_bound() || matches!(self.life, SocketState::Binding(_))
+    }
+
+    fn is_bound(&self) -> bool {
+        matches!(self.life, SocketState::Settled(Ok(())) | SocketState::Bound)
     }
 }
 
@@ -597,6 +484,14 @@ impl Options {
         self.hop_limit = other.hop_limit.or(self.hop_limit);
         self.receive_buffer = other.receive_buffer.or(self.receive_buffer);
         self.send_buffer = other.send_buffer.or(self.send_buffer);
+    }
+}
+
+/// What a socket is bound to that nobody has bound.
+fn anywhere(family: Family) -> SocketAddr {
+    match family {
+        Family::V4 => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        Family::V6 => (Ipv6Addr::UNSPECIFIED, 0).into(),
     }
 }
 

@@ -10,7 +10,8 @@ use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::error::Context;
 use wasmtime::{Config, Engine, Store};
 use wasmtime::{bail, format_err};
-use wasmtime_wasi::p2::bindings::{Command, CommandPre};
+use wasmtime_wasi::p2;
+use wasmtime_wasi::p3;
 use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use super::{BackendArg, Failure, NetArg, say};
@@ -58,8 +59,14 @@ pub(crate) fn engine() -> wasmtime::Result<Engine> {
 /// A guest program, compiled and linked: instances are made from it.
 pub(crate) struct Program {
     engine: Engine,
-    pre: CommandPre<Host>,
+    pre: Pre,
     backend: Backend,
+}
+
+/// By the version of WASI whose `wasi:cli/run` it exports.
+enum Pre {
+    P2(p2::bindings::CommandPre<Host>),
+    P3(p3::bindings::CommandPre<Host>),
 }
 
 impl Program {
@@ -70,22 +77,28 @@ impl Program {
     ) -> Result<Self, Failure> {
         let mut linker = Linker::new(engine);
         match backend {
-            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker),
-            Backend::Stock => wasmtime_wasi::p2::add_to_linker_async(&mut linker),
+            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker)
+                .and_then(|()| wasi_uring::p3::add_to_linker(&mut linker)),
+            Backend::Stock => {
+                p2::add_to_linker_async(&mut linker).and_then(|()| p3::add_to_linker(&mut linker))
+            }
         }
         .map_err(Failure::run)?;
         let pre = linker.instantiate_pre(component).map_err(|error| {
             Failure::usage(error.context(
-                "the component cannot be linked: it imports what is not in WASI 0.2, or not with \
-                 this type",
+                "the component cannot be linked: it imports what is not in WASI 0.2 or 0.3, or not \
+                 with this type",
             ))
         })?;
-        let pre = CommandPre::new(pre).map_err(|error| {
-            Failure::usage(error.context(
-                "the component does not export wasi:cli/run@0.2: it is no command (build it as \
-                 one, or give another file)",
-            ))
-        })?;
+        let pre = match p3::bindings::CommandPre::new(pre.clone()) {
+            Ok(pre) => Pre::P3(pre),
+            Err(_) => Pre::P2(p2::bindings::CommandPre::new(pre).map_err(|error| {
+                Failure::usage(error.context(
+                    "the component does not export wasi:cli/run@0.2 or @0.3: it is no command \
+                     (build it as one, or give another file)",
+                ))
+            })?),
+        };
         Ok(Self { engine: engine.clone(), pre, backend })
     }
 
@@ -97,7 +110,10 @@ impl Program {
         };
         let host = Host { wasi: guest.wasi.build(), table: ResourceTable::new(), udp };
         let mut store = Store::new(&self.engine, host);
-        let command = self.pre.instantiate_async(&mut store).await?;
+        let command = match &self.pre {
+            Pre::P2(pre) => Command::P2(pre.instantiate_async(&mut store).await?),
+            Pre::P3(pre) => Command::P3(pre.instantiate_async(&mut store).await?),
+        };
         Ok(Guest { store, command })
     }
 }
@@ -115,10 +131,23 @@ pub(crate) struct Guest {
     command: Command,
 }
 
+enum Command {
+    P2(p2::bindings::Command),
+    P3(p3::bindings::Command),
+}
+
 impl Guest {
     /// Runs the guest to its end; an error if it returned one, exited with one or trapped.
     pub(crate) async fn run(&mut self) -> wasmtime::Result<()> {
-        match self.command.wasi_cli_run().call_run(&mut self.store).await {
+        let Self { store, command } = self;
+        let ended = match command {
+            Command::P2(command) => command.wasi_cli_run().call_run(store).await,
+            Command::P3(command) => store
+                .run_concurrent(async |store| command.wasi_cli_run().call_run(store).await)
+                .await
+                .flatten(),
+        };
+        match ended {
             Ok(Ok(())) => Ok(()),
             Ok(Err(())) => bail!("returned an error"),
             Err(error) => match error.downcast_ref::<I32Exit>() {

@@ -16,42 +16,13 @@ use wasmtime_wasi::p2::bindings::sockets::network::{
 use wasmtime_wasi::p2::{SocketError, SocketResult};
 use wasmtime_wasi_io::poll::{DynPollable, Pollable, subscribe};
 
-use super::UdpCtxView;
 use super::bindings::wasi::sockets::{udp, udp_create_socket};
 use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::limits::BATCH_DATAGRAMS_MAX;
 use crate::ring::inbox::Datagram;
 use crate::socket::{self, OptionValue};
-
-/// `wasi:sockets/udp.udp-socket`.
-pub struct UdpSocket(Held);
-
-/// A socket without streams needs no memory of its own beside the resource table's.
-enum Held {
-    Alone(Option<socket::UdpSocket>),
-    WithStreams(Arc<socket::UdpSocket>),
-}
-
-impl UdpSocket {
-    fn socket(&self) -> &socket::UdpSocket {
-        match &self.0 {
-            Held::Alone(socket) => socket.as_ref().expect("taken only by `share`"),
-            Held::WithStreams(socket) => socket,
-        }
-    }
-
-    fn share(&mut self) -> Arc<socket::UdpSocket> {
-        match &mut self.0 {
-            Held::WithStreams(socket) => Arc::clone(socket),
-            Held::Alone(socket) => {
-                let socket = Arc::new(socket.take().expect("taken only here"));
-                self.0 = Held::WithStreams(Arc::clone(&socket));
-                socket
-            }
-        }
-    }
-}
+use crate::view::{UdpCtxView, UdpSocket};
 
 /// `wasi:sockets/udp.incoming-datagram-stream`.
 pub struct IncomingDatagramStream(Arc<socket::UdpSocket>);
@@ -69,8 +40,8 @@ impl udp_create_socket::Host for UdpCtxView<'_> {
             IpAddressFamily::Ipv4 => Family::V4,
             IpAddressFamily::Ipv6 => Family::V6,
         };
-        let socket = self.ctx.new_socket(family)?;
-        Ok(self.table.push(UdpSocket(Held::Alone(Some(socket))))?)
+        let socket = UdpSocket::new(self.ctx, family)?;
+        Ok(self.table.push(socket)?)
     }
 }
 

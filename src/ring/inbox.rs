@@ -47,6 +47,8 @@ pub(crate) struct InboxLimits {
 pub(crate) struct Inbox {
     limits: InboxLimits,
     state: Mutex<InboxState>,
+    /// Concurrent receives; the first waits for the next arrival.
+    line: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -62,7 +64,12 @@ struct InboxState {
 
 impl Inbox {
     pub(crate) fn new(limits: InboxLimits) -> Self {
-        Self { limits, state: Mutex::default() }
+        Self { limits, state: Mutex::default(), line: tokio::sync::Mutex::default() }
+    }
+
+    /// A concurrent receive's turn, for as long as it keeps the guard.
+    pub(crate) async fn line(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.line.lock().await
     }
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {
@@ -124,9 +131,7 @@ impl Inbox {
                 state.admitted = true;
                 return true;
             }
-            if let Some(Ok(refused)) = state.arrivals.pop_front() {
-                state.bytes -= refused.payload.len();
-            }
+            state.pop();
         }
     }
 
@@ -143,11 +148,10 @@ impl Inbox {
         let mut datagrams = Vec::with_capacity(state.arrivals.len().min(most.datagrams));
         let mut bytes = 0;
         while datagrams.len() < most.datagrams && bytes < most.bytes {
-            match state.arrivals.pop_front() {
+            match state.pop() {
                 Some(Ok(datagram)) => {
                     // Empty datagrams take their time, too.
                     bytes += datagram.payload.len().max(1);
-                    state.bytes -= datagram.payload.len();
                     datagrams.push(datagram);
                 }
                 Some(Err(errno)) if datagrams.is_empty() => return Err(errno),
@@ -160,6 +164,13 @@ impl Inbox {
         }
         let resume = state.resume_if_drained(self.limits);
         Ok(Taken { datagrams, first_is_admitted, resume })
+    }
+
+    /// Takes the first arrival; and whether that ended a pause, so that the receive is to go on.
+    pub(crate) fn take_first(&self) -> (Option<Arrival>, bool) {
+        let mut state = self.lock();
+        state.admitted = false;
+        (state.pop(), state.resume_if_drained(self.limits))
     }
 
     /// Makes `admit` look at the front again: the socket has a new peer.
@@ -190,6 +201,14 @@ impl Inbox {
 }
 
 impl InboxState {
+    fn pop(&mut self) -> Option<Arrival> {
+        let arrival = self.arrivals.pop_front()?;
+        if let Ok(datagram) = &arrival {
+            self.bytes -= datagram.payload.len();
+        }
+        Some(arrival)
+    }
+
     fn resume_if_drained(&mut self, limits: InboxLimits) -> bool {
         let half = InboxLimits {
             datagrams: limits.datagrams.div_ceil(2),

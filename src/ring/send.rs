@@ -20,6 +20,8 @@ pub(crate) struct SendOp {
     /// so many bytes are the most for it.
     suspected: Option<usize>,
     attempts: u32,
+    /// Its caller has given it up.
+    is_cancelled: bool,
 }
 
 /// A message of a `send`: one datagram, or several that the kernel takes apart.
@@ -46,6 +48,7 @@ impl SendOp {
             messages: Vec::new(),
             suspected: None,
             attempts: 0,
+            is_cancelled: false,
         }
     }
 
@@ -91,11 +94,16 @@ impl SendOp {
                 true
             }
             // The thread that submitted it has exited, and its requests with it.
-            (Some(Errno(libc::ECANCELED)), _) => true,
+            (Some(Errno(libc::ECANCELED)), _) => !self.is_cancelled,
             _ => false,
         };
         self.attempts += 1;
         Attempt { again: again && self.attempts < SEND_ATTEMPTS_MAX, segment_max }
+    }
+
+    /// No attempt follows this one.
+    pub(super) fn cancel(&mut self) {
+        self.is_cancelled = true;
     }
 
     /// Messages of this attempt.

@@ -6,6 +6,7 @@
 use std::task::Waker;
 
 use super::op::Op;
+use super::send::SendOp;
 use super::slots::SlotIndex;
 use crate::error::Errno;
 
@@ -115,6 +116,14 @@ impl OpTable {
             OpState::InKernel { op, .. } | OpState::Unclaimed { op } => Some((key, place.slot, op)),
             OpState::Vacant | OpState::Done { .. } => None,
         }
+    }
+
+    /// A `send` that the kernel holds.
+    pub(crate) fn send_mut(&mut self, key: OpKey) -> Option<&mut SendOp> {
+        if let OpState::InKernel { op: Op::Send(send), .. } = &mut self.place(key)?.state {
+            return Some(send);
+        }
+        None
     }
 
     /// Counts one completion. `Some` if it was the last: the operation, to be ended or restarted.

@@ -1,0 +1,67 @@
+//! WASI 0.3: UDP on the ring, and all else as wasmtime-wasi has it.
+//!
+//! DIFFS
+
+mod host;
+
+use wasmtime::component::Linker;
+use wasmtime_wasi::WasiView;
+
+use crate::view::{Udp, UdpView};
+
+mod bindings {
+    wasmtime::component::bindgen!({
+        path: "src/p3/udp.wit",
+        interfaces: "import wasi:sockets/types@0.3.0;",
+        imports: {
+            // What may wait for the ring while it holds the store; `send` and `receive`, which WIT
+            // declares async, wait beside it. All else answers from memory.
+            "wasi:sockets/types.[method]udp-socket.bind": async | trappable,
+            "wasi:sockets/types.[method]udp-socket.connect": async | trappable,
+            "wasi:sockets/types.[method]udp-socket.disconnect": async | trappable,
+            "wasi:sockets/types.[method]udp-socket.get-local-address": async | trappable,
+            "wasi:sockets/types.[method]udp-socket.set-unicast-hop-limit": async | trappable,
+            "wasi:sockets/types.[method]udp-socket.set-receive-buffer-size": async | trappable,
+            "wasi:sockets/types.[method]udp-socket.set-send-buffer-size": async | trappable,
+            default: trappable,
+        },
+        with: {
+            "wasi:sockets/shared": wasmtime_wasi::p3::bindings::sockets::types,
+            "wasi:sockets/types.udp-socket": crate::view::UdpSocket,
+        },
+    });
+}
+
+use self::bindings::wasi::sockets::types;
+
+/// Adds all of WASI 0.3, UDP on the ring: takes the place of
+/// [`wasmtime_wasi::p3::add_to_linker`]. A linker, and a store, can have WASI 0.2 as well.
+///
+/// # Errors
+///
+/// If the linker already has one of the interfaces, or its engine no
+/// [`concurrency_support`](wasmtime::Config::concurrency_support).
+pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    wasmtime_wasi::p3::add_to_linker(linker)?;
+    // UDP shares an interface with TCP, so ours is put over theirs. A linker does not tell whether
+    // it allows that; only one that does not refuses, and is left as it was.
+    if add_udp_to_linker(linker).is_err() {
+        linker.allow_shadowing(true);
+        let added = add_udp_to_linker(linker);
+        linker.allow_shadowing(false);
+        added?;
+    }
+    Ok(())
+}
+
+/// Adds only the resource `udp-socket` of `wasi:sockets/types`, for hosts that assemble their
+/// linker themselves. One that has wasmtime-wasi's already must
+/// [allow shadowing](Linker::allow_shadowing) for it.
+///
+/// # Errors
+///
+/// If the linker already has it and does not allow shadowing, or its engine has no
+/// [`concurrency_support`](wasmtime::Config::concurrency_support).
+pub fn add_udp_to_linker<T: UdpView + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    types::add_to_linker::<T, Udp>(linker, T::udp)
+}
