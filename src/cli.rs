@@ -58,7 +58,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a WASI 0.2 component (one that exports wasi:cli/run)
+    /// Run a WASI 0.2 or 0.3 component (one that exports wasi:cli/run)
     Run(RunArgs),
     /// See both backends at work: a thousand guests that open, bind, use and close sockets
     Demo(DemoArgs),
@@ -88,6 +88,28 @@ pub(crate) enum RuntimeArg {
     MultiThread,
     /// A tokio-uring runtime and a ring for each thread
     TokioUring,
+}
+
+/// The version of WASI that a guest is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WasiArg {
+    /// Sockets with streams, and pollables to wait with
+    #[value(name = "0.2")]
+    P2,
+    /// Async functions
+    #[value(name = "0.3")]
+    P3,
+}
+
+impl WasiArg {
+    pub(crate) const ALL: [Self; 2] = [Self::P2, Self::P3];
+
+    pub(crate) fn version(self) -> &'static str {
+        match self {
+            Self::P2 => "0.2",
+            Self::P3 => "0.3",
+        }
+    }
 }
 
 /// Which addresses guests may use.
@@ -188,6 +210,9 @@ pub(crate) struct BenchArgs {
     /// What to measure [default: everything]
     #[arg(value_name = "NAME")]
     pub(crate) names: Vec<String>,
+    /// The WASI version of the guests; several values, several rows
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = WasiArg::ALL)]
+    pub(crate) wasi: Vec<WasiArg>,
     /// Guests at once; several values, several rows
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,64")]
     pub(crate) guests: Vec<NonZeroUsize>,

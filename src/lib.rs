@@ -34,6 +34,7 @@
 //! let engine = Engine::default();
 //! let mut linker = Linker::<Guest>::new(&engine);
 //! wasi_uring::p2::add_to_linker(&mut linker)?; // instead of wasmtime_wasi::p2::add_to_linker_async
+//! wasi_uring::p3::add_to_linker(&mut linker)?; // instead of wasmtime_wasi::p3::add_to_linker
 //!
 //! let udp = UdpCtx::builder(&uring).allow(|addr, _use| addr.ip().is_loopback()).sockets_max(64);
 //! let guest =
@@ -48,7 +49,7 @@
 //!
 //! # Where a datagram goes
 //!
-//! From a guest: [`p2`] hands the call's data to `socket`, which checks each datagram and asks
+//! From a guest: [`p2`] or [`p3`] hands the call's data to `socket`, which checks each datagram and asks
 //! `policy`; the payloads move into an operation of the `ring`, where those of one size to one
 //! peer become one message (GSO, `UDP_SEGMENT`); the `driver` brings its entries to the kernel
 //! together with those of other guests. What a path or a device does not take in one message is
@@ -80,7 +81,8 @@
 //!
 //! | module | its one job |
 //! |---|---|
-//! | [`p2`] | one thin function per WIT method; the linker functions |
+//! | [`p2`], [`p3`] | WASI 0.2 and 0.3: one thin function per WIT method; the linker functions |
+//! | `view` | what both need of a store; the socket as a resource |
 //! | `ctx` | one guest's share: policy, quota, ring |
 //! | `socket` | a socket's life cycle, options, sending and receiving |
 //! | `policy` | address checks, before any operation |
@@ -92,7 +94,8 @@
 //! | [`limits`] | every bound, and how they relate |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //!
-//! Dependencies point down the path of a datagram, and only `p2` knows Wasmtime's linker and tables.
+//! Dependencies point down the path of a datagram, and only the first two know Wasmtime's linker and
+//! tables.
 
 pub mod doctor;
 pub mod limits;
@@ -122,6 +125,6 @@ pub use stats::{ClosedInstead, Stats};
 pub use view::{UdpCtxView, UdpSocket, UdpView};
 
 /// The README's example is compiled with the tests.
-#[cfg(all(doctest, feature = "p2"))]
+#[cfg(all(doctest, feature = "p2", feature = "p3"))]
 #[doc = include_str!("../README.md")]
 struct ReadmeExample;

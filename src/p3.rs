@@ -1,6 +1,22 @@
 //! WASI 0.3: UDP on the ring, and all else as wasmtime-wasi has it.
 //!
-//! DIFFS
+//! A guest that calls [`p3`](self)'s functions pays for what Wasmtime needs to run its calls
+//! concurrently. An engine whose guests are all of WASI 0.2 should spare them that:
+//! [`Config::concurrency_support`](wasmtime::Config::concurrency_support)`(false)`.
+//!
+//! # Where the answers differ from wasmtime-wasi 48
+//!
+//! As for WASI 0.2 (see `p2`): a refusing peer once a receive is armed, buffer sizes, the hop limit, and
+//! `get-local-address` without a spare descriptor. And:
+//!
+//! | function | wasmtime-wasi | here | why |
+//! |---|---|---|---|
+//! | `create` | `other(none)` when the process has no descriptors left | `other(some("new-socket-limit"))` when the table or the guest's quota is full | WASI 0.3 has no code for it |
+//! | `connect`, `send` of an unbound socket | `other(none)` when no port is left | `address-in-use` | WIT names this code |
+//! | `send` of a connected socket that waits for room | goes to the peer the socket has by then | to the one it had | that is whom the guest meant |
+//! | `send` | all that wait for room wait in the kernel | at most 64 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
+//! | `receive`, several at once | whichever comes first takes the datagram | in the order of the calls | fair, and as one would expect |
+//! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
 
 mod host;
 

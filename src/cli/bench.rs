@@ -17,7 +17,7 @@ use wasmtime::error::Context;
 
 use super::host::Backend;
 use super::measure::{Contest, Sample, Summary, Work};
-use super::{BenchArgs, Failure, RuntimeArg, print, say};
+use super::{BenchArgs, Failure, RuntimeArg, WasiArg, print, say};
 
 /// A mode of the built-in guest and how many operations one guest alone does in a round.
 const MODES: &[(&str, usize)] = &[
@@ -68,11 +68,13 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         noisy |= contests(args, &contest, &runtime, &modes).map_err(Failure::run)?;
     }
     drop(runtime);
-    if wanted(FLOOD) {
-        noisy |= flood(args, &contest).map_err(Failure::run)?;
-    }
-    if wanted(IDLE) {
-        idle(args, &contest).map_err(Failure::run)?;
+    for wasi in &args.wasi {
+        if wanted(FLOOD) {
+            noisy |= flood(args, *wasi, &contest).map_err(Failure::run)?;
+        }
+        if wanted(IDLE) {
+            idle(args, *wasi, &contest).map_err(Failure::run)?;
+        }
     }
     if noisy {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
@@ -98,9 +100,11 @@ fn contests(
     runtime: &Runtime,
     modes: &[&(&'static str, usize)],
 ) -> wasmtime::Result<bool> {
-    let progress = progress_bar(modes.len() * args.guests.len() * (args.rounds.get() + 1) * 2);
+    let rows = modes.len() * args.guests.len() * args.wasi.len();
+    let progress = progress_bar(rows * (args.rounds.get() + 1) * 2);
     let mut table = table([
         "bench",
+        "WASI",
         "guests",
         "stock µs",
         "uring µs",
@@ -109,18 +113,21 @@ fn contests(
         "× stock, wall",
         "× native",
         "enters/op",
+        "suspends/op",
         "spread",
     ]);
     let mut noisy = false;
     for (mode, count) in modes {
-        for guests in &args.guests {
+        let per_wasi = |wasi| args.guests.iter().map(move |guests| (wasi, guests));
+        for (wasi, guests) in args.wasi.iter().flat_map(per_wasi) {
             let count = (count / guests.get()).max(COUNT_MIN);
-            let work = Work { mode, guests: guests.get(), count };
+            let work = Work { wasi: *wasi, mode, guests: guests.get(), count };
             let rounds = contend(contest, runtime, &work, args.rounds.get(), &progress)?;
             let result = rounds.result(&work);
             noisy |= is_noisy(&result.cpu_ratio);
             table.add_row([
                 (*mode).to_owned(),
+                wasi.version().to_owned(),
                 guests.to_string(),
                 format!("{:.2}", result.stock_micros),
                 format!("{:.2}", result.uring_micros),
@@ -129,6 +136,7 @@ fn contests(
                 format!("{:.2}", result.wall_ratio.median),
                 format!("{:.2}", result.native_ratio.median),
                 format!("{:.3}", result.enters),
+                format!("{:.2}, {:.2}", result.stock_suspensions, result.uring_suspensions),
                 format!("±{:.0}%", result.cpu_ratio.spread * 100.0),
             ]);
         }
@@ -137,17 +145,19 @@ fn contests(
     print(table);
     print(
         "µs: CPU time per operation, median. × stock, × native: how many times as fast as these \
-         the ring is, round by round, median.",
+         the ring is, round by round, median. suspends/op: how often a guest gave its thread away, \
+         on stock and on the ring.",
     );
     Ok(noisy)
 }
 
-fn flood(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<bool> {
+fn flood(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<bool> {
     let rounds = args.rounds.get();
     let sockets = args.sockets.map_or(flood::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
     let progress = progress_bar(flood::STEPS * rounds * BACKENDS.len());
     let mut table = table([
         "flood",
+        "WASI",
         "p50 calm",
         "p99 calm",
         "elsewhere",
@@ -160,7 +170,7 @@ fn flood(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<bool> {
         "flood, bulk per s",
     ]);
     let mut noisy = false;
-    for result in flood::measure(contest, sockets, rounds, &progress)? {
+    for result in flood::measure(contest, wasi, sockets, rounds, &progress)? {
         noisy |= is_noisy(&result.flooded);
         let [calm, elsewhere, flooded, in_bulk] = result.p99;
         let [flood, bulk] = result.flood_per_second;
@@ -168,6 +178,7 @@ fn flood(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<bool> {
             |Summary { median, spread }: Summary| format!("{median:.2} ±{:.0}%", spread * 100.0);
         table.add_row([
             result.backend.name().to_owned(),
+            wasi.version().to_owned(),
             format!("{:.0} µs", result.calm_p50),
             format!("{calm:.0} µs"),
             format!("{elsewhere:.0} µs"),
@@ -191,16 +202,17 @@ fn flood(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<bool> {
     Ok(noisy)
 }
 
-fn idle(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<()> {
+fn idle(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<()> {
     let most = contest.sockets() as usize / 2;
     let sockets = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).clamp(2, most);
     let rounds = args.rounds.get();
     let progress = progress_bar(rounds * BACKENDS.len());
-    let mut table = table(["idle", "process", "kernel", "together", "spread"]);
-    for result in idle::measure(sockets, rounds, || progress.inc(1))? {
+    let mut table = table(["idle", "WASI", "process", "kernel", "together", "spread"]);
+    for result in idle::measure(wasi, sockets, rounds, || progress.inc(1))? {
         let (process, kernel) = (result.process, result.kernel);
         table.add_row([
             result.backend.name().to_owned(),
+            wasi.version().to_owned(),
             format!("{:.0} B", process.median),
             format!("{:.0} B", kernel.median),
             format!("{:.0} B", process.median + kernel.median),
@@ -244,6 +256,8 @@ pub(crate) struct Figures {
     pub(crate) wall_ratio: Summary,
     native_ratio: Summary,
     pub(crate) enters: f64,
+    stock_suspensions: f64,
+    uring_suspensions: f64,
     pub(crate) stock_per_second: f64,
     pub(crate) uring_per_second: f64,
 }
@@ -261,7 +275,8 @@ pub(crate) fn contend(
         let run = |backend| {
             progress.inc(1);
             contest.run(runtime, backend, work).with_context(|| {
-                format!("{} with {} guests on {}", work.mode, work.guests, backend.name())
+                let Work { wasi, mode, guests, .. } = work;
+                format!("{mode} with {guests} guests of {} on {}", wasi.version(), backend.name())
             })
         };
         let (stock, uring) = (run(Backend::Stock)?, run(Backend::Uring)?);
@@ -290,6 +305,8 @@ impl Rounds {
             wall_ratio: summary(&|round| ratio(round.stock.wall, round.uring.wall)),
             native_ratio: summary(&|round| ratio(round.native.cpu, round.uring.cpu)),
             enters: median(&|round| round.uring.enters as f64 / ops),
+            stock_suspensions: median(&|round| round.stock.suspensions as f64 / ops),
+            uring_suspensions: median(&|round| round.uring.suspensions as f64 / ops),
             stock_per_second: median(&|round| ops / round.stock.wall.as_secs_f64()),
             uring_per_second: median(&|round| ops / round.uring.wall.as_secs_f64()),
         }

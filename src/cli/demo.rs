@@ -9,7 +9,7 @@ use wasmtime::error::Context;
 
 use super::bench::{contend, progress_bar};
 use super::measure::{Contest, Work};
-use super::{DemoArgs, Failure, doctor, print, say};
+use super::{DemoArgs, Failure, WasiArg, doctor, print, say};
 
 /// Pairs of sockets that each guest opens per round.
 const PAIRS: usize = 10;
@@ -37,40 +37,54 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
         .map_err(Failure::run)?;
     print(format_args!(
         "{guests} guests on one thread, each opening, binding, using and closing {} UDP sockets \
-         on loopback;\n{} rounds on each backend, alternating.\n",
+         on loopback;\n{} rounds for each version of WASI on each backend, alternating.\n",
         PAIRS * 2,
         args.rounds,
     ));
-    let work = Work { mode: "pair", guests, count: PAIRS };
-    let progress = progress_bar((args.rounds.get() + 1) * 2);
-    let rounds =
-        contend(&contest, &runtime, &work, args.rounds.get(), &progress).map_err(Failure::run)?;
-    progress.finish_and_clear();
-
-    let figures = rounds.result(&work);
+    let progress = progress_bar((args.rounds.get() + 1) * 2 * WasiArg::ALL.len());
     let mut table = Table::new();
-    // A pair is two sockets.
-    table
-        .load_preset(UTF8_FULL_CONDENSED)
-        .set_header(["backend", "sockets per second", "CPU µs per socket", "enters per socket"])
-        .add_row([
-            "stock (wasmtime-wasi)".to_owned(),
-            format!("{:.0}", figures.stock_per_second * 2.0),
-            format!("{:.2}", figures.stock_micros / 2.0),
-            "–".to_owned(),
-        ])
-        .add_row([
-            "uring (wasi-uring)".to_owned(),
-            format!("{:.0}", figures.uring_per_second * 2.0),
-            format!("{:.2}", figures.uring_micros / 2.0),
-            format!("{:.3}", figures.enters / 2.0),
-        ]);
+    table.load_preset(UTF8_FULL_CONDENSED).set_header([
+        "WASI",
+        "backend",
+        "sockets per second",
+        "CPU µs per socket",
+        "enters per socket",
+    ]);
+    let mut verdicts = Vec::new();
+    for wasi in WasiArg::ALL {
+        let work = Work { wasi, mode: "pair", guests, count: PAIRS };
+        let rounds = contend(&contest, &runtime, &work, args.rounds.get(), &progress)
+            .map_err(Failure::run)?;
+        let figures = rounds.result(&work);
+        // A pair is two sockets.
+        table
+            .add_row([
+                wasi.version().to_owned(),
+                "stock (wasmtime-wasi)".to_owned(),
+                format!("{:.0}", figures.stock_per_second * 2.0),
+                format!("{:.2}", figures.stock_micros / 2.0),
+                "–".to_owned(),
+            ])
+            .add_row([
+                wasi.version().to_owned(),
+                "uring (wasi-uring)".to_owned(),
+                format!("{:.0}", figures.uring_per_second * 2.0),
+                format!("{:.2}", figures.uring_micros / 2.0),
+                format!("{:.3}", figures.enters / 2.0),
+            ]);
+        verdicts.push(format!(
+            "{:.1} times as fast for WASI {} (±{:.0}%)",
+            figures.wall_ratio.median,
+            wasi.version(),
+            figures.wall_ratio.spread * 100.0,
+        ));
+    }
+    progress.finish_and_clear();
     print(table);
     print(format_args!(
-        "The ring is {:.1} times as fast (median of {} rounds, spread ±{:.0}%).",
-        figures.wall_ratio.median,
+        "The ring is {} (medians of {} rounds).",
+        verdicts.join(" and "),
         args.rounds,
-        figures.wall_ratio.spread * 100.0,
     ));
     Ok(ExitCode::SUCCESS)
 }

@@ -52,8 +52,26 @@ impl Backend {
     }
 }
 
-pub(crate) fn engine() -> wasmtime::Result<Engine> {
-    Engine::new(&Config::new())
+/// A compiled component, and the engine it runs on.
+pub(crate) struct Compiled {
+    engine: Engine,
+    component: Component,
+    /// It may use WASI 0.3.
+    is_concurrent: bool,
+}
+
+impl Compiled {
+    /// Compiles a component, binary or text.
+    pub(crate) fn new(bytes: &[u8]) -> wasmtime::Result<Self> {
+        // What WASI 0.3 needs of an engine costs every call into the host some 0.1 µs, so a
+        // component that is valid without it does without.
+        let compile = |is_concurrent| {
+            let engine = Engine::new(Config::new().concurrency_support(is_concurrent))?;
+            let component = Component::new(&engine, bytes)?;
+            Ok(Self { engine, component, is_concurrent })
+        };
+        compile(false).or_else(|_: wasmtime::Error| compile(true))
+    }
 }
 
 /// A guest program, compiled and linked: instances are made from it.
@@ -70,20 +88,21 @@ enum Pre {
 }
 
 impl Program {
-    pub(crate) fn link(
-        engine: &Engine,
-        component: &Component,
-        backend: Backend,
-    ) -> Result<Self, Failure> {
+    pub(crate) fn link(compiled: &Compiled, backend: Backend) -> Result<Self, Failure> {
+        let Compiled { engine, component, is_concurrent } = compiled;
         let mut linker = Linker::new(engine);
         match backend {
-            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker)
-                .and_then(|()| wasi_uring::p3::add_to_linker(&mut linker)),
-            Backend::Stock => {
-                p2::add_to_linker_async(&mut linker).and_then(|()| p3::add_to_linker(&mut linker))
-            }
+            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker),
+            Backend::Stock => p2::add_to_linker_async(&mut linker),
         }
         .map_err(Failure::run)?;
+        if *is_concurrent {
+            match backend {
+                Backend::Uring => wasi_uring::p3::add_to_linker(&mut linker),
+                Backend::Stock => p3::add_to_linker(&mut linker),
+            }
+            .map_err(Failure::run)?;
+        }
         let pre = linker.instantiate_pre(component).map_err(|error| {
             Failure::usage(error.context(
                 "the component cannot be linked: it imports what is not in WASI 0.2 or 0.3, or not \
@@ -247,7 +266,7 @@ pub(crate) fn choose(
 }
 
 /// Reads and compiles a component, binary or text.
-pub(crate) fn load(engine: &Engine, path: &Path) -> wasmtime::Result<Component> {
+pub(crate) fn load(path: &Path) -> wasmtime::Result<Compiled> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(_) if path.is_dir() => bail!("{} is a directory, not a component", path.display()),
@@ -263,7 +282,7 @@ pub(crate) fn load(engine: &Engine, path: &Path) -> wasmtime::Result<Component> 
             path.display()
         ),
         // Layer 1 is a component; anything else Wasmtime can judge.
-        _ => Ok(Component::new(engine, &binary)
+        _ => Ok(Compiled::new(&binary)
             .with_context(|| format!("{} is not a valid component", path.display()))?),
     }
 }

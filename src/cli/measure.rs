@@ -1,5 +1,7 @@
 //! One run of the built-in guest on a backend, or of a plain program that does the same.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,15 +9,19 @@ use cpu_time::ProcessTime;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use wasi_uring::{Recycle, Uring};
-use wasmtime::component::Component;
-use wasmtime::{Engine, format_err};
+use wasmtime::format_err;
 use wasmtime_wasi::WasiCtx;
 
-use super::NetArg;
-use super::host::{Backend, GuestConfig, Net, Program};
+use super::host::{Backend, Compiled, GuestConfig, Net, Program};
+use super::{Failure, NetArg, WasiArg};
 
 /// The guest that every measurement runs: its modes are in its header.
-pub(crate) const LIFE: &str = include_str!("guests/life.wat");
+pub(crate) fn life(wasi: WasiArg) -> &'static str {
+    match wasi {
+        WasiArg::P2 => include_str!("guests/life2.wat"),
+        WasiArg::P3 => include_str!("guests/life3.wat"),
+    }
+}
 
 /// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
 /// and some files are left for recycled sockets.
@@ -24,6 +30,7 @@ const SOCKETS_MAX: u32 = 11_264;
 /// What each guest is told to do, and how often.
 #[derive(Clone, Debug)]
 pub(crate) struct Work {
+    pub(crate) wasi: WasiArg,
     /// A mode of the built-in guest.
     pub(crate) mode: &'static str,
     pub(crate) guests: usize,
@@ -38,6 +45,8 @@ pub(crate) struct Sample {
     pub(crate) cpu: Duration,
     /// `io_uring_enter` calls; 0 for stock.
     pub(crate) enters: u64,
+    /// How often guests have given the thread away.
+    pub(crate) suspensions: u64,
 }
 
 /// Wall clock and CPU time of the process, running.
@@ -52,27 +61,39 @@ impl Stopwatch {
     }
 
     pub(crate) fn sample(&self) -> Sample {
-        Sample { wall: self.wall.elapsed(), cpu: self.cpu.elapsed(), enters: 0 }
+        Sample { wall: self.wall.elapsed(), cpu: self.cpu.elapsed(), ..Sample::default() }
     }
 }
 
 /// Both backends, ready to run work.
 pub(crate) struct Contest {
-    stock: Arc<Program>,
-    uring: Arc<Program>,
+    p2: Contestants,
+    p3: Contestants,
     pub(crate) ring: Uring,
     sockets: u32,
+}
+
+/// The guest of one WASI version, on each backend.
+struct Contestants {
+    stock: Arc<Program>,
+    uring: Arc<Program>,
+}
+
+impl Contestants {
+    fn new(wasi: WasiArg) -> wasmtime::Result<Self> {
+        let compiled = Compiled::new(life(wasi).as_bytes())?;
+        let link = |backend| Ok::<_, Failure>(Arc::new(Program::link(&compiled, backend)?));
+        Ok(Self { stock: link(Backend::Stock)?, uring: link(Backend::Uring)? })
+    }
 }
 
 impl Contest {
     pub(crate) fn new(recycle: Recycle) -> wasmtime::Result<Self> {
         let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
-        let engine = Engine::default();
-        let component = Component::new(&engine, LIFE)?;
         Ok(Self {
-            stock: Arc::new(Program::link(&engine, &component, Backend::Stock)?),
-            uring: Arc::new(Program::link(&engine, &component, Backend::Uring)?),
+            p2: Contestants::new(WasiArg::P2)?,
+            p3: Contestants::new(WasiArg::P3)?,
             ring: Uring::builder().sockets(sockets).recycle(recycle).build()?,
             sockets,
         })
@@ -83,10 +104,14 @@ impl Contest {
         self.sockets
     }
 
-    pub(crate) fn program(&self, backend: Backend) -> &Arc<Program> {
+    pub(crate) fn program(&self, wasi: WasiArg, backend: Backend) -> &Arc<Program> {
+        let contestants = match wasi {
+            WasiArg::P2 => &self.p2,
+            WasiArg::P3 => &self.p3,
+        };
         match backend {
-            Backend::Stock => &self.stock,
-            Backend::Uring => &self.uring,
+            Backend::Stock => &contestants.stock,
+            Backend::Uring => &contestants.uring,
         }
     }
 
@@ -97,7 +122,7 @@ impl Contest {
         backend: Backend,
         work: &Work,
     ) -> wasmtime::Result<Sample> {
-        let program = self.program(backend);
+        let program = self.program(work.wasi, backend);
         runtime.block_on(async {
             let net = Net::new(NetArg::Loopback);
             let mut guests = Vec::new();
@@ -118,7 +143,10 @@ impl Contest {
             let mut tasks = JoinSet::new();
             for mut guest in guests {
                 // The store comes back, so that taking it down is not measured.
-                tasks.spawn(async move { (guest.run().await, guest) });
+                tasks.spawn(async move {
+                    let (result, suspensions) = counting_suspensions(guest.run()).await;
+                    (result, suspensions, guest)
+                });
             }
             let mut ended = Vec::new();
             while let Some(guest) = tasks.join_next().await {
@@ -127,12 +155,27 @@ impl Contest {
             let mut sample = stopwatch.sample();
             sample.enters = self.ring.stats().enters - enters;
             for guest in ended {
-                let (result, _store) = guest.map_err(|error| format_err!("{error}"))?;
+                let (result, suspensions, _store) =
+                    guest.map_err(|error| format_err!("{error}"))?;
                 result?;
+                sample.suspensions += suspensions;
             }
             Ok(sample)
         })
     }
+}
+
+/// A future's output, and how often it was not ready before.
+async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
+    let mut future = pin!(future);
+    let mut suspensions = 0;
+    let output = poll_fn(|cx| {
+        let poll = future.as_mut().poll(cx);
+        suspensions += u64::from(poll.is_pending());
+        poll
+    })
+    .await;
+    (output, suspensions)
 }
 
 /// Median and spread of what some quantity was over the rounds.

@@ -19,17 +19,16 @@ use super::{Failure, RunArgs, RuntimeArg, say};
 const FAILURES_TOLD_MAX: usize = 10;
 
 pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
-    let engine = host::engine().map_err(Failure::run)?;
     let progress = ProgressBar::new_spinner();
     progress.set_message(format!("compiling {}", args.file.display()));
     progress.enable_steady_tick(Duration::from_millis(100));
-    let component = host::load(&engine, &args.file).map_err(Failure::usage);
+    let compiled = host::load(&args.file).map_err(Failure::usage);
     progress.finish_and_clear();
-    let component = component?;
+    let compiled = compiled?;
 
     let plan = Plan::new(args);
     let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
-    let program = Arc::new(Program::link(&engine, &component, backend)?);
+    let program = Arc::new(Program::link(&compiled, backend)?);
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {
             let ring = rings.first().cloned();

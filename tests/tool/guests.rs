@@ -142,9 +142,9 @@ pub(crate) struct Variant<'a> {
 
 /// The built-in guest with another `run`, which finds sockets, network and helpers at hand.
 pub(crate) fn variant(name: &str, variant: &Variant<'_>) -> PathBuf {
-    const LIFE: &str = include_str!("../../src/cli/guests/life.wat");
+    const LIFE: &str = include_str!("../../src/cli/guests/life2.wat");
     let cut = |text: &str, anchor: &str| {
-        let at = text.find(anchor).unwrap_or_else(|| panic!("life.wat has no {anchor:?}"));
+        let at = text.find(anchor).unwrap_or_else(|| panic!("life2.wat has no {anchor:?}"));
         (text[..at].to_owned(), text[at..].to_owned())
     };
     let (head, rest) = cut(LIFE, "(core func $get-arguments (canon lower");

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// The command's built-in guest, of which `run` knows nothing.
-pub(crate) const LIFE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cli/guests/life.wat");
+pub(crate) const LIFE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cli/guests/life2.wat");
 
 /// Longest that one command may take before the test says that it hangs.
 const BOUND: Duration = Duration::from_mins(4);

@@ -30,6 +30,7 @@ use wasmtime::error::Context;
 use wasmtime::{bail, format_err};
 use wasmtime_wasi::WasiCtx;
 
+use super::super::WasiArg;
 use super::super::host::{Backend, GuestConfig, Net, Program};
 use super::super::measure::{Contest, Summary};
 use super::super::{NetArg, say};
@@ -113,6 +114,7 @@ pub(super) struct Figures {
 /// Measures both backends in turn, round by round.
 pub(super) fn measure(
     contest: &Contest,
+    wasi: WasiArg,
     sockets: usize,
     rounds: usize,
     progress: &ProgressBar,
@@ -120,7 +122,7 @@ pub(super) fn measure(
     // Else the scheduler may put the flood beside the guests for some of the time.
     let cpus = Cpus::allowed()?;
     pin(cpus.first)?;
-    let measured = measure_pinned(contest, sockets, rounds, progress, &cpus);
+    let measured = measure_pinned(contest, wasi, sockets, rounds, progress, &cpus);
     sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
     let [stock, uring] = measured?;
     Ok([figures(Backend::Stock, &stock), figures(Backend::Uring, &uring)])
@@ -128,6 +130,7 @@ pub(super) fn measure(
 
 fn measure_pinned(
     contest: &Contest,
+    wasi: WasiArg,
     sockets: usize,
     rounds: usize,
     progress: &ProgressBar,
@@ -140,7 +143,8 @@ fn measure_pinned(
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let windows = runtime.block_on(async {
                 let population =
-                    Population::start(contest.program(backend), &contest.ring, sockets).await?;
+                    Population::start(contest.program(wasi, backend), &contest.ring, sockets)
+                        .await?;
                 let mut windows = [Window::default(); 4];
                 // Each has its turn to be the first.
                 for at in 0..windows.len() {

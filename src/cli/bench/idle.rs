@@ -12,8 +12,9 @@ use std::time::Duration;
 use wasmtime::bail;
 use wasmtime::error::Context;
 
+use super::super::WasiArg;
 use super::super::host::Backend;
-use super::super::measure::{LIFE, Summary};
+use super::super::measure::{Summary, life};
 use super::BACKENDS;
 
 /// Sockets that one guest holds unless told otherwise, descriptors permitting.
@@ -39,6 +40,7 @@ struct Taken {
 
 /// Measures both backends in turn, round by round: many sockets less one.
 pub(super) fn measure(
+    wasi: WasiArg,
     sockets: usize,
     rounds: usize,
     step: impl Fn(),
@@ -46,7 +48,7 @@ pub(super) fn measure(
     let mut per_socket = [Vec::new(), Vec::new()];
     for _ in 0..rounds {
         for (backend, per_socket) in BACKENDS.into_iter().zip(&mut per_socket) {
-            let (one, many) = (hold(backend, 1)?, hold(backend, sockets)?);
+            let (one, many) = (hold(wasi, backend, 1)?, hold(wasi, backend, sockets)?);
             step();
             #[expect(clippy::cast_precision_loss, reason = "thousands")]
             let others = (sockets - 1) as f64;
@@ -66,7 +68,7 @@ pub(super) fn measure(
 }
 
 /// What a process with so many sockets takes.
-fn hold(backend: Backend, sockets: usize) -> wasmtime::Result<Taken> {
+fn hold(wasi: WasiArg, backend: Backend, sockets: usize) -> wasmtime::Result<Taken> {
     let host = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     host.set_read_timeout(Some(PATIENCE))?;
     let kernel_before = settled_slab()?;
@@ -79,7 +81,7 @@ fn hold(backend: Backend, sockets: usize) -> wasmtime::Result<Taken> {
             .stdout(Stdio::null())
             .spawn()?,
     );
-    child.0.stdin.take().context("no stdin")?.write_all(LIFE.as_bytes())?;
+    child.0.stdin.take().context("no stdin")?.write_all(life(wasi).as_bytes())?;
     if host.recv_from(&mut [0; 64]).is_err() {
         bail!("{} guest with {sockets} sockets did not get ready", backend.name());
     }
