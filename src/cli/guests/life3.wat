@@ -140,7 +140,7 @@
     (import "wasi" "drop-subtask" (func $drop-subtask (param i32)))
     (import "wasi" "task-return" (func $task-return (param i32)))
 
-    ;; Where the host puts its answers; the largest, that of receive, takes 44 bytes: a result's case (+0), the data (+4),
+    ;; Where the host puts its answers; the largest, that of receive, takes 44 bytes: the result's case (+0), data (+4),
     ;; its length (+8), the sender (+12: case, +16: port, +18: IPv4 address).
     (global $answer i32 (i32.const 16))
     ;; Two peers of 36 bytes: the socket's handle (+0), 0 where there is none, which no handle ever is; then the local
@@ -153,8 +153,8 @@
     (global $event i32 (i32.const 192))
     ;; The answer of every receive that `hold` forgets; not $answer, which may be in use when a stray datagram comes.
     (global $forgotten i32 (i32.const 208))
-    ;; Sixteen letters of 68 bytes: what send takes, which is a socket (+0), data (+4), its length (+8), the option's case
-    ;; (+12) and an address (+16); then the answer (+48), each its own because sixteen sends can be under way.
+    ;; Sixteen letters of 68 bytes: what send takes, which is a socket (+0), data (+4), its length (+8), the option's
+    ;; case (+12) and an address (+16); then the answer (+48), each its own because sixteen sends can be under way.
     (global $letters i32 (i32.const 256))
     ;; What is sent. The first four bytes count trips and batches, so that a stray datagram is not taken for an answer.
     (global $payload i32 (i32.const 1536))
@@ -374,7 +374,7 @@
       (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (i32.const 0))))
       (i32.const 1))
 
-    ;; What a mode does COUNT times, where that leaves nothing open. A failure leaves its sockets to $run.
+    ;; What a mode does COUNT times, where that leaves nothing open. A failure leaves its sockets to $main.
     (func $life (param $mode i64) (result i32)
       (local $ipv6 i32)
       (block $failed
