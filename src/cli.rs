@@ -14,9 +14,9 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::Recycle;
+use crate::limits::SOCKETS_MAX;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use wasi_uring::Recycle;
-use wasi_uring::limits::SOCKETS_MAX;
 
 /// How a command ends if it does not end well.
 #[derive(Debug)]
@@ -259,7 +259,8 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
     }
 }
 
-pub(crate) fn main() -> ExitCode {
+/// Does what the command line asks for.
+pub fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),

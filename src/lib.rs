@@ -89,6 +89,7 @@
 //! | `driver` | who enters the kernel and when; the [`Uring`] handle; the reaper |
 //! | `ring` | queues, operations and their memory, slots, recycled sockets, buffers, set-up |
 //! | `datagram` | socket addresses, control data and messages as bytes |
+//! | `cli` | the command |
 //! | [`doctor`] | what this kernel and these limits allow |
 //! | `stats` | what went through a ring |
 //! | [`limits`] | every bound, and how they relate |
@@ -97,6 +98,15 @@
 //! Dependencies point down the path of a datagram, and only the first two know Wasmtime's linker and
 //! tables.
 
+#![cfg_attr(
+    not(all(feature = "p2", feature = "p3")),
+    allow(dead_code, reason = "each version of WASI uses its part of what both share")
+)]
+
+/// The command, and what its benches share with those of criterion. Nothing for embedders.
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 pub mod doctor;
 pub mod limits;
 #[cfg(feature = "p2")]

@@ -1,9 +1,7 @@
 //! The `wasi-uring` command.
 
-mod cli;
-
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cli::main()
+    wasi_uring::cli::main()
 }

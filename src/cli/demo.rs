@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
+use crate::Recycle;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use wasi_uring::Recycle;
 use wasmtime::error::Context;
 
 use super::bench::{contend, progress_bar};

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
+use crate::doctor::{Check, Verdict, examine};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
-use wasi_uring::doctor::{Check, Verdict, examine};
 
 use super::{DoctorArgs, print};
 

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use wasi_uring::{SetupError, SocketAddrUse, UdpCtx, UdpCtxView, UdpView, Uring};
+use crate::{SetupError, SocketAddrUse, UdpCtx, UdpCtxView, UdpView, Uring};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::error::Context;
 use wasmtime::{Config, Engine, Store};
@@ -92,13 +92,13 @@ impl Program {
         let Compiled { engine, component, is_concurrent } = compiled;
         let mut linker = Linker::new(engine);
         match backend {
-            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker),
+            Backend::Uring => crate::p2::add_to_linker(&mut linker),
             Backend::Stock => p2::add_to_linker_async(&mut linker),
         }
         .map_err(Failure::run)?;
         if *is_concurrent {
             match backend {
-                Backend::Uring => wasi_uring::p3::add_to_linker(&mut linker),
+                Backend::Uring => crate::p3::add_to_linker(&mut linker),
                 Backend::Stock => p3::add_to_linker(&mut linker),
             }
             .map_err(Failure::run)?;

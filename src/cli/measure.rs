@@ -5,10 +5,10 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::{Recycle, Uring};
 use cpu_time::ProcessTime;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
-use wasi_uring::{Recycle, Uring};
 use wasmtime::format_err;
 use wasmtime_wasi::WasiCtx;
 

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::limits::{KEPT_SOCKETS_DEFAULT, SOCKETS_MAX};
+use crate::{SetupError, Stats, Uring};
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
-use wasi_uring::limits::{KEPT_SOCKETS_DEFAULT, SOCKETS_MAX};
-use wasi_uring::{SetupError, Stats, Uring};
 use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
