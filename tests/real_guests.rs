@@ -49,6 +49,11 @@ fn pythons_socket_module() {
 }
 
 #[test]
+fn python_async_over_wasi_0_3() {
+    prints_the_same_on_both_backends("python-async");
+}
+
+#[test]
 fn rust_over_wit_bindgen() {
     if std::env::var_os(WITHOUT_RUST).is_some() {
         assert!(!built("rust").exists(), "{WITHOUT_RUST} is set, but there is a Rust guest");
