@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tool::{
-    LIFE, arg, command, end, end_without_stderr, end_without_stdout, file, guests, run, wait,
-    wrapped,
+    LIFE, LIFE_3, arg, command, end, end_without_stderr, end_without_stdout, file, guests, run,
+    wait, wrapped,
 };
 
 const BACKENDS: [&str; 3] = ["stock", "uring", "auto"];
 const RUNTIMES: [&str; 3] = ["per-core", "multi-thread", "tokio-uring"];
+/// The built-in guest of each WASI version.
+const LIVES: [&str; 2] = [LIFE, LIFE_3];
 const MODES: [&str; 7] = ["create", "bind", "bind6", "pair", "echo", "dns", "batch"];
 
 mod exit_codes {
@@ -23,10 +25,11 @@ mod exit_codes {
 
     #[test]
     fn every_mode_of_the_built_in_guest_ends_well_on_every_backend() {
-        for backend in BACKENDS {
+        for (backend, life) in BACKENDS.iter().flat_map(|backend| LIVES.map(|life| (backend, life)))
+        {
             for mode in MODES {
-                eprintln!("{mode} on {backend}");
-                let ended = run(&["run", "--backend", backend, LIFE, mode, "10"]).with_code(0);
+                eprintln!("{mode} of {life} on {backend}");
+                let ended = run(&["run", "--backend", backend, life, mode, "10"]).with_code(0);
                 assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("", ""));
             }
         }
@@ -36,10 +39,12 @@ mod exit_codes {
     fn eight_guests_on_two_threads_end_well_on_every_runtime() {
         for runtime in RUNTIMES {
             for backend in BACKENDS {
-                for mode in ["bind", "pair", "dns"] {
-                    eprintln!("{mode} on {backend}, {runtime}");
+                for (life, mode) in
+                    LIVES.iter().flat_map(|life| ["bind", "pair", "dns"].map(|mode| (life, mode)))
+                {
+                    eprintln!("{mode} of {life} on {backend}, {runtime}");
                     let options = ["--guests", "8", "--threads", "2", "--runtime", runtime];
-                    let args = [&["run", "--backend", backend], &options[..], &[LIFE, mode, "20"]];
+                    let args = [&["run", "--backend", backend], &options[..], &[life, mode, "20"]];
                     run(&args.concat()).with_code(0);
                 }
             }
@@ -48,21 +53,29 @@ mod exit_codes {
 
     #[test]
     fn a_guest_that_returns_an_error_is_exit_code_1() {
-        let guest = guests::plain("returns_an_error.wat", "i32.const 1");
-        for backend in BACKENDS {
-            run(&["run", "--backend", backend, arg(&guest)])
-                .with_code(1)
-                .says(&["guest 0 returned an error"]);
+        for guest in [
+            guests::plain("returns_an_error.wat", "i32.const 1"),
+            guests::plain_3("returns_an_error_3.wat", "i32.const 1"),
+        ] {
+            for backend in BACKENDS {
+                run(&["run", "--backend", backend, arg(&guest)])
+                    .with_code(1)
+                    .says(&["guest 0 returned an error"]);
+            }
         }
     }
 
     #[test]
     fn a_guest_that_traps_is_exit_code_1_and_the_trap_is_named() {
-        let guest = guests::plain("traps.wat", "unreachable");
-        for backend in BACKENDS {
-            run(&["run", "--backend", backend, arg(&guest)])
-                .with_code(1)
-                .says(&["guest 0 trapped", "unreachable"]);
+        for guest in [
+            guests::plain("traps.wat", "unreachable"),
+            guests::plain_3("traps_3.wat", "unreachable"),
+        ] {
+            for backend in BACKENDS {
+                run(&["run", "--backend", backend, arg(&guest)])
+                    .with_code(1)
+                    .says(&["guest 0 trapped", "unreachable"]);
+            }
         }
     }
 
@@ -83,6 +96,10 @@ mod exit_codes {
         let well = guests::exiting("exits_ok.wat", 0);
         run(&["run", arg(&well)]).with_code(0);
         let ill = guests::exiting("exits_err.wat", 1);
+        run(&["run", arg(&ill)]).with_code(1).says(&["guest 0 exited with code 1"]);
+        let well = guests::plain_3("exits_ok_3.wat", "i32.const 0 call $exit i32.const 1");
+        run(&["run", arg(&well)]).with_code(0);
+        let ill = guests::plain_3("exits_err_3.wat", "i32.const 1 call $exit i32.const 0");
         run(&["run", arg(&ill)]).with_code(1).says(&["guest 0 exited with code 1"]);
     }
 
@@ -301,37 +318,41 @@ mod stats {
     #[test]
     fn sixty_four_guests_share_their_enters_and_leave_no_socket_open() {
         let options = ["--backend", "uring", "--threads", "1", "--guests", "64", "--stats"];
-        let ended = run(&[&["run"], &options[..], &[LIFE, "bind", "50"]].concat()).with_code(0);
-        let stats = ended.stats();
-        let lives = 64 * 50;
-        assert_eq!(stats["backend"], "uring");
-        assert_eq!(number(&stats, "sockets_created"), lives);
-        assert_eq!(number(&stats, "sockets_open"), 0, "{stats}");
-        // At least SOCKET, BIND and CLOSE each.
-        assert!(number(&stats, "submissions") >= 3 * lives, "{stats}");
-        assert!(number(&stats, "completions") > 0, "{stats}");
-        assert!(number(&stats, "completions") <= number(&stats, "submissions"), "{stats}");
-        let enters = number(&stats, "enters");
-        assert!(enters > 0 && enters * 10 < lives, "{stats}");
+        for life in LIVES {
+            let ended = run(&[&["run"], &options[..], &[life, "bind", "50"]].concat()).with_code(0);
+            let stats = ended.stats();
+            let lives = 64 * 50;
+            assert_eq!(stats["backend"], "uring");
+            assert_eq!(number(&stats, "sockets_created"), lives);
+            assert_eq!(number(&stats, "sockets_open"), 0, "{stats}");
+            // At least SOCKET, BIND and CLOSE each.
+            assert!(number(&stats, "submissions") >= 3 * lives, "{stats}");
+            assert!(number(&stats, "completions") > 0, "{stats}");
+            assert!(number(&stats, "completions") <= number(&stats, "submissions"), "{stats}");
+            let enters = number(&stats, "enters");
+            assert!(enters > 0 && enters * 10 < lives, "{stats}");
+        }
     }
 
     #[test]
     fn datagrams_and_bytes_are_counted_each_way() {
-        let stats = run(&["run", "--backend", "uring", "--stats", LIFE, "echo", "10"]).stats();
-        for (field, expected) in [
-            ("sockets_created", 2),
-            ("datagrams_sent", 20),
-            ("datagrams_received", 20),
-            ("bytes_sent", 20 * 64),
-            ("bytes_received", 20 * 64),
-            ("sockets_open", 0),
-        ] {
-            assert_eq!(number(&stats, field), expected, "{field} in {stats}");
+        for life in LIVES {
+            let stats = run(&["run", "--backend", "uring", "--stats", life, "echo", "10"]).stats();
+            for (field, expected) in [
+                ("sockets_created", 2),
+                ("datagrams_sent", 20),
+                ("datagrams_received", 20),
+                ("bytes_sent", 20 * 64),
+                ("bytes_received", 20 * 64),
+                ("sockets_open", 0),
+            ] {
+                assert_eq!(number(&stats, field), expected, "{field} in {stats}");
+            }
+            number(&stats, "rearms");
+            let drops = stats["drops"].as_object().expect("drops by cause");
+            assert!(drops.len() >= 2, "{stats}");
+            assert!(drops.values().all(|count| count == 0), "{stats}");
         }
-        number(&stats, "rearms");
-        let drops = stats["drops"].as_object().expect("drops by cause");
-        assert!(drops.len() >= 2, "{stats}");
-        assert!(drops.values().all(|count| count == 0), "{stats}");
     }
 
     /// Kills: a guest that enters for itself although others are about to push.
@@ -422,13 +443,13 @@ mod stats {
     }
 
     /// strace's total of system calls of one run.
-    fn system_calls(lives: u32) -> u64 {
+    fn system_calls(life: &str, lives: u32) -> u64 {
         let name = format!("strace_{lives}.txt");
         let report = file(&name, "");
         let strace = ["strace", "-f", "-c", "-o", arg(&report)];
         let lives = lives.to_string();
         let options = ["--backend", "uring", "--threads", "1", "--guests", "64"];
-        let args = [&["run"], &options[..], &[LIFE, "bind", &lives]].concat();
+        let args = [&["run"], &options[..], &[life, "bind", &lives]].concat();
         end(wrapped(&strace, args)).with_code(0);
         let report = std::fs::read_to_string(&report).unwrap();
         let total = report.lines().rfind(|line| line.trim_end().ends_with(" total"));
@@ -440,11 +461,13 @@ mod stats {
     #[test]
     fn strace_counts_at_most_a_tenth_of_a_system_call_per_life_of_64_guests() {
         let (few, many) = (20, 220);
-        let (calls_few, calls_many) = (system_calls(few), system_calls(many));
-        let lives = u64::from(many - few) * 64;
-        let calls = calls_many.saturating_sub(calls_few);
-        eprintln!("{calls} system calls for {lives} lives ({calls_few}, {calls_many} in all)");
-        assert!(calls * 10 <= lives, "{calls} system calls for {lives} lives");
+        for life in LIVES {
+            let (calls_few, calls_many) = (system_calls(life, few), system_calls(life, many));
+            let lives = u64::from(many - few) * 64;
+            let calls = calls_many.saturating_sub(calls_few);
+            eprintln!("{calls} system calls for {lives} lives ({calls_few}, {calls_many} in all)");
+            assert!(calls * 10 <= lives, "{calls} system calls for {lives} lives of {life}");
+        }
     }
 }
 
@@ -536,8 +559,8 @@ mod help {
             ("demo", "--guests --rounds"),
             (
                 "bench",
-                "NAME create bind bind6 pair echo dns batch flood idle --guests --rounds --sockets \
-                 --runtime per-core multi-thread",
+                "NAME create bind bind6 pair echo dns batch flood idle --wasi 0.2 0.3 --guests \
+                 --rounds --sockets --runtime per-core multi-thread",
             ),
             ("doctor", "--json"),
         ];
@@ -605,7 +628,7 @@ mod measuring {
         };
         assert!(row("stock (wasmtime-wasi)").chars().any(|c| c.is_ascii_digit()), "{ended}");
         assert!(row("uring (wasi-uring)").chars().any(|c| c.is_ascii_digit()), "{ended}");
-        for heading in ["sockets per second", "enters per socket", "times as fast"] {
+        for heading in ["sockets per second", "enters per socket", "times as fast", "0.2", "0.3"] {
             assert!(ended.stdout.contains(heading), "{heading} in {ended}");
         }
     }
@@ -622,10 +645,14 @@ mod measuring {
         let modes = [&["bench"], &MODES[..]].concat();
         let ended = run(&[&modes[..], &["--guests", "3", "--rounds", "1"]].concat()).with_code(0);
         for mode in MODES {
-            let row = ended.stdout.lines().find(|line| line.contains(&format!(" {mode} ")));
-            let row = row.unwrap_or_else(|| panic!("no row {mode}: {ended}"));
-            let native = row.split('┆').nth(4).and_then(|cell| cell.trim().parse::<f64>().ok());
-            assert!(native.is_some_and(|micros| micros > 0.0), "{row}");
+            for wasi in ["0.2", "0.3"] {
+                let cells =
+                    |line: &str| line.split('┆').map(str::trim).map(str::to_owned).collect();
+                let mut rows = ended.stdout.lines().map(|line| -> Vec<String> { cells(line) });
+                let row = rows.find(|row| row[0].ends_with(&format!(" {mode}")) && row[1] == wasi);
+                let row = row.unwrap_or_else(|| panic!("no row {mode} {wasi}: {ended}"));
+                assert!(row[5].parse::<f64>().is_ok_and(|native| native > 0.0), "{row:?}");
+            }
         }
     }
 
@@ -644,7 +671,7 @@ mod measuring {
         const KERNEL_BYTES: u32 = 3640;
         let ended = run(&["bench", "idle", "--sockets", "2000", "--rounds", "1"]).with_code(0);
         let row = ended.stdout.lines().find(|line| line.contains("│ uring")).unwrap();
-        let process = row.split('┆').nth(1).and_then(|cell| cell.trim().strip_suffix(" B"));
+        let process = row.split('┆').nth(2).and_then(|cell| cell.trim().strip_suffix(" B"));
         let process = process.unwrap().parse::<u32>().unwrap();
         assert!(process + KERNEL_BYTES <= 5 * 1024, "{ended}");
     }

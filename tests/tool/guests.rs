@@ -19,6 +19,32 @@ pub(crate) fn plain(name: &str, instructions: &str) -> PathBuf {
     )
 }
 
+/// A guest of WASI 0.3 whose `run`, which is async, is these instructions; they may call `$exit`.
+pub(crate) fn plain_3(name: &str, instructions: &str) -> PathBuf {
+    file(
+        name,
+        format!(
+            r#"(component
+              (import "wasi:cli/exit@0.3.0" (instance $exit
+                (export "exit" (func (param "status" (result))))))
+              (core func $exit (canon lower (func $exit "exit")))
+              (core func $return (canon task.return (result (result))))
+              (core module $module
+                (import "" "exit" (func $exit (param i32)))
+                (import "" "return" (func $return (param i32)))
+                (func (export "run") (result i32) {instructions} call $return i32.const 0)
+                (func (export "callback") (param i32 i32 i32) (result i32) unreachable))
+              (core instance $instance (instantiate $module (with "" (instance
+                (export "exit" (func $exit))
+                (export "return" (func $return))))))
+              (func $run async (result (result)) (canon lift (core func $instance "run") async
+                (callback (core func $instance "callback"))))
+              (instance $command (export "run" (func $run)))
+              (export "wasi:cli/run@0.3.0" (instance $command)))"#
+        ),
+    )
+}
+
 /// A guest that calls `wasi:cli/exit` with ok (0) or err (1).
 pub(crate) fn exiting(name: &str, status: u32) -> PathBuf {
     file(

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// The command's built-in guest, of which `run` knows nothing.
 pub(crate) const LIFE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cli/guests/life2.wat");
+/// The same for WASI 0.3.
+pub(crate) const LIFE_3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cli/guests/life3.wat");
 
 /// Longest that one command may take before the test says that it hangs.
 const BOUND: Duration = Duration::from_mins(4);
