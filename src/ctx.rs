@@ -79,7 +79,7 @@ impl Drop for GuestCtx {
 impl UdpCtx {
     /// Starts configuring a guest of this ring.
     ///
-    /// Without [`allow`](UdpCtxBuilder::allow) the guest has no UDP: `create-udp-socket` answers
+    /// Without [`allow`](UdpCtxBuilder::allow) the guest has no UDP: to create a socket answers
     /// `access-denied`.
     pub fn builder(uring: &Uring) -> UdpCtxBuilder {
         UdpCtxBuilder {
@@ -100,9 +100,10 @@ impl UdpCtxBuilder {
     ///
     /// The check sees what wasmtime-wasi's
     /// [`socket_addr_check`](wasmtime_wasi::WasiCtxBuilder::socket_addr_check) sees: `UdpBind` with
-    /// the address to bind, `UdpSend` and `UdpReceive` with the peer to connect to, `UdpSend` with
-    /// every datagram's destination, and `UdpReceive` with every datagram's sender. It runs inside
-    /// the guest's call, so it should decide and not wait.
+    /// the address to bind (unspecified, with port 0, where WASI 0.3 binds by itself), `UdpSend` and
+    /// `UdpReceive` with the peer to connect to, `UdpSend` with every datagram's destination, and
+    /// `UdpReceive` with every datagram's sender. It runs inside the guest's call, so it should
+    /// decide and not wait.
     pub fn allow(
         mut self,
         allow: impl Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync + 'static,
@@ -111,9 +112,8 @@ impl UdpCtxBuilder {
         self
     }
 
-    /// Sockets the guest may hold at once; the next `create-udp-socket` answers
-    /// `new-socket-limit`. By default
-    /// [`GUEST_SOCKETS_DEFAULT`].
+    /// Sockets the guest may hold at once; the next answers `new-socket-limit` (WASI 0.3:
+    /// `other(some("new-socket-limit"))`). By default [`GUEST_SOCKETS_DEFAULT`].
     pub fn sockets_max(mut self, sockets_max: u32) -> Self {
         self.sockets_max = sockets_max;
         self

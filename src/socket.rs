@@ -178,7 +178,11 @@ impl UdpSocket {
         }
         self.forget_bind().await;
         self.push_bind(anywhere(self.family));
-        self.finish_bind().await
+        match self.finish_bind().await {
+            // Failed, as a `bind` beside us has heard before us; that one has not.
+            Err(ErrorCode::NotInProgress) if self.is_bound().await => Ok(()),
+            result => result,
+        }
     }
 
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
