@@ -4,7 +4,7 @@ mod bench;
 mod demo;
 mod doctor;
 mod host;
-mod measure;
+pub mod measure;
 mod run;
 
 use std::ffi::OsString;
@@ -92,7 +92,7 @@ pub(crate) enum RuntimeArg {
 
 /// The version of WASI that a guest is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum WasiArg {
+pub enum WasiArg {
     /// Sockets with streams, and pollables to wait with
     #[value(name = "0.2")]
     P2,
@@ -195,13 +195,15 @@ pub(crate) struct DemoArgs {
 #[derive(Args)]
 #[command(after_help = "\
 Names, and what one operation is:
-  create   create a socket and drop it
-  bind     create, bind to 127.0.0.1:0, drop
-  bind6    the same with ::1
-  pair     two sockets: create, bind, exchange a datagram each way, drop
-  echo     a round trip of 64 bytes between two sockets
-  dns      create, bind, connect, send, be answered, drop
-  batch    16 datagrams of 1200 bytes sent by one `send` and received
+  create     create a socket and drop it
+  bind       create, bind to 127.0.0.1:0, drop
+  bind6      the same with ::1
+  pair       two sockets: create, bind, exchange a datagram each way, drop
+  dns        create, bind, connect, send, be answered, drop
+  echo       a round trip of 64 bytes between two sockets
+  echo_1200  the same with 1200 bytes
+  batch_N    N (1, 4 or 16) datagrams of 1200 bytes sent at once and received
+  batch_16_small  the same with 16 of 64 bytes
 
 Two are no contest in speed:
   flood    the latency of many sockets while another is flooded
@@ -219,6 +221,12 @@ pub(crate) struct BenchArgs {
     /// Rounds per backend
     #[arg(long, value_name = "N", default_value = "7")]
     pub(crate) rounds: NonZeroUsize,
+    /// Write the results of the contests here, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Draw the results of the contests into this directory, as SVG
+    #[arg(long, value_name = "DIR")]
+    pub(crate) plot: Option<PathBuf>,
     /// Sockets for flood [default: 1000] and idle [default: 10000]
     #[arg(long, value_name = "N")]
     pub(crate) sockets: Option<NonZeroUsize>,

@@ -608,7 +608,9 @@ impl Ring {
         }
         // The receive has ended. Zero-length datagrams, pending errors, empty buffer rings and
         // overflows all end it; the datagrams that follow wait in the kernel until it is armed.
+        let is_ending = self.is_ending;
         match self.slots.state(slot) {
+            _ if is_ending => {}
             SlotState::Open { receive } if full => {
                 if !matches!(receive, Receive::Pausing) {
                     self.stats.pauses += 1;

@@ -1,9 +1,11 @@
-//! `wasi-uring bench`: the same guest on both backends and a plain program that does the same,
-//! alternating, as ratios.
+//! `wasi-uring bench`: the same guest on both backends, native programs and the bare ring that do the
+//! same, alternating, as ratios.
 
 mod flood;
 mod idle;
-mod native;
+pub(crate) mod peer;
+mod plot;
+mod report;
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
@@ -15,23 +17,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::runtime::Runtime;
 use wasmtime::error::Context;
 
+use self::peer::Peer;
+use self::report::Report;
 use super::host::Backend;
-use super::measure::{Contest, Sample, Summary, Work};
+use super::measure::{BENCHES, Bench, Contender, Contest, Sample, Summary, Work};
 use super::{BenchArgs, Failure, RuntimeArg, WasiArg, print, say};
-
-/// A mode of the built-in guest and how many operations one guest alone does in a round.
-const MODES: &[(&str, usize)] = &[
-    ("create", 200_000),
-    ("bind", 20_000),
-    ("bind6", 20_000),
-    ("pair", 5_000),
-    ("echo", 15_000),
-    ("dns", 6_000),
-    ("batch", 1_000),
-];
-
-/// Operations per guest at least, so that those that open sockets once are not measured doing so.
-const COUNT_MIN: usize = 100;
 
 /// Benches that are no contest in speed.
 const FLOOD: &str = "flood";
@@ -43,7 +33,7 @@ const SPREAD_MAX: f64 = 0.15;
 const BACKENDS: [Backend; 2] = [Backend::Stock, Backend::Uring];
 
 pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let names: Vec<_> = MODES.iter().map(|(mode, _)| *mode).chain([FLOOD, IDLE]).collect();
+    let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).chain([FLOOD, IDLE]).collect();
     if let Some(unknown) = args.names.iter().find(|name| !names.contains(&name.as_str())) {
         let error =
             wasmtime::format_err!("no bench is named {unknown}; there are {}", names.join(", "));
@@ -62,10 +52,21 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     .context("cannot start a runtime")
     .map_err(Failure::run)?;
 
-    let modes: Vec<_> = MODES.iter().filter(|(mode, _)| wanted(mode)).collect();
+    let benches: Vec<_> = BENCHES.iter().filter(|bench| wanted(bench.name)).collect();
     let mut noisy = false;
-    if !modes.is_empty() {
-        noisy |= contests(args, &contest, &runtime, &modes).map_err(Failure::run)?;
+    if !benches.is_empty() {
+        let rows = contests(args, &contest, &runtime, &benches).map_err(Failure::run)?;
+        let report = Report::new(args.rounds.get(), rows);
+        report.print();
+        noisy |= report.is_noisy();
+        if let Some(file) = &args.json {
+            report.write_json(file).map_err(Failure::run)?;
+        }
+        if let Some(dir) = &args.plot {
+            for file in report.plot(dir).map_err(Failure::run)? {
+                say(format_args!("drew {}", file.display()));
+            }
+        }
     }
     drop(runtime);
     for wasi in &args.wasi {
@@ -93,62 +94,29 @@ fn is_noisy(summary: &Summary) -> bool {
     summary.spread > SPREAD_MAX
 }
 
-/// Speed, mode by mode; whether some figure was noisy.
+/// Speed, bench by bench.
 fn contests(
     args: &BenchArgs,
     contest: &Contest,
     runtime: &Runtime,
-    modes: &[&(&'static str, usize)],
-) -> wasmtime::Result<bool> {
-    let rows = modes.len() * args.guests.len() * args.wasi.len();
-    let progress = progress_bar(rows * (args.rounds.get() + 1) * 2);
-    let mut table = table([
-        "bench",
-        "WASI",
-        "guests",
-        "stock µs",
-        "uring µs",
-        "native µs",
-        "× stock",
-        "× stock, wall",
-        "× native",
-        "enters/op",
-        "suspends/op",
-        "spread",
-    ]);
-    let mut noisy = false;
-    for (mode, count) in modes {
-        let per_wasi = |wasi| args.guests.iter().map(move |guests| (wasi, guests));
-        for (wasi, guests) in args.wasi.iter().flat_map(per_wasi) {
-            let count = (count / guests.get()).max(COUNT_MIN);
-            let work = Work { wasi: *wasi, mode, guests: guests.get(), count };
-            let rounds = contend(contest, runtime, &work, args.rounds.get(), &progress)?;
-            let result = rounds.result(&work);
-            noisy |= is_noisy(&result.cpu_ratio);
-            table.add_row([
-                (*mode).to_owned(),
-                wasi.version().to_owned(),
-                guests.to_string(),
-                format!("{:.2}", result.stock_micros),
-                format!("{:.2}", result.uring_micros),
-                format!("{:.2}", result.native_micros),
-                format!("{:.2}", result.cpu_ratio.median),
-                format!("{:.2}", result.wall_ratio.median),
-                format!("{:.2}", result.native_ratio.median),
-                format!("{:.3}", result.enters),
-                format!("{:.2}, {:.2}", result.stock_suspensions, result.uring_suspensions),
-                format!("±{:.0}%", result.cpu_ratio.spread * 100.0),
-            ]);
+    benches: &[&'static Bench],
+) -> wasmtime::Result<Vec<Row>> {
+    let contenders: Vec<_> = Contender::ALL
+        .into_iter()
+        .filter(|contender| contender.wasi().is_none_or(|wasi| args.wasi.contains(&wasi)))
+        .collect();
+    let rows = benches.len() * args.guests.len();
+    let progress = progress_bar(rows * (args.rounds.get() + 1) * contenders.len());
+    let mut rows = Vec::new();
+    for bench in benches {
+        for guests in &args.guests {
+            let work = Work::round(bench, guests.get());
+            let row = contend(contest, runtime, &contenders, work, args.rounds.get(), &progress)?;
+            rows.push(row);
         }
     }
     progress.finish_and_clear();
-    print(table);
-    print(
-        "µs: CPU time per operation, median. × stock, × native: how many times as fast as these \
-         the ring is, round by round, median. suspends/op: how often a guest gave its thread away, \
-         on stock and on the ring.",
-    );
-    Ok(noisy)
+    Ok(rows)
 }
 
 fn flood(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<bool> {
@@ -237,78 +205,90 @@ pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
     progress
 }
 
-/// What each has taken in one round.
-struct Round {
-    stock: Sample,
-    uring: Sample,
-    native: Sample,
+/// What each contender has taken, round by round.
+pub(crate) struct Row {
+    work: Work,
+    samples: Vec<(Contender, Vec<Sample>)>,
 }
 
-pub(crate) struct Rounds(Vec<Round>);
-
-/// A work's figures per operation.
-pub(crate) struct Figures {
-    pub(crate) stock_micros: f64,
-    pub(crate) uring_micros: f64,
-    native_micros: f64,
-    /// Stock's CPU time by ours, and so on.
-    cpu_ratio: Summary,
-    pub(crate) wall_ratio: Summary,
-    native_ratio: Summary,
-    pub(crate) enters: f64,
-    stock_suspensions: f64,
-    uring_suspensions: f64,
-    pub(crate) stock_per_second: f64,
-    pub(crate) uring_per_second: f64,
-}
-
-/// Runs some work on both backends and natively in turn, after one round each to warm up.
+/// Has some work done by each in turn, after one round to warm up.
 pub(crate) fn contend(
     contest: &Contest,
     runtime: &Runtime,
-    work: &Work,
+    contenders: &[Contender],
+    work: Work,
     rounds: usize,
     progress: &ProgressBar,
-) -> wasmtime::Result<Rounds> {
-    let mut samples = Vec::new();
+) -> wasmtime::Result<Row> {
+    let mut samples: Vec<_> = contenders.iter().map(|one| (*one, Vec::new())).collect();
     for round in 0..=rounds {
-        let run = |backend| {
+        for (contender, samples) in &mut samples {
             progress.inc(1);
-            contest.run(runtime, backend, work).with_context(|| {
-                let Work { wasi, mode, guests, .. } = work;
-                format!("{mode} with {guests} guests of {} on {}", wasi.version(), backend.name())
-            })
-        };
-        let (stock, uring) = (run(Backend::Stock)?, run(Backend::Uring)?);
-        let native = native::run(work)
-            .with_context(|| format!("{} with {} guests, natively", work.mode, work.guests))?;
-        if round > 0 {
-            samples.push(Round { stock, uring, native });
+            let sample = contest.run(runtime, *contender, &work).with_context(|| {
+                format!("{} with {} guests, {contender}", work.bench.name, work.guests)
+            })?;
+            if round > 0 {
+                samples.extend(sample);
+            }
         }
     }
-    Ok(Rounds(samples))
+    samples.retain(|(_, samples)| !samples.is_empty());
+    Ok(Row { work, samples })
 }
 
-impl Rounds {
+impl Row {
+    fn bench(&self) -> &'static str {
+        self.work.bench.name
+    }
+
+    fn contenders(&self) -> impl Iterator<Item = Contender> {
+        self.samples.iter().map(|(contender, _)| *contender)
+    }
+
+    fn samples(&self, contender: Contender) -> &[Sample] {
+        let found = self.samples.iter().find(|(one, _)| *one == contender);
+        found.map_or(&[], |(_, samples)| samples)
+    }
+
+    /// Some quantity of a contender, per operation; not a number if it did not take part.
     #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-    pub(crate) fn result(&self, work: &Work) -> Figures {
-        let ops = (work.guests * work.count) as f64;
-        let micros = |time: Duration| time.as_secs_f64() * 1e6 / ops;
-        let summary = |of: &dyn Fn(&Round) -> f64| Summary::of(self.0.iter().map(of));
-        let median = |of: &dyn Fn(&Round) -> f64| summary(of).median;
-        let ratio = |a: Duration, b: Duration| a.as_secs_f64() / b.as_secs_f64();
-        Figures {
-            stock_micros: median(&|round| micros(round.stock.cpu)),
-            uring_micros: median(&|round| micros(round.uring.cpu)),
-            native_micros: median(&|round| micros(round.native.cpu)),
-            cpu_ratio: summary(&|round| ratio(round.stock.cpu, round.uring.cpu)),
-            wall_ratio: summary(&|round| ratio(round.stock.wall, round.uring.wall)),
-            native_ratio: summary(&|round| ratio(round.native.cpu, round.uring.cpu)),
-            enters: median(&|round| round.uring.enters as f64 / ops),
-            stock_suspensions: median(&|round| round.stock.suspensions as f64 / ops),
-            uring_suspensions: median(&|round| round.uring.suspensions as f64 / ops),
-            stock_per_second: median(&|round| ops / round.stock.wall.as_secs_f64()),
-            uring_per_second: median(&|round| ops / round.uring.wall.as_secs_f64()),
-        }
+    fn per_operation(&self, contender: Contender, of: impl Fn(&Sample) -> f64) -> Summary {
+        let operations = self.work.operations() as f64;
+        Summary::of(self.samples(contender).iter().map(|sample| of(sample) / operations))
+    }
+
+    /// CPU time per operation in microseconds.
+    pub(crate) fn micros(&self, contender: Contender) -> Summary {
+        self.per_operation(contender, |sample| sample.cpu.as_secs_f64() * 1e6)
+    }
+
+    /// Operations per second that has passed.
+    pub(crate) fn per_second(&self, contender: Contender) -> f64 {
+        1.0 / self.per_operation(contender, |sample| sample.wall.as_secs_f64()).median
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    pub(crate) fn enters(&self, contender: Contender) -> f64 {
+        self.per_operation(contender, |sample| sample.enters as f64).median
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    fn suspensions(&self, contender: Contender) -> f64 {
+        self.per_operation(contender, |sample| sample.suspensions as f64).median
+    }
+
+    /// How many times as fast one is as the other, round by round.
+    fn ratio(&self, one: Contender, other: Contender, of: fn(&Sample) -> Duration) -> Summary {
+        let ones = self.samples(one).iter().map(|sample| of(sample).as_secs_f64());
+        let others = self.samples(other).iter().map(|sample| of(sample).as_secs_f64());
+        Summary::of(ones.zip(others).map(|(one, other)| other / one))
+    }
+
+    pub(crate) fn cpu_ratio(&self, one: Contender, other: Contender) -> Summary {
+        self.ratio(one, other, |sample| sample.cpu)
+    }
+
+    pub(crate) fn wall_ratio(&self, one: Contender, other: Contender) -> Summary {
+        self.ratio(one, other, |sample| sample.wall)
     }
 }

@@ -8,7 +8,8 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use wasmtime::error::Context;
 
 use super::bench::{contend, progress_bar};
-use super::measure::{Contest, Work};
+use super::host::Backend;
+use super::measure::{Bench, Contender, Contest, Work};
 use super::{DemoArgs, Failure, WasiArg, doctor, print, say};
 
 /// Pairs of sockets that each guest opens per round.
@@ -51,32 +52,33 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
         "enters per socket",
     ]);
     let mut verdicts = Vec::new();
+    let bench = Bench::named("pair").expect("one of BENCHES");
     for wasi in WasiArg::ALL {
-        let work = Work { wasi, mode: "pair", guests, count: PAIRS };
-        let rounds = contend(&contest, &runtime, &work, args.rounds.get(), &progress)
+        let contenders = [Backend::Stock, Backend::Uring].map(|one| Contender::Guest(wasi, one));
+        let work = Work::of(bench, guests, guests * PAIRS);
+        let row = contend(&contest, &runtime, &contenders, work, args.rounds.get(), &progress)
             .map_err(Failure::run)?;
-        let figures = rounds.result(&work);
-        // A pair is two sockets.
-        table
-            .add_row([
+        let [stock, uring] = contenders;
+        for (contender, name) in [(stock, "stock (wasmtime-wasi)"), (uring, "uring (wasi-uring)")] {
+            // A pair is two sockets.
+            table.add_row([
                 wasi.version().to_owned(),
-                "stock (wasmtime-wasi)".to_owned(),
-                format!("{:.0}", figures.stock_per_second * 2.0),
-                format!("{:.2}", figures.stock_micros / 2.0),
-                "–".to_owned(),
-            ])
-            .add_row([
-                wasi.version().to_owned(),
-                "uring (wasi-uring)".to_owned(),
-                format!("{:.0}", figures.uring_per_second * 2.0),
-                format!("{:.2}", figures.uring_micros / 2.0),
-                format!("{:.3}", figures.enters / 2.0),
+                name.to_owned(),
+                format!("{:.0}", row.per_second(contender) * 2.0),
+                format!("{:.2}", row.micros(contender).median / 2.0),
+                if contender == uring {
+                    format!("{:.3}", row.enters(contender) / 2.0)
+                } else {
+                    "–".to_owned()
+                },
             ]);
+        }
+        let ratio = row.wall_ratio(uring, stock);
         verdicts.push(format!(
             "{:.1} times as fast for WASI {} (±{:.0}%)",
-            figures.wall_ratio.median,
+            ratio.median,
             wasi.version(),
-            figures.wall_ratio.spread * 100.0,
+            ratio.spread * 100.0,
         ));
     }
     progress.finish_and_clear();

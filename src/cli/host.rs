@@ -38,8 +38,10 @@ impl UdpView for Host {
 
 /// A backend that has been decided on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Backend {
+pub enum Backend {
+    /// The ring.
     Uring,
+    /// wasmtime-wasi's own sockets.
     Stock,
 }
 

@@ -1,19 +1,25 @@
-//! One run of the built-in guest on a backend, or of a plain program that does the same.
+//! What is measured, who is measured at it, and one run of it.
 
+use std::fmt;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::{Recycle, Uring};
 use cpu_time::ProcessTime;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use wasmtime::format_err;
 use wasmtime_wasi::WasiCtx;
 
-use super::host::{Backend, Compiled, GuestConfig, Net, Program};
-use super::{Failure, NetArg, WasiArg};
+use super::bench::peer::RingArgs;
+use super::host::{Compiled, GuestConfig, Net, Program};
+use super::{Failure, NetArg};
+use crate::{Recycle, Uring};
+
+pub use super::WasiArg;
+pub use super::bench::peer::Peer;
+pub use super::host::Backend;
 
 /// The guest that every measurement runs: its modes are in its header.
 pub(crate) fn life(wasi: WasiArg) -> &'static str {
@@ -23,30 +29,132 @@ pub(crate) fn life(wasi: WasiArg) -> &'static str {
     }
 }
 
-/// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
-/// and some files are left for recycled sockets.
-const SOCKETS_MAX: u32 = 11_264;
-
-/// What each guest is told to do, and how often.
-#[derive(Clone, Debug)]
-pub(crate) struct Work {
-    pub(crate) wasi: WasiArg,
-    /// A mode of the built-in guest.
+/// An operation that is measured.
+#[derive(Debug)]
+pub struct Bench {
+    /// What it is asked for by.
+    pub name: &'static str,
+    /// The mode of the built-in guest.
     pub(crate) mode: &'static str,
+    /// Of a datagram.
+    pub(crate) bytes: usize,
+    pub(crate) datagrams: usize,
+    /// How often one guest alone does it in a round.
+    count: usize,
+}
+
+impl Bench {
+    const fn new(name: &'static str, mode: &'static str, count: usize) -> Self {
+        Self { name, mode, bytes: 64, datagrams: 1, count }
+    }
+
+    const fn batch(name: &'static str, datagrams: usize, bytes: usize, count: usize) -> Self {
+        Self { name, mode: "batch", bytes, datagrams, count }
+    }
+
+    /// The bench of a name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<&'static Self> {
+        BENCHES.iter().find(|bench| bench.name == name)
+    }
+}
+
+/// Every contest in speed.
+pub const BENCHES: &[Bench] = &[
+    Bench::new("create", "create", 200_000),
+    Bench::new("bind", "bind", 20_000),
+    Bench::new("bind6", "bind6", 20_000),
+    Bench::new("pair", "pair", 5_000),
+    Bench::new("dns", "dns", 6_000),
+    Bench::new("echo", "echo", 15_000),
+    Bench { bytes: 1200, ..Bench::new("echo_1200", "echo", 15_000) },
+    Bench::batch("batch_1", 1, 1200, 10_000),
+    Bench::batch("batch_4", 4, 1200, 4_000),
+    Bench::batch("batch_16", 16, 1200, 1_000),
+    Bench::batch("batch_16_small", 16, 64, 1_000),
+];
+
+/// Operations per guest at least, so that those that open sockets once are not measured doing so.
+const COUNT_MIN: usize = 100;
+
+/// What each guest is to do, and how often.
+#[derive(Clone, Debug)]
+pub struct Work {
+    pub(crate) bench: &'static Bench,
     pub(crate) guests: usize,
     pub(crate) count: usize,
 }
 
+impl Work {
+    /// So many times in all, or a few more.
+    #[must_use]
+    pub fn of(bench: &'static Bench, guests: usize, operations: usize) -> Self {
+        Self { bench, guests, count: operations.div_ceil(guests).max(1) }
+    }
+
+    /// As often as a round of the command has it.
+    pub(crate) fn round(bench: &'static Bench, guests: usize) -> Self {
+        Self { bench, guests, count: (bench.count / guests).max(COUNT_MIN) }
+    }
+
+    /// Operations of all guests.
+    #[must_use]
+    pub fn operations(&self) -> usize {
+        self.guests * self.count
+    }
+}
+
+/// Who does the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contender {
+    /// The built-in guest.
+    Guest(WasiArg, Backend),
+    /// A native program.
+    Native(Peer),
+}
+
+impl Contender {
+    /// All there are.
+    pub const ALL: [Self; 8] = [
+        Self::Guest(WasiArg::P2, Backend::Stock),
+        Self::Guest(WasiArg::P2, Backend::Uring),
+        Self::Guest(WasiArg::P3, Backend::Stock),
+        Self::Guest(WasiArg::P3, Backend::Uring),
+        Self::Native(Peer::Std),
+        Self::Native(Peer::Tokio),
+        Self::Native(Peer::TokioUring),
+        Self::Native(Peer::Floor),
+    ];
+
+    /// A guest's WASI version.
+    pub(crate) fn wasi(self) -> Option<WasiArg> {
+        match self {
+            Self::Guest(wasi, _) => Some(wasi),
+            Self::Native(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Guest(wasi, backend) => write!(f, "{} {}", backend.name(), wasi.version()),
+            Self::Native(peer) => f.write_str(peer.name()),
+        }
+    }
+}
+
 /// What one run of some [`Work`] took, for all guests together.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Sample {
-    pub(crate) wall: Duration,
+pub struct Sample {
+    /// Time that has passed.
+    pub wall: Duration,
     /// User and system time of the process.
-    pub(crate) cpu: Duration,
-    /// `io_uring_enter` calls; 0 for stock.
-    pub(crate) enters: u64,
+    pub cpu: Duration,
+    /// `io_uring_enter` calls, as far as they are known.
+    pub enters: u64,
     /// How often guests have given the thread away.
-    pub(crate) suspensions: u64,
+    pub suspensions: u64,
 }
 
 /// Wall clock and CPU time of the process, running.
@@ -65,21 +173,25 @@ impl Stopwatch {
     }
 }
 
-/// Both backends, ready to run work.
-pub(crate) struct Contest {
-    p2: Contestants,
-    p3: Contestants,
+/// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
+/// and some files are left for recycled sockets.
+const SOCKETS_MAX: u32 = 11_264;
+
+/// Everybody, ready to run.
+pub struct Contest {
+    p2: Guests,
+    p3: Guests,
     pub(crate) ring: Uring,
-    sockets: u32,
+    args: RingArgs,
 }
 
 /// The guest of one WASI version, on each backend.
-struct Contestants {
+struct Guests {
     stock: Arc<Program>,
     uring: Arc<Program>,
 }
 
-impl Contestants {
+impl Guests {
     fn new(wasi: WasiArg) -> wasmtime::Result<Self> {
         let compiled = Compiled::new(life(wasi).as_bytes())?;
         let link = |backend| Ok::<_, Failure>(Arc::new(Program::link(&compiled, backend)?));
@@ -88,80 +200,93 @@ impl Contestants {
 }
 
 impl Contest {
-    pub(crate) fn new(recycle: Recycle) -> wasmtime::Result<Self> {
+    /// Compiles the guests and builds their ring.
+    ///
+    /// # Errors
+    ///
+    /// If there is no io_uring here.
+    pub fn new(recycle: Recycle) -> wasmtime::Result<Self> {
         let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
         Ok(Self {
-            p2: Contestants::new(WasiArg::P2)?,
-            p3: Contestants::new(WasiArg::P3)?,
+            p2: Guests::new(WasiArg::P2)?,
+            p3: Guests::new(WasiArg::P3)?,
             ring: Uring::builder().sockets(sockets).recycle(recycle).build()?,
-            sockets,
+            args: RingArgs { sockets, recycle },
         })
     }
 
     /// Slots of the ring.
     pub(crate) fn sockets(&self) -> u32 {
-        self.sockets
+        self.args.sockets
     }
 
     pub(crate) fn program(&self, wasi: WasiArg, backend: Backend) -> &Arc<Program> {
-        let contestants = match wasi {
+        let guests = match wasi {
             WasiArg::P2 => &self.p2,
             WasiArg::P3 => &self.p3,
         };
         match backend {
-            Backend::Stock => &contestants.stock,
-            Backend::Uring => &contestants.uring,
+            Backend::Stock => &guests.stock,
+            Backend::Uring => &guests.uring,
+        }
+    }
+
+    /// Has a contender do some work; `None` if it has no such operation.
+    ///
+    /// # Errors
+    ///
+    /// Those of its sockets.
+    pub fn run(
+        &self,
+        runtime: &Runtime,
+        contender: Contender,
+        work: &Work,
+    ) -> wasmtime::Result<Option<Sample>> {
+        match contender {
+            Contender::Guest(wasi, backend) => {
+                Ok(Some(runtime.block_on(self.run_guests(self.program(wasi, backend), work))?))
+            }
+            Contender::Native(peer) => Ok(peer.run(work, self.args)?),
         }
     }
 
     /// Instantiates the guests, then measures how long they run.
-    pub(crate) fn run(
-        &self,
-        runtime: &Runtime,
-        backend: Backend,
-        work: &Work,
-    ) -> wasmtime::Result<Sample> {
-        let program = self.program(work.wasi, backend);
-        runtime.block_on(async {
-            let net = Net::new(NetArg::Loopback);
-            let mut guests = Vec::new();
-            for _ in 0..work.guests {
-                let mut wasi = WasiCtx::builder();
-                net.configure(&mut wasi);
-                wasi.args(&["life", work.mode, &work.count.to_string()]);
-                let config = GuestConfig {
-                    wasi,
-                    net: &net,
-                    uring: Some(&self.ring),
-                    sockets_max: self.sockets,
-                };
-                guests.push(program.instantiate(config).await?);
-            }
-            let enters = self.ring.stats().enters;
-            let stopwatch = Stopwatch::start();
-            let mut tasks = JoinSet::new();
-            for mut guest in guests {
-                // The store comes back, so that taking it down is not measured.
-                tasks.spawn(async move {
-                    let (result, suspensions) = counting_suspensions(guest.run()).await;
-                    (result, suspensions, guest)
-                });
-            }
-            let mut ended = Vec::new();
-            while let Some(guest) = tasks.join_next().await {
-                ended.push(guest);
-            }
-            let mut sample = stopwatch.sample();
-            sample.enters = self.ring.stats().enters - enters;
-            for guest in ended {
-                let (result, suspensions, _store) =
-                    guest.map_err(|error| format_err!("{error}"))?;
-                result?;
-                sample.suspensions += suspensions;
-            }
-            Ok(sample)
-        })
+    async fn run_guests(&self, program: &Arc<Program>, work: &Work) -> wasmtime::Result<Sample> {
+        let net = Net::new(NetArg::Loopback);
+        let Work { bench: Bench { mode, bytes, datagrams, .. }, .. } = work;
+        let mut guests = Vec::new();
+        for _ in 0..work.guests {
+            let mut wasi = WasiCtx::builder();
+            net.configure(&mut wasi);
+            wasi.args(&["life", mode]);
+            wasi.args(&[work.count, *bytes, *datagrams].map(|number| number.to_string()));
+            let uring = Some(&self.ring);
+            let config = GuestConfig { wasi, net: &net, uring, sockets_max: self.args.sockets };
+            guests.push(program.instantiate(config).await?);
+        }
+        let enters = self.ring.stats().enters;
+        let stopwatch = Stopwatch::start();
+        let mut tasks = JoinSet::new();
+        for mut guest in guests {
+            // The store comes back, so that taking it down is not measured.
+            tasks.spawn(async move {
+                let (result, suspensions) = counting_suspensions(guest.run()).await;
+                (result, suspensions, guest)
+            });
+        }
+        let mut ended = Vec::new();
+        while let Some(guest) = tasks.join_next().await {
+            ended.push(guest);
+        }
+        let mut sample = stopwatch.sample();
+        sample.enters = self.ring.stats().enters - enters;
+        for guest in ended {
+            let (result, suspensions, _store) = guest.map_err(|error| format_err!("{error}"))?;
+            result?;
+            sample.suspensions += suspensions;
+        }
+        Ok(sample)
     }
 }
 
@@ -180,14 +305,16 @@ async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
 
 /// Median and spread of what some quantity was over the rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Summary {
-    pub(crate) median: f64,
+pub struct Summary {
+    /// The middle one.
+    pub median: f64,
     /// Half the distance between the quartiles, relative to the median.
-    pub(crate) spread: f64,
+    pub spread: f64,
 }
 
 impl Summary {
-    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    /// Of some values; not a number if there are none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let quantile = |of_four: usize| match values.len() {

@@ -1,6 +1,6 @@
 ;; The command's built-in guest: what a UDP guest does all day, without anything else in the way. A wasi:cli/run command
-;; with the arguments MODE COUNT [PORT] (after argv 0); run answers err for an argument it does not know and for every
-;; error a socket reports.
+;; with the arguments MODE COUNT [PORT] or MODE COUNT BYTES DATAGRAMS (after argv 0); run answers err for an argument
+;; it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64.
 ;;
 ;;   create   COUNT times: create, drop
 ;;   bind     COUNT times: create, bind 127.0.0.1:0, drop
@@ -8,7 +8,7 @@
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
 ;;   dns      open a server; COUNT times: a fresh socket connects to it, asks, is answered, closes
-;;   batch    connect a sender to a receiver; COUNT times sixteen datagrams of 1200 bytes
+;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS, 1 to 16, else 16
 ;;
 ;; The following tell 127.0.0.1:PORT where they are, by a datagram.
 ;;
@@ -201,9 +201,9 @@
     ;; What is sent. The first four bytes count trips and batches, so that a stray datagram is not taken for an answer.
     (global $payload i32 (i32.const 1024))
 
-    (global $echo-bytes i32 (i32.const 64))
-    (global $batch-bytes i32 (i32.const 1200))
-    (global $batch-datagrams i32 (i32.const 16))
+    ;; As the last two arguments have them.
+    (global $bytes (mut i32) (i32.const 64))
+    (global $datagrams (mut i32) (i32.const 16))
     (global $would-block i32 (i32.const 8))
 
     ;; Modes are their names' letters, first letter highest.
@@ -325,7 +325,7 @@
         (i32.const 0)))
 
     (func $say (param $peer i32) (param $data i32) (param $to i32) (result i32)
-      (call $write-letter (global.get $letters) (local.get $data) (global.get $echo-bytes) (local.get $to))
+      (call $write-letter (global.get $letters) (local.get $data) (global.get $bytes) (local.get $to))
       (call $send-letters (local.get $peer) (i32.const 1)))
 
     (func $wait-incoming (param $peer i32)
@@ -353,7 +353,7 @@
     (func $hear-one (param $peer i32) (result i32)
       (call $wait-incoming (local.get $peer))
       (if (i32.ne (call $hear (local.get $peer) (i32.const 1)) (i32.const 1)) (then (return (i32.const 0))))
-      (if (call $strange (i32.load offset=4 (global.get $answer)) (global.get $echo-bytes))
+      (if (call $strange (i32.load offset=4 (global.get $answer)) (global.get $bytes))
         (then (return (i32.const 0))))
       (i32.load offset=4 (global.get $answer)))
 
@@ -416,9 +416,9 @@
     (func $open-batch (result i32)
       (local $letter i32) (local $left i32)
       (local.set $letter (global.get $letters))
-      (local.set $left (global.get $batch-datagrams))
+      (local.set $left (global.get $datagrams))
       (loop $next
-        (call $write-letter (local.get $letter) (global.get $payload) (global.get $batch-bytes) (i32.const 0))
+        (call $write-letter (local.get $letter) (global.get $payload) (global.get $bytes) (i32.const 0))
         (local.set $letter (i32.add (local.get $letter) (i32.const 44)))
         (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
       (if (call $serve (global.get $b)) (then (return (i32.const 1))))
@@ -427,15 +427,15 @@
     (func $batch (result i32)
       (local $letter i32) (local $left i32) (local $count i32)
       (call $stamp)
-      (if (call $send-letters (global.get $a) (global.get $batch-datagrams)) (then (return (i32.const 1))))
-      (local.set $left (global.get $batch-datagrams))
+      (if (call $send-letters (global.get $a) (global.get $datagrams)) (then (return (i32.const 1))))
+      (local.set $left (global.get $datagrams))
       (loop $more
         (local.set $count (call $hear (global.get $b) (local.get $left)))
         (if (i32.eqz (local.get $count)) (then (return (i32.const 1))))
         (local.set $left (i32.sub (local.get $left) (local.get $count)))
         (local.set $letter (i32.load offset=4 (global.get $answer)))
         (loop $next
-          (if (call $strange (local.get $letter) (global.get $batch-bytes)) (then (return (i32.const 1))))
+          (if (call $strange (local.get $letter) (global.get $bytes)) (then (return (i32.const 1))))
           (local.set $letter (i32.add (local.get $letter) (i32.const 40)))
           (br_if $next (local.tee $count (i32.sub (local.get $count) (i32.const 1)))))
         (br_if $more (local.get $left)))
@@ -522,7 +522,7 @@
       (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
       (call $get-arguments (global.get $answer))
       (if (i32.lt_u (i32.load offset=4 (global.get $answer)) (i32.const 3)) (then (return (i32.const 1))))
-      (if (i32.gt_u (i32.load offset=4 (global.get $answer)) (i32.const 4)) (then (return (i32.const 1))))
+      (if (i32.gt_u (i32.load offset=4 (global.get $answer)) (i32.const 5)) (then (return (i32.const 1))))
       ;; A string is a pointer and a length: eight bytes each, and the first is argv 0.
       (local.set $strings (i32.load (global.get $answer)))
       (local.set $mode (call $letters-of (i32.add (local.get $strings) (i32.const 8))))
@@ -533,6 +533,12 @@
         (if (i32.gt_u (local.get $port) (i32.const 65535)) (then (return (i32.const 1))))
         (i32.store16 offset=4 (global.get $host) (local.get $port))
         (i32.store offset=6 (global.get $host) (i32.const 0x0100007f))))
+      (if (i32.eq (i32.load offset=4 (global.get $answer)) (i32.const 5)) (then
+        (global.set $bytes (call $number-of (i32.add (local.get $strings) (i32.const 24))))
+        (if (i32.gt_u (i32.sub (global.get $bytes) (i32.const 4)) (i32.const 1196)) (then (return (i32.const 1))))
+        (global.set $datagrams (call $number-of (i32.add (local.get $strings) (i32.const 32))))
+        (if (i32.gt_u (i32.sub (global.get $datagrams) (i32.const 1)) (i32.const 15))
+          (then (return (i32.const 1))))))
 
       ;; One network for the whole run, as guests' libraries keep it.
       (global.set $network (call $instance-network))

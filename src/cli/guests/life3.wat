@@ -1,6 +1,6 @@
 ;; The built-in guest life2.wat once more, for WASI 0.3: the same modes, so that both can be measured side by side. A
-;; wasi:cli/run command with the arguments MODE COUNT [PORT] (after argv 0); run answers err for an argument it does not
-;; know and for every error a socket reports.
+;; wasi:cli/run command with the arguments MODE COUNT [PORT] or MODE COUNT BYTES DATAGRAMS (after argv 0); run answers
+;; err for an argument it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64.
 ;;
 ;;   create   COUNT times: create, drop
 ;;   bind     COUNT times: create, bind 127.0.0.1:0, drop
@@ -8,7 +8,7 @@
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
 ;;   dns      open a server; COUNT times: a fresh socket connects to it, asks, is answered, closes
-;;   batch    connect a sender to a receiver; COUNT times sixteen datagrams of 1200 bytes
+;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS, 1 to 16, else 16
 ;;
 ;; The following tell 127.0.0.1:PORT where they are, by a datagram.
 ;;
@@ -19,7 +19,7 @@
 ;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
 ;; timeout.
 ;;
-;; 0.3 has one datagram per call. So a batch is sixteen sends before the first is waited for, and serve and sink count
+;; 0.3 has one datagram per call. So a batch is so many sends before the first is waited for, and serve and sink count
 ;; datagrams where 0.2 counts what arrives together. A socket that connects is not bound first: connect does that.
 ;;
 ;; send and receive are lowered async, as languages' bindings have them: a call that is done at once says so, and nobody
@@ -159,10 +159,10 @@
     ;; What is sent. The first four bytes count trips and batches, so that a stray datagram is not taken for an answer.
     (global $payload i32 (i32.const 1536))
 
-    (global $echo-bytes i32 (i32.const 64))
-    (global $batch-bytes i32 (i32.const 1200))
+    ;; As the last two arguments have them.
+    (global $bytes (mut i32) (i32.const 64))
+    (global $datagrams (mut i32) (i32.const 16))
     (global $letter-bytes i32 (i32.const 68))
-    (global $batch-end i32 (i32.const 1344))
     ;; What an async call answers, without a subtask in the upper 28 bits, when it is done at once.
     (global $returned i32 (i32.const 2))
 
@@ -307,10 +307,10 @@
     (func $trip (param $to i32) (result i32)
       (call $stamp)
       (block $failed
-        (br_if $failed (call $say (global.get $a) (global.get $payload) (global.get $echo-bytes) (local.get $to)))
-        (br_if $failed (call $expect (global.get $b) (global.get $echo-bytes)))
+        (br_if $failed (call $say (global.get $a) (global.get $payload) (global.get $bytes) (local.get $to)))
+        (br_if $failed (call $expect (global.get $b) (global.get $bytes)))
         (br_if $failed (call $answer-it (global.get $b)))
-        (br_if $failed (call $expect (global.get $a) (global.get $echo-bytes)))
+        (br_if $failed (call $expect (global.get $a) (global.get $bytes)))
         ;; The answer must come from b: port, then IPv4 address.
         (br_if $failed (i32.ne (i32.load16_u offset=16 (global.get $answer)) (i32.load16_u offset=8 (global.get $b))))
         (br_if $failed (i32.ne (i32.load offset=18 (global.get $answer)) (i32.load offset=10 (global.get $b))))
@@ -325,7 +325,7 @@
 
     ;; Tells the host where a is.
     (func $report (result i32)
-      (call $say (global.get $a) (global.get $payload) (global.get $echo-bytes) (global.get $host)))
+      (call $say (global.get $a) (global.get $payload) (global.get $bytes) (global.get $host)))
 
     (func $open-reported (result i32)
       (if (call $open (global.get $a)) (then (return (i32.const 1))))
@@ -338,6 +338,10 @@
         (then (return (i32.const 0))))
       (i32.load8_u (global.get $forgotten)))
 
+    ;; Where the letters of a batch end.
+    (func $letters-end (result i32)
+      (i32.add (global.get $letters) (i32.mul (global.get $datagrams) (global.get $letter-bytes))))
+
     (func $open-batch (result i32)
       (local $letter i32)
       (if (call $serve (global.get $b)) (then (return (i32.const 1))))
@@ -345,18 +349,18 @@
       (local.set $letter (global.get $letters))
       (loop $next
         (call $write-letter
-          (local.get $letter) (global.get $a) (global.get $payload) (global.get $batch-bytes) (i32.const 0))
+          (local.get $letter) (global.get $a) (global.get $payload) (global.get $bytes) (i32.const 0))
         (local.set $letter (i32.add (local.get $letter) (global.get $letter-bytes)))
-        (br_if $next (i32.lt_u (local.get $letter) (global.get $batch-end))))
+        (br_if $next (i32.lt_u (local.get $letter) (call $letters-end))))
       (i32.const 0))
 
     (func $batch (result i32)
       (local $left i32)
       (call $stamp)
-      (if (call $send-letters (global.get $batch-end)) (then (return (i32.const 1))))
-      (local.set $left (i32.const 16))
+      (if (call $send-letters (call $letters-end)) (then (return (i32.const 1))))
+      (local.set $left (global.get $datagrams))
       (loop $next
-        (if (call $expect (global.get $b) (global.get $batch-bytes)) (then (return (i32.const 1))))
+        (if (call $expect (global.get $b) (global.get $bytes)) (then (return (i32.const 1))))
         (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
       (i32.const 0))
 
@@ -443,7 +447,7 @@
       (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
       (call $get-arguments (global.get $answer))
       (if (i32.lt_u (i32.load offset=4 (global.get $answer)) (i32.const 3)) (then (return (i32.const 1))))
-      (if (i32.gt_u (i32.load offset=4 (global.get $answer)) (i32.const 4)) (then (return (i32.const 1))))
+      (if (i32.gt_u (i32.load offset=4 (global.get $answer)) (i32.const 5)) (then (return (i32.const 1))))
       ;; A string is a pointer and a length: eight bytes each, and the first is argv 0.
       (local.set $strings (i32.load (global.get $answer)))
       (local.set $mode (call $letters-of (i32.add (local.get $strings) (i32.const 8))))
@@ -454,6 +458,12 @@
         (if (i32.gt_u (local.get $port) (i32.const 65535)) (then (return (i32.const 1))))
         (i32.store16 offset=4 (global.get $host) (local.get $port))
         (i32.store offset=6 (global.get $host) (i32.const 0x0100007f))))
+      (if (i32.eq (i32.load offset=4 (global.get $answer)) (i32.const 5)) (then
+        (global.set $bytes (call $number-of (i32.add (local.get $strings) (i32.const 24))))
+        (if (i32.gt_u (i32.sub (global.get $bytes) (i32.const 4)) (i32.const 1196)) (then (return (i32.const 1))))
+        (global.set $datagrams (call $number-of (i32.add (local.get $strings) (i32.const 32))))
+        (if (i32.gt_u (i32.sub (global.get $datagrams) (i32.const 1)) (i32.const 15))
+          (then (return (i32.const 1))))))
 
       (global.set $set (call $new-set))
       (global.set $forgotten-set (call $new-set))

@@ -1,5 +1,4 @@
-//! What the built-in guest does, as a plain Rust program would: the yardstick without WebAssembly
-//! and without io_uring.
+//! As a plain Rust program would do it.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -11,37 +10,24 @@ use nix::sys::socket::{
     socket,
 };
 
-use super::super::measure::{Sample, Stopwatch, Work};
+use super::{Program, expect_bytes};
+use crate::cli::measure::Bench;
 
-const ECHO_BYTES: usize = 64;
-const BATCH_BYTES: usize = 1200;
-const BATCH_DATAGRAMS: usize = 16;
+/// Bytes of a datagram, where no bench asks for others.
+const BYTES: usize = 64;
 
-/// Measures a program that does what the guests of some work do.
-pub(super) fn run(work: &Work) -> io::Result<Sample> {
-    let mut program = program(work.mode, work.guests)?;
-    let stopwatch = Stopwatch::start();
-    program.run(work.count)?;
-    Ok(stopwatch.sample())
-}
-
-/// A mode's program. What guests do once, before they begin to count, is done when this returns.
-fn program(mode: &str, guests: usize) -> io::Result<Box<dyn Program>> {
-    Ok(match mode {
+pub(super) fn program(bench: &Bench, guests: usize) -> io::Result<Option<Box<dyn Program>>> {
+    let Bench { bytes, datagrams, .. } = *bench;
+    Ok(Some(match bench.mode {
         "create" => Box::new(Lives { guests, life: create }),
         "bind" => Box::new(Lives { guests, life: || bind(Ipv4Addr::LOCALHOST).map(drop) }),
         "bind6" => Box::new(Lives { guests, life: || bind(Ipv6Addr::LOCALHOST).map(drop) }),
         "pair" => Box::new(Lives { guests, life: pair }),
-        "echo" => Box::new(Echo::new(guests)?),
+        "echo" => Box::new(Echo::new(bytes, guests)?),
         "dns" => Box::new(Dns::new(guests)?),
-        "batch" => Box::new(Batch::new(guests)?),
-        _ => return Err(io::Error::other("there is no such native program")),
-    })
-}
-
-trait Program {
-    /// As often for each guest.
-    fn run(&mut self, count: usize) -> io::Result<()>;
+        "batch" => Box::new(Batch::new(datagrams, bytes, guests)?),
+        _ => return Ok(None),
+    }))
 }
 
 /// Lives that leave nothing behind.
@@ -68,7 +54,7 @@ fn bind(ip: impl Into<std::net::IpAddr>) -> io::Result<UdpSocket> {
 
 fn pair() -> io::Result<()> {
     let (a, b) = (bind(Ipv4Addr::LOCALHOST)?, bind(Ipv4Addr::LOCALHOST)?);
-    let mut bytes = [0; ECHO_BYTES];
+    let mut bytes = [0; BYTES];
     a.send_to(&bytes, b.local_addr()?)?;
     let (len, from) = b.recv_from(&mut bytes)?;
     b.send_to(&bytes[..len], from)?;
@@ -94,7 +80,7 @@ impl Dns {
 
 impl Program for Dns {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let mut bytes = [0; ECHO_BYTES];
+        let mut bytes = [0; BYTES];
         for _ in 0..count {
             for (server, addr) in &self.servers {
                 let client = bind(Ipv4Addr::LOCALHOST)?;
@@ -111,6 +97,7 @@ impl Program for Dns {
 
 /// Pairs of sockets behind one epoll, as an event loop has them.
 struct Echo {
+    bytes: usize,
     epoll: Epoll,
     /// Those who ask at even places, those who answer at odd ones.
     sockets: Vec<UdpSocket>,
@@ -118,7 +105,7 @@ struct Echo {
 }
 
 impl Echo {
-    fn new(guests: usize) -> io::Result<Self> {
+    fn new(bytes: usize, guests: usize) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let (mut sockets, mut answerers) = (Vec::new(), Vec::new());
         for at in 0..2 * guests {
@@ -130,17 +117,17 @@ impl Echo {
             }
             sockets.push(socket);
         }
-        Ok(Self { epoll, sockets, answerers })
+        Ok(Self { bytes, epoll, sockets, answerers })
     }
 }
 
 impl Program for Echo {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let mut bytes = [0; ECHO_BYTES];
+        let mut bytes = vec![0; self.bytes];
+        let question = bytes.clone();
         let mut trips_left = vec![count; self.answerers.len()];
-        let ask = |pair: usize| {
-            self.sockets[2 * pair].send_to(&[0; ECHO_BYTES], self.answerers[pair]).map(drop)
-        };
+        let ask =
+            |pair: usize| self.sockets[2 * pair].send_to(&question, self.answerers[pair]).map(drop);
         (0..trips_left.len()).try_for_each(ask)?;
         let mut left = count * trips_left.len();
         let mut events = [EpollEvent::empty(); 64];
@@ -149,6 +136,7 @@ impl Program for Echo {
             for event in &events[..ready] {
                 let at = usize::try_from(event.data()).map_err(io::Error::other)?;
                 let (len, from) = self.sockets[at].recv_from(&mut bytes)?;
+                expect_bytes(len, question.len())?;
                 if at % 2 == 1 {
                     self.sockets[at].send_to(&bytes[..len], from)?;
                     continue;
@@ -166,37 +154,41 @@ impl Program for Echo {
 
 /// A connected sender for each receiver: sendmmsg(2), recvmmsg(2).
 struct Batch {
+    datagrams: usize,
+    bytes: usize,
     pairs: Vec<(UdpSocket, UdpSocket)>,
 }
 
 impl Batch {
-    fn new(guests: usize) -> io::Result<Self> {
+    fn new(datagrams: usize, bytes: usize, guests: usize) -> io::Result<Self> {
         let pair = |_| {
             let (sender, receiver) = (bind(Ipv4Addr::LOCALHOST)?, bind(Ipv4Addr::LOCALHOST)?);
             sender.connect(receiver.local_addr()?)?;
             Ok((sender, receiver))
         };
-        Ok(Self { pairs: (0..guests).map(pair).collect::<io::Result<_>>()? })
+        let pairs = (0..guests).map(pair).collect::<io::Result<_>>()?;
+        Ok(Self { datagrams, bytes, pairs })
     }
 }
 
 impl Program for Batch {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let outgoing = [0; BATCH_BYTES];
-        let outgoing = [[IoSlice::new(&outgoing)]; BATCH_DATAGRAMS];
-        let mut incoming = vec![[0; BATCH_BYTES]; BATCH_DATAGRAMS];
-        let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(BATCH_DATAGRAMS, None);
+        let Self { datagrams, bytes, pairs } = self;
+        let outgoing = vec![0; *bytes];
+        let outgoing = vec![[IoSlice::new(&outgoing)]; *datagrams];
+        let mut incoming = vec![vec![0; *bytes]; *datagrams];
+        let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(*datagrams, None);
         let flags = MsgFlags::empty();
+        // To the connected peer.
+        let addrs = vec![None; *datagrams];
         for _ in 0..count {
-            for (sender, receiver) in &self.pairs {
-                // To the connected peer.
-                let addrs = [None; BATCH_DATAGRAMS];
-                sendmmsg(sender.as_raw_fd(), &mut headers, &outgoing, addrs, [], flags)?;
+            for (sender, receiver) in &*pairs {
+                sendmmsg(sender.as_raw_fd(), &mut headers, &outgoing, &addrs, [], flags)?;
                 let mut incoming: Vec<_> =
                     incoming.iter_mut().map(|bytes| [IoSliceMut::new(bytes)]).collect();
                 let fd = receiver.as_raw_fd();
                 let received = recvmmsg(fd, &mut headers, &mut incoming, flags, None)?.count();
-                if received != BATCH_DATAGRAMS {
+                if received != *datagrams {
                     return Err(io::Error::other(format!("{received} datagrams of a batch")));
                 }
             }

@@ -1,0 +1,93 @@
+//! Native programs that do what the built-in guest does: the yardsticks without WebAssembly.
+
+mod floor;
+mod on_std;
+mod on_tokio;
+mod on_tokio_uring;
+
+use std::io;
+
+use super::super::measure::{Bench, Sample, Stopwatch, Work};
+use crate::Recycle;
+
+/// What a native program is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// The standard library's sockets, epoll(7), sendmmsg(2) and recvmmsg(2).
+    Std,
+    /// tokio's `UdpSocket`, a task per guest.
+    Tokio,
+    /// tokio-uring's `UdpSocket`, a task per guest.
+    TokioUring,
+    /// This crate's ring by itself.
+    Floor,
+}
+
+impl Peer {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Std => "std",
+            Self::Tokio => "tokio",
+            Self::TokioUring => "tokio-uring",
+            Self::Floor => "floor",
+        }
+    }
+
+    /// Measures a program that does what the guests of some work do; `None` if there is none.
+    pub(crate) fn run(self, work: &Work, ring: RingArgs) -> io::Result<Option<Sample>> {
+        let Some(mut program) = self.program(work.bench, work.guests, ring)? else {
+            return Ok(None);
+        };
+        let stopwatch = Stopwatch::start();
+        program.run(work.count)?;
+        let mut sample = stopwatch.sample();
+        sample.enters = program.enters();
+        Ok(Some(sample))
+    }
+
+    /// What guests do once, before they begin to count, is done when this returns.
+    fn program(
+        self,
+        bench: &Bench,
+        guests: usize,
+        ring: RingArgs,
+    ) -> io::Result<Option<Box<dyn Program>>> {
+        match self {
+            Self::Std => on_std::program(bench, guests),
+            Self::Tokio => on_tokio::program(bench, guests),
+            Self::TokioUring => on_tokio_uring::program(bench, guests),
+            Self::Floor => floor::program(bench, guests, ring),
+        }
+    }
+}
+
+/// The ring that the floor is to have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RingArgs {
+    pub(crate) sockets: u32,
+    pub(crate) recycle: Recycle,
+}
+
+trait Program {
+    /// As often for each guest.
+    fn run(&mut self, count: usize) -> io::Result<()>;
+
+    /// `io_uring_enter` calls so far, as far as they are known.
+    fn enters(&self) -> u64 {
+        0
+    }
+}
+
+/// Bytes of the longest datagram that a bench sends.
+const BYTES_MAX: usize = 1200;
+
+/// What is sent. The kernel may read it where it lies, and it lies there for ever.
+static ZEROS: [u8; BYTES_MAX] = [0; BYTES_MAX];
+
+/// The error of a datagram that is not as long as it was sent.
+fn expect_bytes(received: usize, sent: usize) -> io::Result<()> {
+    if received == sent {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("{received} of a datagram's {sent} bytes")))
+}

@@ -1,0 +1,205 @@
+//! Over tokio's sockets: each guest is a task of one current-thread runtime.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use tokio::net::UdpSocket;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::coop::consume_budget;
+
+use super::{BYTES_MAX, Program, ZEROS, expect_bytes};
+use crate::cli::measure::Bench;
+
+pub(super) fn program(bench: &Bench, guests: usize) -> io::Result<Option<Box<dyn Program>>> {
+    let Bench { bytes, datagrams, .. } = *bench;
+    Ok(Some(match bench.mode {
+        "create" => prepare(guests, async || Ok(Create))?,
+        "bind" => prepare(guests, async || Ok(Bind(Ipv4Addr::LOCALHOST.into())))?,
+        "bind6" => prepare(guests, async || Ok(Bind(Ipv6Addr::LOCALHOST.into())))?,
+        "pair" => prepare(guests, async || Ok(Pair(bytes)))?,
+        "echo" => prepare(guests, async || Trip::new(bytes).await)?,
+        "dns" => prepare(guests, async || Dns::new(bytes).await)?,
+        "batch" => prepare(guests, async || Batch::new(bytes, datagrams).await)?,
+        _ => return Ok(None),
+    }))
+}
+
+fn prepare<G: Guest>(
+    guests: usize,
+    guest: impl AsyncFn() -> io::Result<G>,
+) -> io::Result<Box<dyn Program>> {
+    let runtime = Builder::new_current_thread().enable_io().build()?;
+    let guests = runtime.block_on(async {
+        let mut ready = Vec::with_capacity(guests);
+        for _ in 0..guests {
+            ready.push(guest().await?);
+        }
+        io::Result::Ok(ready)
+    })?;
+    Ok(Box::new(Tasks { guests, runtime }))
+}
+
+/// Guests, and the runtime that their sockets are registered with.
+struct Tasks<G> {
+    guests: Vec<G>,
+    runtime: Runtime,
+}
+
+trait Guest: Send + 'static {
+    /// One operation.
+    fn operate(&mut self) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+impl<G: Guest> Program for Tasks<G> {
+    fn run(&mut self, count: usize) -> io::Result<()> {
+        let Self { guests, runtime } = self;
+        runtime.block_on(async {
+            let run = |mut guest: G| {
+                tokio::spawn(async move {
+                    for _ in 0..count {
+                        guest.operate().await?;
+                    }
+                    // It comes back, so that taking it down is not measured.
+                    io::Result::Ok(guest)
+                })
+            };
+            let tasks: Vec<_> = guests.drain(..).map(run).collect();
+            for task in tasks {
+                guests.push(task.await??);
+            }
+            Ok(())
+        })
+    }
+}
+
+async fn bind(ip: impl Into<IpAddr>) -> io::Result<UdpSocket> {
+    UdpSocket::bind(SocketAddr::new(ip.into(), 0)).await
+}
+
+struct Create;
+
+impl Guest for Create {
+    /// tokio has no socket that is not bound, but takes those of others.
+    async fn operate(&mut self) -> io::Result<()> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Inet, SockType::Datagram, flags, None)?;
+        UdpSocket::from_std(socket.into())?;
+        give_way().await;
+        Ok(())
+    }
+}
+
+struct Bind(IpAddr);
+
+impl Guest for Bind {
+    async fn operate(&mut self) -> io::Result<()> {
+        bind(self.0).await?;
+        give_way().await;
+        Ok(())
+    }
+}
+
+/// For lives that never wait: tokio frees what a closed socket had in its reactor when the reactor
+/// runs, and that is when tasks give way.
+async fn give_way() {
+    consume_budget().await;
+}
+
+struct Pair(usize);
+
+impl Guest for Pair {
+    async fn operate(&mut self) -> io::Result<()> {
+        Trip::new(self.0).await?.operate().await
+    }
+}
+
+/// One who asks and one who answers.
+struct Trip {
+    a: UdpSocket,
+    b: UdpSocket,
+    b_addr: SocketAddr,
+    bytes: usize,
+}
+
+impl Trip {
+    async fn new(bytes: usize) -> io::Result<Self> {
+        let (a, b) = (bind(Ipv4Addr::LOCALHOST).await?, bind(Ipv4Addr::LOCALHOST).await?);
+        let b_addr = b.local_addr()?;
+        Ok(Self { a, b, b_addr, bytes })
+    }
+}
+
+impl Guest for Trip {
+    async fn operate(&mut self) -> io::Result<()> {
+        let mut buffer = [0; BYTES_MAX];
+        self.a.send_to(&ZEROS[..self.bytes], self.b_addr).await?;
+        answer(&self.b, &mut buffer).await?;
+        let (len, _) = self.a.recv_from(&mut buffer).await?;
+        expect_bytes(len, self.bytes)
+    }
+}
+
+/// Sends a datagram back to where it came from.
+async fn answer(server: &UdpSocket, bytes: &mut [u8]) -> io::Result<()> {
+    let (len, from) = server.recv_from(bytes).await?;
+    server.send_to(&bytes[..len], from).await?;
+    Ok(())
+}
+
+/// A server; a client's life is one question.
+struct Dns {
+    server: UdpSocket,
+    addr: SocketAddr,
+    bytes: usize,
+}
+
+impl Dns {
+    async fn new(bytes: usize) -> io::Result<Self> {
+        let server = bind(Ipv4Addr::LOCALHOST).await?;
+        let addr = server.local_addr()?;
+        Ok(Self { server, addr, bytes })
+    }
+}
+
+impl Guest for Dns {
+    async fn operate(&mut self) -> io::Result<()> {
+        let mut buffer = [0; BYTES_MAX];
+        let client = bind(Ipv4Addr::LOCALHOST).await?;
+        client.connect(self.addr).await?;
+        client.send(&ZEROS[..self.bytes]).await?;
+        answer(&self.server, &mut buffer).await?;
+        expect_bytes(client.recv(&mut buffer).await?, self.bytes)
+    }
+}
+
+/// A connected sender and its receiver. tokio has no sendmmsg(2): a system call for each datagram.
+struct Batch {
+    sender: UdpSocket,
+    receiver: UdpSocket,
+    bytes: usize,
+    datagrams: usize,
+}
+
+impl Batch {
+    async fn new(bytes: usize, datagrams: usize) -> io::Result<Self> {
+        let sender = bind(Ipv4Addr::LOCALHOST).await?;
+        let receiver = bind(Ipv4Addr::LOCALHOST).await?;
+        sender.connect(receiver.local_addr()?).await?;
+        Ok(Self { sender, receiver, bytes, datagrams })
+    }
+}
+
+impl Guest for Batch {
+    async fn operate(&mut self) -> io::Result<()> {
+        let mut buffer = [0; BYTES_MAX];
+        for _ in 0..self.datagrams {
+            self.sender.send(&ZEROS[..self.bytes]).await?;
+        }
+        for _ in 0..self.datagrams {
+            let (len, _) = self.receiver.recv_from(&mut buffer).await?;
+            expect_bytes(len, self.bytes)?;
+        }
+        Ok(())
+    }
+}
