@@ -719,7 +719,9 @@ mod measuring {
             assert!(svg.contains("uring 0.3"), "{picture}");
         }
         let nowhere = ["bench", "bind", "--guests", "1", "--rounds", "1", "--json", "/nowhere/a"];
-        run(&nowhere).with_code(1).says(&["/nowhere/a"]);
+        run(&nowhere).with_code(2).says(&["/nowhere/a"]);
+        let nowhere = ["bench", "bind", "--guests", "1", "--rounds", "1", "--plot", "/proc/a"];
+        run(&nowhere).with_code(2).says(&["/proc/a"]);
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         return Err(Failure::usage(error));
     }
     let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
+    check_outputs(args).map_err(Failure::usage)?;
     let contest = Contest::new(args.recycle.limits()).map_err(Failure::run)?;
     let runtime = match args.runtime {
         RuntimeArg::PerCore => tokio::runtime::Builder::new_current_thread().enable_all().build(),
@@ -81,6 +82,21 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Before minutes are spent on results that nobody could keep.
+fn check_outputs(args: &BenchArgs) -> wasmtime::Result<()> {
+    if let Some(file) = &args.json {
+        std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(file)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if let Some(dir) = &args.plot {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    Ok(())
 }
 
 fn table<const N: usize>(header: [&str; N]) -> Table {

@@ -6,7 +6,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cpu_time::ProcessTime;
+pub use cpu_time::ProcessTime;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use wasmtime::format_err;
