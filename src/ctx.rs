@@ -51,8 +51,18 @@ impl Turn {
 
     pub(crate) async fn give_up_if_over(&self) {
         if self.datagrams.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
-            // Wasmtime polls a concurrent call for the first time without a waker to yield by.
-            poll_fn(|cx| if wakes_nobody(cx) { Poll::Pending } else { Poll::Ready(()) }).await;
+            // Wasmtime polls a concurrent call for the first time without a waker to yield by, and
+            // then at once with one. (Whoever else has a waker that looks like none is woken.)
+            let mut has_waited = false;
+            poll_fn(|cx| {
+                if has_waited || !wakes_nobody(cx) {
+                    return Poll::Ready(());
+                }
+                has_waited = true;
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await;
             // Not only behind the others that are ready: also behind a look at who else is.
             yield_now().await;
             self.begin();

@@ -626,8 +626,11 @@ enum Advance<'core> {
 
 /// Whether a future cannot be woken by what it is polled with: Wasmtime polls a concurrent call so,
 /// the first time, and at once again with a waker if it was not ready.
+///
+/// `Waker::noop` has no data. It cannot be told by `will_wake`, for each crate has a vtable of its
+/// own for it; so a waker that has no data either but wakes somebody is taken for it, too.
 pub(crate) fn wakes_nobody(cx: &Context<'_>) -> bool {
-    cx.waker().will_wake(Waker::noop())
+    cx.waker().data().is_null()
 }
 
 /// Whether this thread's runtime has no other: its guests never contend for the ring.

@@ -15,6 +15,7 @@
 //! | `connect`, `send` of an unbound socket | `other(none)` when no port is left | `address-in-use` | WIT names this code |
 //! | `send` of a connected socket that waits for room | goes to the peer the socket has by then | to the one it had | that is whom the guest meant |
 //! | `send` | all that wait for room wait in the kernel | at most 64 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
+//! | `send`s that wait for room | leave in the order of the calls, most often | in any order | they wait in the kernel, each by itself |
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |
 //! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
 

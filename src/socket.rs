@@ -173,16 +173,16 @@ impl UdpSocket {
 
     /// Binds to any address and port unless the socket is bound.
     async fn bind_anywhere(&self) -> Result<(), ErrorCode> {
-        if self.is_bound().await {
-            return Ok(());
+        while !self.is_bound().await {
+            self.forget_bind().await;
+            self.push_bind(anywhere(self.family));
+            match self.finish_bind().await {
+                // A call that came between has dropped the failure, and perhaps bound the socket.
+                Err(ErrorCode::NotInProgress) => {}
+                result => return result,
+            }
         }
-        self.forget_bind().await;
-        self.push_bind(anywhere(self.family));
-        match self.finish_bind().await {
-            // Failed, as a `bind` beside us has heard before us; that one has not.
-            Err(ErrorCode::NotInProgress) if self.is_bound().await => Ok(()),
-            result => result,
-        }
+        Ok(())
     }
 
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.

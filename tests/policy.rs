@@ -5,6 +5,7 @@ mod common;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use common::seen::{Seen, recording, take_named};
 use common::{
     Backend, ErrorCode, IpAddressFamily, LOOPBACK, Rig, Setup, alike, block_on, datagram,
     eventually, native, on_both, own_ip, payloads, uring_with,
@@ -154,26 +155,6 @@ fn datagrams_of_refused_senders_are_dropped_and_others_pass() {
 }
 
 // ---- the events ---------------------------------------------------------------------------------
-
-/// What an address check saw, with names in place of addresses, for ports differ by run.
-type Seen = Arc<Mutex<Vec<(SocketAddr, SocketAddrUse)>>>;
-
-fn recording(seen: &Seen) -> Setup {
-    let seen = Arc::clone(seen);
-    Setup::allow(move |addr, use_| {
-        seen.lock().unwrap().push((addr, use_));
-        true
-    })
-}
-
-fn take_named(seen: &Seen, names: &[(&str, SocketAddr)]) -> Vec<String> {
-    let name = |addr: SocketAddr| {
-        let found = names.iter().find(|(_, of)| *of == addr);
-        found.map_or_else(|| addr.to_string(), |(name, _)| (*name).to_owned())
-    };
-    let seen = std::mem::take(&mut *seen.lock().unwrap());
-    seen.into_iter().map(|(addr, use_)| format!("{use_:?} {}", name(addr))).collect()
-}
 
 #[test]
 fn a_policy_sees_the_same_events_in_the_same_order() {

@@ -11,6 +11,7 @@
 mod guest;
 pub mod native;
 pub mod network;
+pub mod seen;
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -134,12 +135,16 @@ pub fn uring_with(sockets: u32) -> Uring {
         .expect("these tests need io_uring: see wasi-uring doctor")
 }
 
-/// The driver guest, compiled once per process.
-fn component(version: &str) -> (&'static Engine, Component) {
+/// The engine of all guests.
+pub fn engine() -> &'static Engine {
     static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(Engine::default)
+}
+
+/// The driver guest, compiled once per process.
+fn component(version: &str) -> Component {
     static OLDEST: OnceLock<Component> = OnceLock::new();
     static NEWEST: OnceLock<Component> = OnceLock::new();
-    let engine = ENGINE.get_or_init(Engine::default);
     let cell = match version {
         "0.2.0" => &OLDEST,
         "0.2.12" => &NEWEST,
@@ -147,9 +152,9 @@ fn component(version: &str) -> (&'static Engine, Component) {
     };
     let component = cell.get_or_init(|| {
         let text = include_str!("../guests/driver.wat").replace("@0.2.0", &format!("@{version}"));
-        Component::new(engine, text).unwrap()
+        Component::new(engine(), text).unwrap()
     });
-    (engine, component.clone())
+    component.clone()
 }
 
 /// A store whose guest has what the setup gives it, with the ring it is served by.
@@ -177,10 +182,22 @@ pub fn host(engine: &Engine, backend: Backend, setup: Setup) -> (Uring, Linker<H
 
 impl Rig {
     pub async fn new(backend: Backend, setup: Setup) -> Self {
-        let (engine, component) = component(setup.version);
-        let (uring, linker, mut store) = host(engine, backend, setup);
+        let version = setup.version;
+        let (uring, linker, store) = host(engine(), backend, setup);
+        Self::in_store(backend, version, uring, &linker, store).await
+    }
+
+    /// A guest in a store that may have others.
+    pub async fn in_store(
+        backend: Backend,
+        version: &str,
+        uring: Uring,
+        linker: &Linker<Host>,
+        mut store: Store<Host>,
+    ) -> Self {
+        let component = component(version);
         let guest =
-            driver::Driver::instantiate_async(&mut store, &component, &linker).await.unwrap();
+            driver::Driver::instantiate_async(&mut store, &component, linker).await.unwrap();
         let network = guest.call_instance_network(&mut store).await.unwrap();
         Self { backend, uring, store, guest, network }
     }
@@ -197,17 +214,25 @@ impl Rig {
 
 /// Runs a scenario on wasmtime-wasi's sockets and on the ring, each in a runtime of its own.
 pub fn on_both(setup: Setup, scenario: impl AsyncFn(&mut Rig)) {
+    on_each(|backend| on(backend, setup.clone(), &scenario));
+}
+
+pub fn on_each(run: impl Fn(Backend)) {
     for backend in [Backend::Stock, Backend::Uring] {
         eprintln!("on {backend:?}:");
-        on(backend, setup.clone(), &scenario);
+        run(backend);
     }
 }
 
 /// Runs a scenario on both backends, which must return the same.
 #[track_caller]
 pub fn alike<T: Debug + PartialEq>(setup: Setup, scenario: impl AsyncFn(&mut Rig) -> T) -> T {
-    let stock = on(Backend::Stock, setup.clone(), &scenario);
-    let ring = on(Backend::Uring, setup, &scenario);
+    same(|backend| on(backend, setup.clone(), &scenario))
+}
+
+#[track_caller]
+pub fn same<T: Debug + PartialEq>(run: impl Fn(Backend) -> T) -> T {
+    let [stock, ring] = [Backend::Stock, Backend::Uring].map(run);
     assert_eq!(ring, stock, "the ring (left) does not answer as wasmtime-wasi (right)");
     ring
 }

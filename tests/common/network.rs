@@ -1,10 +1,13 @@
 //! Networks of a test's own, made with ip(8), as root.
 
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
+
+use super::native::socket;
 
 /// Runs a test on a thread that is in a network by itself. Threads and processes started there
 /// are in it, too.
@@ -16,6 +19,37 @@ pub fn in_a_network(mtu: u32, test: impl FnOnce() + Send) {
         test();
     };
     thread::scope(|scope| scope.spawn(alone).join()).expect("the test's own part");
+}
+
+/// A network in which a packet or two get through, then a byte per second, until `flow`.
+pub fn in_a_clogged_network(test: impl FnOnce() + Send) {
+    in_a_network(1500, || {
+        run("tc qdisc add dev lo root tbf rate 8bit burst 2000 limit 1000000");
+        let _unclogged = Unclogged;
+        test();
+    });
+}
+
+/// What waits in a queue keeps its network alive, and with it a part of the processor's one ICMP
+/// socket, which in time tells nobody any more that a port is closed.
+struct Unclogged;
+
+impl Drop for Unclogged {
+    fn drop(&mut self) {
+        run("tc qdisc del dev lo root");
+    }
+}
+
+/// Lets nothing more through.
+pub fn clog() {
+    run("tc qdisc change dev lo root tbf rate 8bit burst 2000 limit 1000000");
+}
+
+/// Lets everything through, from the next packet on.
+pub fn flow() {
+    run("tc qdisc change dev lo root tbf rate 1gbit burst 2000 limit 1000000");
+    let (native, _) = socket(Ipv4Addr::LOCALHOST);
+    native.send_to(b"the next", "127.0.0.1:9").unwrap();
 }
 
 /// Runs a command.

@@ -7,7 +7,7 @@ use std::thread;
 use wasi_uring::{Stats, Uring};
 
 use crate::coalesced::{assert_heard, batch, content};
-use crate::common::network::{in_a_network, run};
+use crate::common::network::{flow, in_a_clogged_network, in_a_network, run};
 use crate::common::{
     Backend, Endpoint, ErrorCode, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on, eventually, native,
     on, on_both, uring, yield_to_others,
@@ -71,21 +71,6 @@ fn a_batch_of_which_some_are_beyond_the_mtu_arrives_in_order() {
 }
 
 // ---- slow ones ----------------------------------------------------------------------------------
-
-/// A network in which a packet or two get through, then a byte per second, until `flow`.
-fn in_a_clogged_network(test: impl FnOnce() + Send) {
-    in_a_network(1500, || {
-        run("tc qdisc add dev lo root tbf rate 8bit burst 2000 limit 1000000");
-        test();
-    });
-}
-
-/// Lets everything through, from the next packet on.
-fn flow() {
-    run("tc qdisc change dev lo root tbf rate 1gbit burst 2000 limit 1000000");
-    let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
-    native.send_to(b"the next", "127.0.0.1:9").unwrap();
-}
 
 const SECOND: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const THIRD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
