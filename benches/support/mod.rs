@@ -97,8 +97,10 @@ pub(crate) fn run(name: &str, benches: &[&str], guests: &[usize], contenders: &[
                         round.cpu_per(operations)
                     });
                 });
-                if !is_test {
-                    report(&duel, &rounds.into_inner());
+                let rounds = rounds.into_inner();
+                let is_filtered_out = rounds.is_empty();
+                if !is_test && !is_filtered_out {
+                    report(&duel, &rounds);
                 }
             }
             group.finish();

@@ -76,6 +76,8 @@ pub struct Setup {
     pub sockets_max: u32,
     /// The ring to use, or a new one.
     pub uring: Option<Uring>,
+    /// The guest's arguments, after the first.
+    pub args: Vec<String>,
 }
 
 impl Default for Setup {
@@ -85,6 +87,7 @@ impl Default for Setup {
             allow: Some(Arc::new(|_, _| true)),
             sockets_max: 1024,
             uring: None,
+            args: Vec::new(),
         }
     }
 }
@@ -166,6 +169,7 @@ pub fn host(engine: &Engine, backend: Backend, setup: Setup) -> (Uring, Linker<H
         Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker).unwrap(),
     }
     let mut wasi = WasiCtx::builder();
+    wasi.arg("guest").args(&setup.args);
     let mut udp = UdpCtx::builder(&uring).sockets_max(setup.sockets_max);
     if let Some(allow) = setup.allow {
         let same = Arc::clone(&allow);
