@@ -1,18 +1,15 @@
 //! One guest's share of a ring: its policy, its quota, its name.
 
-use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
 
 use tokio::task::yield_now;
-
-use crate::driver::wakes_nobody;
 
 use crate::datagram::Family;
 use crate::driver::{Guest, Uring};
 use crate::error::ErrorCode;
+use crate::first_poll;
 use crate::limits::{GUEST_SOCKETS_DEFAULT, TURN_DATAGRAMS};
 use crate::policy::{Policy, SocketAddrUse};
 use crate::ring::slots::Room;
@@ -51,18 +48,7 @@ impl Turn {
 
     pub(crate) async fn give_up_if_over(&self) {
         if self.datagrams.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
-            // Wasmtime polls a concurrent call for the first time without a waker to yield by, and
-            // then at once with one. (Whoever else has a waker that looks like none is woken.)
-            let mut has_waited = false;
-            poll_fn(|cx| {
-                if has_waited || !wakes_nobody(cx) {
-                    return Poll::Ready(());
-                }
-                has_waited = true;
-                cx.waker().wake_by_ref();
-                Poll::Pending
-            })
-            .await;
+            first_poll::over().await;
             // Not only behind the others that are ready: also behind a look at who else is.
             yield_now().await;
             self.begin();

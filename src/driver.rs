@@ -29,6 +29,7 @@ use tokio::runtime::{self, Handle, RuntimeFlavor};
 use tokio::task::coop;
 
 use crate::error::SetupError;
+use crate::first_poll;
 use crate::limits::{
     COMBINE_ROUNDS_MAX, CROWD_GUESTS_MAX, FLUSH_BYTES, FULL_ROOM_LOOKS_MAX, INBOX_BYTES_DEFAULT,
     INBOX_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT, SPREE_FLUSHES,
@@ -605,7 +606,7 @@ impl Flush {
         // Until they are sent, payloads push each other out of the cache.
         let is_light = core.ring.unsent_bytes() < FLUSH_BYTES;
         let has_yielded = matches!(self.yielding, Yielding::Over);
-        let can_yield = !has_yielded && is_light && !wakes_nobody(cx);
+        let can_yield = !has_yielded && is_light && !first_poll::is_first(cx);
         if can_yield && core.crowd.take_turn(self.guest) && is_current_thread() {
             self.yielding = Yielding::Yielded(core.crowd.start_yield());
             drop(core);
@@ -624,23 +625,14 @@ enum Advance<'core> {
     Looked(MutexGuard<'core, Core>),
 }
 
-/// Whether a future cannot be woken by what it is polled with: Wasmtime polls a concurrent call so,
-/// the first time, and at once again with a waker if it was not ready.
-///
-/// `Waker::noop` has no data. It cannot be told by `will_wake`, for each crate has a vtable of its
-/// own for it; so a waker that has no data either but wakes somebody is taken for it, too.
-pub(crate) fn wakes_nobody(cx: &Context<'_>) -> bool {
-    cx.waker().data().is_null()
-}
-
 /// Whether this thread's runtime has no other: its guests never contend for the ring.
 fn is_current_thread() -> bool {
     Handle::try_current()
         .is_ok_and(|handle| handle.runtime_flavor() == RuntimeFlavor::CurrentThread)
 }
 
-/// An operation its holder waits for. Dropping it abandons the operation: the kernel finishes it,
-/// and its memory stays until then.
+/// An operation its holder waits for. Dropping it abandons the operation, which the kernel finishes
+/// unless it is a `send` that ends with its caller; its memory stays until then.
 pub(crate) struct Ticket {
     uring: Uring,
     key: OpKey,
@@ -650,7 +642,7 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
-    /// For a `send` that is not to go on without its caller.
+    /// For a `send` that is not to go on without its caller, if it still waits for room.
     pub(crate) fn cancelled_with_caller(mut self) -> Self {
         self.ends_with_caller = true;
         self

@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// A `wasi:sockets` error code, as both WASI 0.2 and 0.3 know it.
+/// A `wasi:sockets` error code: one for all that WASI 0.2 and 0.3 have names for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{self:?}")]
 pub(crate) enum ErrorCode {

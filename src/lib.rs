@@ -93,10 +93,11 @@
 //! | [`doctor`] | what this kernel and these limits allow |
 //! | `stats` | what went through a ring |
 //! | [`limits`] | every bound, and how they relate |
+//! | `first_poll` | what is peculiar to how Wasmtime polls concurrent calls |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //!
-//! Dependencies point down the path of a datagram, and only the first two know Wasmtime's linker and
-//! tables.
+//! Dependencies point down the path of a datagram, and of the library's modules only the first two
+//! know Wasmtime's linker and tables.
 
 #![cfg_attr(
     not(all(feature = "p2", feature = "p3")),
@@ -118,6 +119,7 @@ mod ctx;
 mod datagram;
 mod driver;
 mod error;
+mod first_poll;
 mod policy;
 mod ring;
 mod socket;
@@ -132,7 +134,7 @@ pub use policy::SocketAddrUse;
 pub use ring::recycle::Recycle;
 pub use stats::{ClosedInstead, Stats};
 #[cfg(any(feature = "p2", feature = "p3"))]
-pub use view::{UdpCtxView, UdpSocket, UdpView};
+pub use view::{UdpCtxView, UdpView};
 
 /// The README's example is compiled with the tests.
 #[cfg(all(doctest, feature = "p2", feature = "p3"))]

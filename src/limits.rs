@@ -36,7 +36,8 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
 
 /// Sends of WASI 0.3 that one socket may have on their way at once; the others wait for one of them.
-pub(crate) const SENDS_MAX: u32 = 64;
+/// Few, for the kernel tries all that wait for room whenever there is some for one.
+pub(crate) const SENDS_MAX: u32 = 16;
 
 /// Datagrams a guest may take without waiting before other guests of its thread have their turn.
 pub(crate) const TURN_DATAGRAMS: usize = 32;

@@ -31,7 +31,7 @@ use wasmtime_wasi::sockets::{WasiSockets, WasiSocketsView};
 
 use crate::view::{Udp, UdpView};
 
-pub use self::host::{IncomingDatagramStream, OutgoingDatagramStream};
+pub use self::host::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -55,7 +55,7 @@ mod bindings {
         with: {
             "wasi:io/poll": wasmtime_wasi_io::bindings::wasi::io::poll,
             "wasi:sockets/network": wasmtime_wasi::p2::bindings::sockets::network,
-            "wasi:sockets/udp.udp-socket": crate::view::UdpSocket,
+            "wasi:sockets/udp.udp-socket": super::UdpSocket,
             "wasi:sockets/udp.incoming-datagram-stream": super::IncomingDatagramStream,
             "wasi:sockets/udp.outgoing-datagram-stream": super::OutgoingDatagramStream,
         },

@@ -11,10 +11,11 @@
 //!
 //! | function | wasmtime-wasi | here | why |
 //! |---|---|---|---|
-//! | `create` | `other(none)` when the process has no descriptors left | `other(some("new-socket-limit"))` when the table or the guest's quota is full | WASI 0.3 has no code for it |
-//! | `connect`, `send` of an unbound socket | `other(none)` when no port is left | `address-in-use` | WIT names this code |
+//! | `create`, and what binds | `other(none)` when the process has no descriptors left | `other(some("new-socket-limit"))` when the table or the guest's quota is full | WASI 0.3 has no code for it |
+//! | `connect`, `send` of an unbound socket | when no port is left `other(none)`, and `send` waits | `address-in-use` | WIT names this code |
 //! | `send` of a connected socket that waits for room | goes to the peer the socket has by then | to the one it had | that is whom the guest meant |
-//! | `send` | all that wait for room wait in the kernel | at most 64 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
+//! | `send` | all that wait for room wait in the kernel | at most 16 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
+//! | `send`, cancelled | was not sent | may have been, if room came just then | the kernel may be quicker than the cancel |
 //! | `send`s that wait for room | leave in the order of the calls, most often | in any order | they wait in the kernel, each by itself |
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |
 //! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
@@ -25,6 +26,8 @@ use wasmtime::component::Linker;
 use wasmtime_wasi::WasiView;
 
 use crate::view::{Udp, UdpView};
+
+pub use self::host::UdpSocket;
 
 mod bindings {
     wasmtime::component::bindgen!({
@@ -44,7 +47,7 @@ mod bindings {
         },
         with: {
             "wasi:sockets/shared": wasmtime_wasi::p3::bindings::sockets::types,
-            "wasi:sockets/types.udp-socket": crate::view::UdpSocket,
+            "wasi:sockets/types.udp-socket": super::UdpSocket,
         },
     });
 }

@@ -461,11 +461,11 @@ impl Ring {
     fn complete(&mut self, completion: Completion) {
         self.stats.completions += 1;
         let Completion { user_data, result, flags } = completion;
-        if let Some(receive) = op::cancelled_by(user_data) {
-            // Only failures complete. If the receive has not ended, the cancel came while it was
-            // between two waits: once more, for without its end the slot is lost.
-            if self.ops.find(receive).is_some() {
-                self.push_chain(&[op::cancel(receive)]);
+        if let Some(target) = op::cancelled_by(user_data) {
+            // Only failures complete. If the target has not ended, the cancel came while it was
+            // between two waits: once more, for without a receive's end its slot is lost.
+            if self.ops.find(target).is_some() {
+                self.push_chain(&[op::cancel(target)]);
             }
             return;
         }
@@ -610,6 +610,7 @@ impl Ring {
         // overflows all end it; the datagrams that follow wait in the kernel until it is armed.
         let is_ending = self.is_ending;
         match self.slots.state(slot) {
+            // Nobody closes what is open now: armed again, it would be cancelled again, for ever.
             _ if is_ending => {}
             SlotState::Open { receive } if full => {
                 if !matches!(receive, Receive::Pausing) {
@@ -724,9 +725,10 @@ impl Ring {
         }
     }
 
-    /// Takes a `send` back that still waits for room.
+    /// Takes a `send` of one message back if it still waits for room.
     pub(crate) fn cancel(&mut self, key: OpKey) {
         if let Some(send) = self.ops.send_mut(key) {
+            debug_assert_eq!(send.messages(), 1, "a cancel ends one entry");
             send.cancel();
             self.push_chain(&[op::cancel(key.user_data())]);
         }

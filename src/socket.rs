@@ -35,10 +35,17 @@ pub(crate) struct UdpSocket {
     /// Given with the first bind.
     slot: OnceLock<SlotIndex>,
     /// Made when somebody first wants to receive.
-    inbox: OnceLock<Arc<Inbox>>,
+    listening: OnceLock<Box<Listening>>,
     state: Mutex<State>,
     /// A permit for each concurrent send on its way; all of them for the bind it may begin with.
     sends: Semaphore,
+}
+
+/// Where a socket's datagrams arrive.
+struct Listening {
+    inbox: Arc<Inbox>,
+    /// Concurrent receives; the first waits for the next arrival.
+    line: tokio::sync::Mutex<()>,
 }
 
 /// Small, for most sockets of a crowd never need most of it.
@@ -101,7 +108,7 @@ impl UdpSocket {
             ctx: Arc::clone(ctx),
             family,
             slot: OnceLock::new(),
-            inbox: OnceLock::new(),
+            listening: OnceLock::new(),
             state: Mutex::new(State {
                 life: SocketState::Unbound,
                 binder: None,
@@ -171,9 +178,13 @@ impl UdpSocket {
         self.finish_bind().await
     }
 
-    /// Binds to any address and port unless the socket is bound.
-    async fn bind_anywhere(&self) -> Result<(), ErrorCode> {
+    /// Binds to any address and port unless the socket is bound. The policy is asked once for each
+    /// bind, the first perhaps by the caller.
+    async fn bind_anywhere(&self, mut is_allowed: bool) -> Result<(), ErrorCode> {
         while !self.is_bound().await {
+            if !std::mem::take(&mut is_allowed) {
+                self.may_bind_anywhere()?;
+            }
             self.forget_bind().await;
             self.push_bind(anywhere(self.family));
             match self.finish_bind().await {
@@ -186,7 +197,7 @@ impl UdpSocket {
     }
 
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
-    async fn beside<T>(&self, bind: impl Future<Output = T>) -> T {
+    async fn first_in_line<T>(&self, bind: impl Future<Output = T>) -> T {
         let _alone = self.sends.acquire_many(SENDS_MAX).await;
         let mut bind = pin!(bind);
         poll_fn(|cx| {
@@ -257,7 +268,7 @@ impl UdpSocket {
     pub(crate) async fn connect(&self, remote: SocketAddr) -> Result<(), ErrorCode> {
         let is_bound = self.is_bound().await;
         self.check_peer(remote, !is_bound)?;
-        self.bind_anywhere().await?;
+        self.bind_anywhere(!is_bound).await?;
         self.associate(remote).await
     }
 
@@ -283,7 +294,7 @@ impl UdpSocket {
             // A socket keeps the source address of its first route; a peer beyond another one
             // needs the old association dissolved.
             let _ = self.run_connect(RawAddr::unspec()).await;
-            self.lock().remote = None;
+            self.set_remote(None);
             result = self.run_connect(remote.into()).await;
         }
         match result {
@@ -304,8 +315,8 @@ impl UdpSocket {
 
     fn set_remote(&self, remote: Option<SocketAddr>) {
         self.lock().remote = remote.map(|remote| Box::new(as_the_kernel_names(remote)));
-        if let Some(inbox) = self.inbox.get() {
-            inbox.readmit();
+        if let Some(listening) = self.listening.get() {
+            listening.inbox.readmit();
         }
     }
 
@@ -432,9 +443,8 @@ impl State {
         })
     }
 
-    /// Whether it is bound, or about to be.
-    fn may_be_bound(&self) -> bool {
-        self.is_bound() || matches!(self.life, SocketState::Binding(_))
+    fn is_binding(&self) -> bool {
+        matches!(self.life, SocketState::Binding(_))
     }
 
     fn is_bound(&self) -> bool {
@@ -455,7 +465,7 @@ impl Drop for UdpSocket {
                 let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
                 state.life = SocketState::Unbound;
                 state.in_flight = None;
-                let unread = self.inbox.get().map_or(0, |inbox| inbox.discard());
+                let unread = self.listening.get().map_or(0, |listening| listening.inbox.discard());
                 uring.close(*guest, *slot, quota, unread);
             }
         }

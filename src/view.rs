@@ -32,8 +32,9 @@ impl HasData for Udp {
     type Data<'a> = UdpCtxView<'a>;
 }
 
-/// The resource `udp-socket`, of WASI 0.2 and 0.3.
-pub struct UdpSocket(Held);
+/// A socket in a resource table. Each WASI version has a resource of its own around it, for the
+/// calls of one would meet those of the other half way.
+pub(crate) struct Handle(Held);
 
 /// A socket that nobody shares needs no memory of its own beside the resource table's.
 enum Held {
@@ -41,7 +42,7 @@ enum Held {
     Shared(Arc<socket::UdpSocket>),
 }
 
-impl UdpSocket {
+impl Handle {
     pub(crate) fn new(ctx: &mut UdpCtx, family: Family) -> Result<Self, ErrorCode> {
         Ok(Self(Held::Alone(Some(ctx.new_socket(family)?))))
     }

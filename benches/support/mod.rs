@@ -72,7 +72,7 @@ pub(crate) fn run(name: &str, benches: &[&str], guests: &[usize], contenders: &[
     let mut criterion = Criterion::default().with_measurement(CpuTime).configure_from_args();
     let contest = Contest::new(Recycle::default()).expect("io_uring: see wasi-uring doctor");
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
-    // `cargo test` has each bench run once, and cargo bench says that it is not that.
+    // `cargo test --benches` has each bench run once; `cargo bench` says that it is not that.
     let is_test = !std::env::args().any(|arg| arg == "--bench");
     let guests = if is_test { &guests[..1] } else { guests };
     for bench in benches {

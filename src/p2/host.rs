@@ -22,7 +22,10 @@ use crate::error::ErrorCode;
 use crate::limits::BATCH_DATAGRAMS_MAX;
 use crate::ring::inbox::Datagram;
 use crate::socket::{self, OptionValue};
-use crate::view::{UdpCtxView, UdpSocket};
+use crate::view::{Handle, UdpCtxView};
+
+/// `wasi:sockets/udp.udp-socket`.
+pub struct UdpSocket(Handle);
 
 /// `wasi:sockets/udp.incoming-datagram-stream`.
 pub struct IncomingDatagramStream(Arc<socket::UdpSocket>);
@@ -40,8 +43,8 @@ impl udp_create_socket::Host for UdpCtxView<'_> {
             IpAddressFamily::Ipv4 => Family::V4,
             IpAddressFamily::Ipv6 => Family::V6,
         };
-        let socket = UdpSocket::new(self.ctx, family)?;
-        Ok(self.table.push(socket)?)
+        let socket = Handle::new(self.ctx, family)?;
+        Ok(self.table.push(UdpSocket(socket))?)
     }
 }
 
@@ -56,11 +59,11 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
     ) -> SocketResult<()> {
         // The handle is the capability; it has no content.
         self.table.get(&network)?;
-        Ok(self.table.get(&this)?.socket().start_bind(local_address.into())?)
+        Ok(self.table.get(&this)?.0.socket().start_bind(local_address.into())?)
     }
 
     async fn finish_bind(&mut self, this: Resource<UdpSocket>) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.socket().finish_bind().await?)
+        Ok(self.table.get(&this)?.0.socket().finish_bind().await?)
     }
 
     async fn stream(
@@ -75,7 +78,7 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
             // WIT: the streams of an earlier call must be dropped, else this traps.
             return Err(SocketError::trap(format_err!("UDP streams not dropped yet")));
         }
-        let socket = self.table.get_mut(&this)?.share();
+        let socket = self.table.get_mut(&this)?.0.share();
         socket.stream(remote_address.map(SocketAddr::from)).await?;
         let outgoing = OutgoingDatagramStream { socket: Arc::clone(&socket), permit: 0 };
         Ok((
@@ -85,22 +88,22 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
     }
 
     async fn local_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
-        Ok(self.table.get(&this)?.socket().local_address().await?.into())
+        Ok(self.table.get(&this)?.0.socket().local_address().await?.into())
     }
 
     fn remote_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
-        Ok(self.table.get(&this)?.socket().remote_address()?.into())
+        Ok(self.table.get(&this)?.0.socket().remote_address()?.into())
     }
 
     fn address_family(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<IpAddressFamily> {
-        Ok(match self.table.get(&this)?.socket().family() {
+        Ok(match self.table.get(&this)?.0.socket().family() {
             Family::V4 => IpAddressFamily::Ipv4,
             Family::V6 => IpAddressFamily::Ipv6,
         })
     }
 
     fn unicast_hop_limit(&mut self, this: Resource<UdpSocket>) -> SocketResult<u8> {
-        Ok(self.table.get(&this)?.socket().hop_limit())
+        Ok(self.table.get(&this)?.0.socket().hop_limit())
     }
 
     async fn set_unicast_hop_limit(
@@ -108,11 +111,11 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         value: u8,
     ) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.socket().set_option(OptionValue::HopLimit(value)).await?)
+        Ok(self.table.get(&this)?.0.socket().set_option(OptionValue::HopLimit(value)).await?)
     }
 
     fn receive_buffer_size(&mut self, this: Resource<UdpSocket>) -> SocketResult<u64> {
-        Ok(self.table.get(&this)?.socket().receive_buffer_size())
+        Ok(self.table.get(&this)?.0.socket().receive_buffer_size())
     }
 
     async fn set_receive_buffer_size(
@@ -120,11 +123,11 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         value: u64,
     ) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.socket().set_option(OptionValue::ReceiveBuffer(value)).await?)
+        Ok(self.table.get(&this)?.0.socket().set_option(OptionValue::ReceiveBuffer(value)).await?)
     }
 
     fn send_buffer_size(&mut self, this: Resource<UdpSocket>) -> SocketResult<u64> {
-        Ok(self.table.get(&this)?.socket().send_buffer_size())
+        Ok(self.table.get(&this)?.0.socket().send_buffer_size())
     }
 
     async fn set_send_buffer_size(
@@ -132,7 +135,7 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         this: Resource<UdpSocket>,
         value: u64,
     ) -> SocketResult<()> {
-        Ok(self.table.get(&this)?.socket().set_option(OptionValue::SendBuffer(value)).await?)
+        Ok(self.table.get(&this)?.0.socket().set_option(OptionValue::SendBuffer(value)).await?)
     }
 
     fn subscribe(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<Resource<DynPollable>> {

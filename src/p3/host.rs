@@ -13,7 +13,10 @@ use super::bindings::wasi::sockets::types;
 use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::socket::{self, OptionValue};
-use crate::view::{Udp, UdpCtxView, UdpSocket};
+use crate::view::{Handle, Udp, UdpCtxView};
+
+/// `wasi:sockets/types.udp-socket`.
+pub struct UdpSocket(Handle);
 
 /// A trap, or the guest's answer.
 type Answer<T> = wasmtime::Result<Result<T, WitCode>>;
@@ -34,53 +37,53 @@ impl types::HostUdpSocket for UdpCtxView<'_> {
             IpAddressFamily::Ipv4 => Family::V4,
             IpAddressFamily::Ipv6 => Family::V6,
         };
-        match UdpSocket::new(self.ctx, family) {
-            Ok(socket) => Ok(Ok(self.table.push(socket)?)),
+        match Handle::new(self.ctx, family) {
+            Ok(socket) => Ok(Ok(self.table.push(UdpSocket(socket))?)),
             Err(error) => answer(Err(error)),
         }
     }
 
     async fn bind(&mut self, this: Resource<UdpSocket>, addr: IpSocketAddress) -> Answer<()> {
-        answer(self.table.get(&this)?.socket().bind(addr.into()).await)
+        answer(self.table.get(&this)?.0.socket().bind(addr.into()).await)
     }
 
     async fn connect(&mut self, this: Resource<UdpSocket>, addr: IpSocketAddress) -> Answer<()> {
-        answer(self.table.get(&this)?.socket().connect(addr.into()).await)
+        answer(self.table.get(&this)?.0.socket().connect(addr.into()).await)
     }
 
     async fn disconnect(&mut self, this: Resource<UdpSocket>) -> Answer<()> {
-        answer(self.table.get(&this)?.socket().disconnect().await)
+        answer(self.table.get(&this)?.0.socket().disconnect().await)
     }
 
     async fn get_local_address(&mut self, this: Resource<UdpSocket>) -> Answer<IpSocketAddress> {
-        answer(self.table.get(&this)?.socket().local_address().await.map(IpSocketAddress::from))
+        answer(self.table.get(&this)?.0.socket().local_address().await.map(IpSocketAddress::from))
     }
 
     fn get_remote_address(&mut self, this: Resource<UdpSocket>) -> Answer<IpSocketAddress> {
-        answer(self.table.get(&this)?.socket().remote_address().map(IpSocketAddress::from))
+        answer(self.table.get(&this)?.0.socket().remote_address().map(IpSocketAddress::from))
     }
 
     fn get_address_family(
         &mut self,
         this: Resource<UdpSocket>,
     ) -> wasmtime::Result<IpAddressFamily> {
-        Ok(match self.table.get(&this)?.socket().family() {
+        Ok(match self.table.get(&this)?.0.socket().family() {
             Family::V4 => IpAddressFamily::Ipv4,
             Family::V6 => IpAddressFamily::Ipv6,
         })
     }
 
     fn get_unicast_hop_limit(&mut self, this: Resource<UdpSocket>) -> Answer<u8> {
-        answer(Ok(self.table.get(&this)?.socket().hop_limit()))
+        answer(Ok(self.table.get(&this)?.0.socket().hop_limit()))
     }
 
     async fn set_unicast_hop_limit(&mut self, this: Resource<UdpSocket>, value: u8) -> Answer<()> {
         let option = OptionValue::HopLimit(value);
-        answer(self.table.get(&this)?.socket().set_option(option).await)
+        answer(self.table.get(&this)?.0.socket().set_option(option).await)
     }
 
     fn get_receive_buffer_size(&mut self, this: Resource<UdpSocket>) -> Answer<u64> {
-        answer(Ok(self.table.get(&this)?.socket().receive_buffer_size()))
+        answer(Ok(self.table.get(&this)?.0.socket().receive_buffer_size()))
     }
 
     async fn set_receive_buffer_size(
@@ -89,16 +92,16 @@ impl types::HostUdpSocket for UdpCtxView<'_> {
         value: u64,
     ) -> Answer<()> {
         let option = OptionValue::ReceiveBuffer(value);
-        answer(self.table.get(&this)?.socket().set_option(option).await)
+        answer(self.table.get(&this)?.0.socket().set_option(option).await)
     }
 
     fn get_send_buffer_size(&mut self, this: Resource<UdpSocket>) -> Answer<u64> {
-        answer(Ok(self.table.get(&this)?.socket().send_buffer_size()))
+        answer(Ok(self.table.get(&this)?.0.socket().send_buffer_size()))
     }
 
     async fn set_send_buffer_size(&mut self, this: Resource<UdpSocket>, value: u64) -> Answer<()> {
         let option = OptionValue::SendBuffer(value);
-        answer(self.table.get(&this)?.socket().set_option(option).await)
+        answer(self.table.get(&this)?.0.socket().set_option(option).await)
     }
 
     fn drop(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<()> {
@@ -112,7 +115,7 @@ fn share<T>(
     store: &Accessor<T, Udp>,
     this: &Resource<UdpSocket>,
 ) -> wasmtime::Result<Arc<socket::UdpSocket>> {
-    store.with(|mut access| Ok(access.get().table.get_mut(this)?.share()))
+    store.with(|mut access| Ok(access.get().table.get_mut(this)?.0.share()))
 }
 
 impl<T> types::HostUdpSocketWithStore<T> for Udp {

@@ -47,8 +47,6 @@ pub(crate) struct InboxLimits {
 pub(crate) struct Inbox {
     limits: InboxLimits,
     state: Mutex<InboxState>,
-    /// Concurrent receives; the first waits for the next arrival.
-    line: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -64,12 +62,7 @@ struct InboxState {
 
 impl Inbox {
     pub(crate) fn new(limits: InboxLimits) -> Self {
-        Self { limits, state: Mutex::default(), line: tokio::sync::Mutex::default() }
-    }
-
-    /// A concurrent receive's turn, for as long as it keeps the guard.
-    pub(crate) async fn line(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.line.lock().await
+        Self { limits, state: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {

@@ -237,13 +237,13 @@ const CMD_OP: usize = 2;
 /// Marks the `user_data` of a cancel: the top bit of a table index, which is never that large.
 const CANCEL: u64 = 1 << 31;
 
-/// Ends the receive with this `user_data`. Named by it and never by slot: a cancel by file scans
-/// every armed receive of the ring (80 times as dear at 10,000).
-pub(crate) fn cancel(receive: u64) -> Entry {
-    opcode::AsyncCancel::new(receive).build().flags(Flags::SKIP_SUCCESS).user_data(receive | CANCEL)
+/// Ends the receive, or the send of one message, with this `user_data`. Named by it and never by
+/// slot: a cancel by file scans every armed receive of the ring (80 times as dear at 10,000).
+pub(crate) fn cancel(target: u64) -> Entry {
+    opcode::AsyncCancel::new(target).build().flags(Flags::SKIP_SUCCESS).user_data(target | CANCEL)
 }
 
-/// The receive that a cancel was meant for, if this `user_data` is a cancel's.
+/// What a cancel was meant for, if this `user_data` is a cancel's.
 pub(crate) fn cancelled_by(user_data: u64) -> Option<u64> {
     (user_data & CANCEL != 0).then_some(user_data & !CANCEL)
 }

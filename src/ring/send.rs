@@ -94,11 +94,12 @@ impl SendOp {
                 true
             }
             // The thread that submitted it has exited, and its requests with it.
-            (Some(Errno(libc::ECANCELED)), _) => !self.is_cancelled,
+            (Some(Errno(libc::ECANCELED)), _) => true,
             _ => false,
         };
         self.attempts += 1;
-        Attempt { again: again && self.attempts < SEND_ATTEMPTS_MAX, segment_max }
+        let again = again && !self.is_cancelled && self.attempts < SEND_ATTEMPTS_MAX;
+        Attempt { again, segment_max }
     }
 
     /// No attempt follows this one.

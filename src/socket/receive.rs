@@ -6,9 +6,10 @@ use std::task::{Poll, ready};
 
 use tokio::task::coop::consume_budget;
 
-use super::UdpSocket;
+use super::{Listening, UdpSocket};
 use crate::ctx::GuestCtx;
 use crate::error::ErrorCode;
+use crate::first_poll;
 use crate::limits::{BATCH_DATAGRAMS_MAX, RECEIVE_BYTES_MAX};
 use crate::policy::SocketAddrUse;
 use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
@@ -22,21 +23,21 @@ struct Withheld {
 
 impl UdpSocket {
     /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox.
-    async fn listening(&self) -> &Inbox {
+    async fn listening(&self) -> &Listening {
         poll_fn(|cx| {
             let GuestCtx { uring, guest, .. } = &*self.ctx;
             let mut state = self.lock();
-            let inbox = self.inbox.get_or_init(|| {
+            let listening = self.listening.get_or_init(|| {
                 let (inbox, flush) = uring.arm(*guest, self.bound_slot());
                 state.arming = Some(Box::new(flush));
-                inbox
+                Box::new(Listening { inbox, line: tokio::sync::Mutex::const_new(()) })
             });
             // Kept until it is done, for a guest may look once and come back.
             if let Some(flush) = &mut state.arming {
                 ready!(flush.poll(uring, cx));
                 state.arming = None;
             }
-            Poll::Ready(&**inbox)
+            Poll::Ready(listening)
         })
         .await
     }
@@ -49,7 +50,7 @@ impl UdpSocket {
         }
         // A guest that asks without end does not suspend by itself.
         consume_budget().await;
-        let inbox = self.listening().await;
+        let Listening { inbox, .. } = self.listening().await;
         let most = InboxLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
         let mut has_looked = false;
         loop {
@@ -84,13 +85,13 @@ impl UdpSocket {
     /// the call leaves every datagram where it is.
     pub(crate) async fn receive_one(&self) -> Result<Datagram, ErrorCode> {
         if !self.lock().is_bound() {
-            let is_binding = self.lock().may_be_bound();
-            if !is_binding || !self.beside(self.is_bound()).await {
+            let is_binding = self.lock().is_binding();
+            if !(is_binding && self.first_in_line(self.is_bound()).await) {
                 return Err(ErrorCode::InvalidState);
             }
         }
-        let inbox = self.listening().await;
-        let _line = inbox.line().await;
+        let Listening { inbox, line } = self.listening().await;
+        let _line = line.lock().await;
         self.ctx.turn.give_up_if_over().await;
         loop {
             self.receivable().await;
@@ -108,7 +109,7 @@ impl UdpSocket {
 
     /// Ready when `receive` would return a datagram or an error.
     pub(crate) async fn receivable(&self) {
-        let inbox = self.listening().await;
+        let Listening { inbox, .. } = self.listening().await;
         poll_fn(|cx| {
             if self.admit(inbox) {
                 return Poll::Ready(());
@@ -123,7 +124,9 @@ impl UdpSocket {
             if self.admit(inbox) {
                 return Poll::Ready(());
             }
-            self.ctx.turn.begin();
+            if !first_poll::is_first(cx) {
+                self.ctx.turn.begin();
+            }
             Poll::Pending
         })
         .await;

@@ -73,7 +73,7 @@ impl UdpSocket {
     }
 
     /// Sends one datagram, of a socket that need not be bound, and waits until the kernel has taken
-    /// or refused it. Given up while it waits for room, it is not sent.
+    /// or refused it. Given up while it waits for room, it is not sent, unless room comes just then.
     ///
     /// Its entry names the peer even of a connected socket, which may have another one by the time
     /// there is room.
@@ -83,12 +83,17 @@ impl UdpSocket {
         to: Option<SocketAddr>,
     ) -> Result<(), ErrorCode> {
         let to = self.destination(&payload, to, self.remote())?;
-        if !self.lock().may_be_bound() {
+        let (is_bound, is_binding) = {
+            let state = self.lock();
+            (state.is_bound(), state.is_binding())
+        };
+        let is_to_bind = !is_bound && !is_binding;
+        if is_to_bind {
             self.may_bind_anywhere()?;
         }
         self.ctx.policy.check(to, SocketAddrUse::UdpSend)?;
-        if !self.lock().is_bound() {
-            self.beside(self.bind_anywhere()).await?;
+        if !is_bound {
+            self.first_in_line(self.bind_anywhere(is_to_bind)).await?;
         }
         let _permit = self.sends.acquire().await;
         let datagram = Outgoing { payload, to: Some(to.into()) };

@@ -13,6 +13,7 @@ use tokio::task::coop::consume_budget;
 use wasi_uring::{SocketAddrUse, Uring};
 
 use crate::common::network::in_a_network;
+use crate::common::seen::{Seen, recording};
 use crate::common::{
     BOUND, Backend, LOOPBACK, LOOPBACK_6, Setup, addr, block_on, eventually, native, own_ip, uring,
     uring_with,
@@ -441,6 +442,34 @@ fn calls_that_bind_say_so_when_no_port_is_free_and_can_be_made_again() {
             let uring = rig.rig.uring.clone();
             eventually("its slot is free", || uring.stats().sockets_open == 2).await;
             rig.connect(connector, to).await.unwrap();
+        });
+    });
+}
+
+/// Kills: a bind that follows the failure of another call's, and nobody was asked.
+#[test]
+fn every_bind_is_asked_for_although_the_one_before_failed() {
+    in_a_network(65_536, || {
+        let uring = uring();
+        let (_native, to) = native::socket(Ipv4Addr::LOCALHOST);
+        beside_busy_threads(&uring, async || {
+            let _taken = take_all_ports();
+            let seen = Seen::default();
+            let setup = Setup { uring: Some(uring.clone()), ..recording(&seen) };
+            let mut rig = Rig3::new(Backend::Uring, setup).await;
+            for _ in 0..300 {
+                let socket = rig.create(V4).await.unwrap();
+                let (_, first) = rig.start_send(socket, b"x", Some(to)).await;
+                let (_, second) = rig.start_send(socket, b"x", Some(to)).await;
+                for call in [first, second] {
+                    assert_eq!(rig.sent(call).await, Err(ErrorCode::AddressInUse));
+                }
+                let seen = std::mem::take(&mut *seen.lock().unwrap());
+                let is_bind = |use_: &SocketAddrUse| matches!(use_, SocketAddrUse::UdpBind);
+                let binds = seen.iter().filter(|(_, use_)| is_bind(use_)).count();
+                assert_eq!(binds, 2);
+                rig.drop_socket(socket).await;
+            }
         });
     });
 }

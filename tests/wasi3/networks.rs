@@ -172,17 +172,17 @@ fn a_store_dropped_with_sends_that_wait_gives_everything_back_though_nothing_flo
 }
 
 #[test]
-fn of_many_sends_that_wait_at_most_64_are_in_the_ring_and_all_are_sent() {
+fn of_many_sends_that_wait_at_most_16_are_in_the_ring_and_all_are_sent() {
     const SENDS: usize = 200;
     in_a_clogged_network(|| {
         let uring = uring();
         on(Backend::Uring, Setup::of(&uring), async |rig| {
             let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
             let socket = small(rig).await;
-            let (first, calls) = sends_that_wait(rig, socket, 0, Some(to), 64).await;
+            let (first, calls) = sends_that_wait(rig, socket, 0, Some(to), 16).await;
             let before = uring.stats().submissions;
-            let (same, more) = sends_that_wait(rig, socket, first + 64, Some(to), SENDS - 64).await;
-            assert_eq!(same, first + 64, "none of these was sent");
+            let (same, more) = sends_that_wait(rig, socket, first + 16, Some(to), SENDS - 16).await;
+            assert_eq!(same, first + 16, "none of these was sent");
             assert_eq!(uring.stats().submissions, before, "no room in the ring for these");
             assert_eq!(uring.stats().datagrams_sent, u64::from(first));
             // Some of either kind give up.

@@ -38,10 +38,11 @@ impl Peer {
         let Some(mut program) = self.program(work.bench, work.guests, ring)? else {
             return Ok(None);
         };
+        let enters = program.enters();
         let stopwatch = Stopwatch::start();
         program.run(work.count)?;
         let mut sample = stopwatch.sample();
-        sample.enters = program.enters();
+        sample.enters = program.enters() - enters;
         Ok(Some(sample))
     }
 

@@ -148,6 +148,7 @@ impl Bare {
                 return Ok((datagram.payload, datagram.from));
             }
             self.gate.enter(0, true)?;
+            self.ring.stats.enters += 1;
             self.ring.complete_all();
         }
         Err(io::Error::other("a datagram did not arrive"))
