@@ -102,9 +102,12 @@ pub enum WasiArg {
 }
 
 impl WasiArg {
-    pub(crate) const ALL: [Self; 2] = [Self::P2, Self::P3];
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::P2, Self::P3];
 
-    pub(crate) fn version(self) -> &'static str {
+    /// Its number.
+    #[must_use]
+    pub fn version(self) -> &'static str {
         match self {
             Self::P2 => "0.2",
             Self::P3 => "0.3",
@@ -207,7 +210,7 @@ Names, and what one operation is:
 
 Two are no contest in speed:
   flood    the latency of many sockets while another is flooded
-  idle     the memory of a socket that waits for datagrams")]
+  idle     the memory of a socket that is bound, or waits for datagrams")]
 pub(crate) struct BenchArgs {
     /// What to measure [default: everything]
     #[arg(value_name = "NAME")]

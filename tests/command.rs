@@ -735,13 +735,20 @@ mod measuring {
     /// The kernel's share is measured machine-wide, which is not for a test: 2.8 KB of an idle
     /// direct descriptor and 0.84 KB of an armed receive.
     #[test]
-    fn an_idle_socket_takes_five_kilobytes_at_most() {
+    fn an_idle_socket_takes_five_kilobytes_at_most_beside_what_wasmtime_keeps() {
         const KERNEL_BYTES: u32 = 3640;
         let ended = run(&["bench", "idle", "--sockets", "2000", "--rounds", "1"]).with_code(0);
-        let row = ended.stdout.lines().find(|line| line.contains("│ uring")).unwrap();
-        let process = row.split('┆').nth(2).and_then(|cell| cell.trim().strip_suffix(" B"));
-        let process = process.unwrap().parse::<u32>().unwrap();
-        assert!(process + KERNEL_BYTES <= 5 * 1024, "{ended}");
+        let rows = ended.stdout.lines().filter(|line| line.contains("│ uring"));
+        let process = rows.map(|row| {
+            let process = row.split('┆').nth(3).and_then(|cell| cell.trim().strip_suffix(" B"));
+            process.unwrap().parse::<u32>().unwrap()
+        });
+        let process: Vec<_> = process.collect();
+        // Bound and receiving, of 0.2 and of 0.3, whose receives are calls that wait in Wasmtime.
+        let allowed = [5 * 1024, 5 * 1024, 5 * 1024, 6 * 1024];
+        assert_eq!(process.len(), allowed.len(), "{ended}");
+        let fits = |(process, allowed): (&u32, &u32)| process + KERNEL_BYTES <= *allowed;
+        assert!(process.iter().zip(&allowed).all(fits), "{ended}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! same, alternating, as ratios.
 
 mod flood;
-mod idle;
+pub(crate) mod idle;
 pub(crate) mod peer;
 mod plot;
 mod report;
@@ -17,6 +17,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::runtime::Runtime;
 use wasmtime::error::Context;
 
+use self::idle::Idleness;
 use self::peer::Peer;
 use self::report::Report;
 use super::host::Backend;
@@ -190,13 +191,14 @@ fn idle(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<
     let most = contest.sockets() as usize / 2;
     let sockets = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).clamp(2, most);
     let rounds = args.rounds.get();
-    let progress = progress_bar(rounds * BACKENDS.len());
-    let mut table = table(["idle", "WASI", "process", "kernel", "together", "spread"]);
+    let progress = progress_bar(rounds * BACKENDS.len() * Idleness::ALL.len());
+    let mut table = table(["idle", "WASI", "sockets", "process", "kernel", "together", "spread"]);
     for result in idle::measure(wasi, sockets, rounds, || progress.inc(1))? {
         let (process, kernel) = (result.process, result.kernel);
         table.add_row([
             result.backend.name().to_owned(),
             wasi.version().to_owned(),
+            result.idleness.name().to_owned(),
             format!("{:.0} B", process.median),
             format!("{:.0} B", kernel.median),
             format!("{:.0} B", process.median + kernel.median),
@@ -206,8 +208,8 @@ fn idle(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<
     progress.finish_and_clear();
     print(table);
     print(format_args!(
-        "Memory per socket of one guest that holds {sockets}, each with its streams and asked once \
-         for datagrams: the process's own, and the growth of the kernel's slab."
+        "Memory per socket of one guest that holds {sockets}: the process's own, and the growth of \
+         the kernel's slab."
     ));
     Ok(())
 }

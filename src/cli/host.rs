@@ -46,7 +46,9 @@ pub enum Backend {
 }
 
 impl Backend {
-    pub(crate) fn name(self) -> &'static str {
+    /// What it is asked for by.
+    #[must_use]
+    pub fn name(self) -> &'static str {
         match self {
             Self::Uring => "uring",
             Self::Stock => "stock",

@@ -18,6 +18,7 @@ use super::{Failure, NetArg};
 use crate::{Recycle, Uring};
 
 pub use super::WasiArg;
+pub use super::bench::idle::{Idleness, Taken, per_idle_socket};
 pub use super::bench::peer::Peer;
 pub use super::host::Backend;
 

@@ -1,4 +1,5 @@
-//! `wasi-uring bench idle`: the memory of sockets that wait for datagrams.
+//! `wasi-uring bench idle`: the memory of sockets that are bound, and of those that wait for
+//! datagrams.
 //!
 //! Each measurement is a process of its own, `wasi-uring run`, so that none finds memory that
 //! another has left behind.
@@ -6,6 +7,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -23,59 +25,118 @@ pub(super) const SOCKETS_DEFAULT: usize = 10_000;
 /// How long a guest may take to open its sockets.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Bytes per receiving socket.
+/// What the sockets do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idleness {
+    /// They are bound, and that is all.
+    Bound,
+    /// They have asked for datagrams.
+    Receiving,
+}
+
+impl Idleness {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Bound, Self::Receiving];
+
+    /// As a table or a bench has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bound => "bound",
+            Self::Receiving => "receiving",
+        }
+    }
+
+    /// The mode of the built-in guest.
+    fn mode(self) -> &'static str {
+        match self {
+            Self::Bound => "keep",
+            Self::Receiving => "hold",
+        }
+    }
+}
+
+/// Bytes per socket.
 pub(super) struct Figures {
     pub(super) backend: Backend,
+    pub(super) idleness: Idleness,
     /// Resident memory of the process.
     pub(super) process: Summary,
     /// The kernel's slab.
     pub(super) kernel: Summary,
 }
 
-/// What some sockets took, in bytes.
-struct Taken {
-    process: f64,
-    kernel: f64,
+/// What sockets take, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    /// Resident memory of the process.
+    pub process: f64,
+    /// The kernel's slab, of the whole machine.
+    pub kernel: f64,
 }
 
-/// Measures both backends in turn, round by round: many sockets less one.
+/// Measures both backends in turn, round by round.
 pub(super) fn measure(
     wasi: WasiArg,
     sockets: usize,
     rounds: usize,
     step: impl Fn(),
-) -> wasmtime::Result<[Figures; 2]> {
-    let mut per_socket = [Vec::new(), Vec::new()];
+) -> wasmtime::Result<Vec<Figures>> {
+    let command = std::env::current_exe()?;
+    let kinds = || Idleness::ALL.into_iter().flat_map(|idle| BACKENDS.map(|one| (one, idle)));
+    let mut per_socket = kinds().map(|_| Vec::new()).collect::<Vec<_>>();
     for _ in 0..rounds {
-        for (backend, per_socket) in BACKENDS.into_iter().zip(&mut per_socket) {
-            let (one, many) = (hold(wasi, backend, 1)?, hold(wasi, backend, sockets)?);
+        for ((backend, idleness), per_socket) in kinds().zip(&mut per_socket) {
+            per_socket.push(per_idle_socket(&command, wasi, backend, idleness, sockets)?);
             step();
-            #[expect(clippy::cast_precision_loss, reason = "thousands")]
-            let others = (sockets - 1) as f64;
-            per_socket.push(Taken {
-                process: (many.process - one.process) / others,
-                kernel: (many.kernel - one.kernel) / others,
-            });
         }
     }
-    let figures = |backend, per_socket: &[Taken]| Figures {
+    let figures = |((backend, idleness), per_socket): (_, Vec<Taken>)| Figures {
         backend,
+        idleness,
         process: Summary::of(per_socket.iter().map(|taken| taken.process)),
         kernel: Summary::of(per_socket.iter().map(|taken| taken.kernel)),
     };
-    let [stock, uring] = per_socket;
-    Ok([figures(Backend::Stock, &stock), figures(Backend::Uring, &uring)])
+    Ok(kinds().zip(per_socket).map(figures).collect())
+}
+
+/// What a socket takes of a guest that has so many: theirs less those of a guest with one.
+///
+/// # Errors
+///
+/// If `command`, which is `wasi-uring`, does not run, or `/proc` cannot be read.
+pub fn per_idle_socket(
+    command: &Path,
+    wasi: WasiArg,
+    backend: Backend,
+    idleness: Idleness,
+    sockets: usize,
+) -> wasmtime::Result<Taken> {
+    let hold = |sockets| hold(command, wasi, backend, idleness, sockets);
+    let (one, many) = (hold(1)?, hold(sockets)?);
+    #[expect(clippy::cast_precision_loss, reason = "thousands")]
+    let others = (sockets - 1) as f64;
+    Ok(Taken {
+        process: (many.process - one.process) / others,
+        kernel: (many.kernel - one.kernel) / others,
+    })
 }
 
 /// What a process with so many sockets takes.
-fn hold(wasi: WasiArg, backend: Backend, sockets: usize) -> wasmtime::Result<Taken> {
+fn hold(
+    command: &Path,
+    wasi: WasiArg,
+    backend: Backend,
+    idleness: Idleness,
+    sockets: usize,
+) -> wasmtime::Result<Taken> {
     let host = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     host.set_read_timeout(Some(PATIENCE))?;
     let kernel_before = settled_slab()?;
     let mut child = Holder(
-        Command::new(std::env::current_exe()?)
+        Command::new(command)
             .args(["run", "--threads", "1", "--backend", backend.name()])
-            .args(["--sockets", &sockets.to_string(), "/dev/stdin", "hold"])
+            .args(["--sockets", &sockets.to_string(), "/dev/stdin", idleness.mode()])
             .args([sockets.to_string(), host.local_addr()?.port().to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

@@ -29,6 +29,9 @@ pub(crate) struct Bar {
     pub(crate) spread: f64,
     /// Operations per second of wall time.
     pub(crate) per_second: f64,
+    /// Of a guest on the ring: how many times as fast as on stock sockets it was, round by round.
+    /// Median and spread.
+    pub(crate) times_stock: Option<(f64, f64)>,
 }
 
 /// One bench at one number of guests.
@@ -68,7 +71,7 @@ const COLUMN_MAX: usize = 12;
 const FIGURES: Range<f64> = 1e-9..1e15;
 const GUESTS: &str = "stock, uring: WebAssembly guests of WASI 0.2 or 0.3, on wasmtime-wasi's \
     sockets or on the ring.";
-const NATIVES: &str = "std, mmsg, tokio, tokio-uring: native programs. floor: the bare ring.";
+const NATIVES: &str = "std, tokio, tokio-uring: native programs. floor: the bare ring.";
 /// What no contender can be better than; it shall not set the scale.
 const FLOOR: &str = "floor";
 /// How much longer than the longest other bar the floor's is drawn.
@@ -169,16 +172,13 @@ fn scale_end(lines: &[Line]) -> f64 {
 fn overview(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
     let mut groups: Vec<(&Row, Vec<Line>)> = Vec::new();
     for row in rows {
-        let find = |name| row.contenders.iter().find(|bar| bar.name == name);
-        let line = |(stock, ring)| {
-            let (stock, ring) = (find(stock)?, find(ring)?);
-            let value = stock.micros / ring.micros;
-            let figures = FIGURES.contains(&stock.micros) && FIGURES.contains(&ring.micros);
-            figures.then(|| Line {
+        let line = |ring: &Bar| {
+            let (value, spread) = ring.times_stock?;
+            FIGURES.contains(&value).then(|| Line {
                 bench: "",
                 name: String::new(),
                 value,
-                spread: spread(stock).hypot(spread(ring)),
+                spread: bounded(spread),
                 shown: if (0.1..10.0).contains(&value) {
                     format!("{value:.2}×")
                 } else {
@@ -187,7 +187,7 @@ fn overview(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
                 look: look_of(&ring.name),
             })
         };
-        groups.push((row, PAIRS.into_iter().filter_map(line).collect()));
+        groups.push((row, row.contenders.iter().filter_map(line).collect()));
     }
     groups.retain(|(_, lines)| !lines.is_empty());
     let benches = listed(rows.iter().map(|row| &*row.bench));
@@ -213,7 +213,7 @@ fn overview(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
     let page = Page {
         title: "How many times as fast as stock sockets the ring is",
         subtitle: "CPU time per operation, stock / uring: right of 1× the ring is the cheaper. \
-            Whiskers: the spread of both.",
+            Medians of the rounds' ratios; whiskers: their spread.",
         has_bars: true,
         legend: PAIRS.into_iter().map(|(_, ring)| ring).filter(|ring| has(look_of(ring))).collect(),
         notes: [GUESTS, "", caption],
@@ -300,7 +300,7 @@ impl<'a> Panel<'a> {
             let of_row = |(row, x, operations): &(&'a Row, usize, f64)| {
                 let bar = row.contenders.iter().find(|bar| bar.name == contender)?;
                 let micros = bar.micros / operations;
-                FIGURES.contains(&micros).then(|| (*x, micros, spread(bar)))
+                FIGURES.contains(&micros).then(|| (*x, micros, bounded(bar.spread)))
             };
             let mut points: Vec<_> = rows.iter().filter_map(of_row).collect();
             points.sort_by_key(|(x, ..)| *x);
@@ -434,6 +434,6 @@ fn natives(names: &[&str]) -> &'static str {
 }
 
 /// Within what can be drawn.
-fn spread(bar: &Bar) -> f64 {
-    if bar.spread.is_finite() { bar.spread.clamp(0.0, 1.0) } else { 0.0 }
+fn bounded(spread: f64) -> f64 {
+    if spread.is_finite() { spread.clamp(0.0, 1.0) } else { 0.0 }
 }

@@ -216,5 +216,13 @@ impl Report {
 
 fn bar(row: &Row, one: Contender) -> plot::Bar {
     let Summary { median, spread } = row.micros(one);
-    plot::Bar { name: one.to_string(), micros: median, spread, per_second: row.per_second(one) }
+    let times_stock = match one {
+        Contender::Guest(wasi, Backend::Uring) => {
+            let Summary { median, spread } = row.cpu_ratio(one, backends(wasi)[0]);
+            Some((median, spread))
+        }
+        Contender::Guest(_, Backend::Stock) | Contender::Native(_) => None,
+    };
+    let (name, per_second) = (one.to_string(), row.per_second(one));
+    plot::Bar { name, micros: median, spread, per_second, times_stock }
 }

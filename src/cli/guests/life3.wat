@@ -15,6 +15,7 @@
 ;;   serve    open a socket; COUNT times wait for a datagram and send it back
 ;;   sink     open a socket; COUNT times wait for a datagram
 ;;   hold     open COUNT sockets that listen, then wait for ever
+;;   keep     open COUNT sockets that do nothing, then wait for ever
 ;;
 ;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
 ;; timeout.
@@ -177,6 +178,7 @@
     (global $mode-serve i64 (i64.const 0x7365727665))
     (global $mode-sink i64 (i64.const 0x73696e6b))
     (global $mode-hold i64 (i64.const 0x686f6c64))
+    (global $mode-keep i64 (i64.const 0x6b656570))
 
     ;; One waitable set for the whole run, as guests' libraries keep it for a task; and one for what `hold` forgets, so
     ;; that nothing else comes out of the first.
@@ -364,6 +366,12 @@
         (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
       (i32.const 0))
 
+    ;; Whether a mode's sockets stay open, and the guest with them.
+    (func $stays (param $mode i64) (result i32)
+      (i32.or
+        (i64.eq (local.get $mode) (global.get $mode-hold))
+        (i64.eq (local.get $mode) (global.get $mode-keep))))
+
     ;; What a mode does once, before the first of COUNT. Also the place where an unknown mode fails.
     (func $prepare (param $mode i64) (result i32)
       (if (i64.eq (local.get $mode) (global.get $mode-create)) (then (return (i32.const 0))))
@@ -375,7 +383,7 @@
       (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $open-batch))))
       (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $open-reported))))
       (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $open-reported))))
-      (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (i32.const 0))))
+      (if (call $stays (local.get $mode)) (then (return (i32.const 0))))
       (i32.const 1))
 
     ;; What a mode does COUNT times, where that leaves nothing open. A failure leaves its sockets to $main.
@@ -389,6 +397,7 @@
           (return (call $answer-it (global.get $a)))))
         (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $hear (global.get $a)))))
         (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (call $hold))))
+        (if (i64.eq (local.get $mode) (global.get $mode-keep)) (then (return (call $open (global.get $a)))))
         (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then
           (br_if $failed (call $dial (global.get $a) (call $b-address)))
           (br_if $failed (call $trip (i32.const 0)))
@@ -468,7 +477,7 @@
       (global.set $set (call $new-set))
       (global.set $forgotten-set (call $new-set))
       (local.set $status (call $repeat (local.get $mode) (local.get $count)))
-      (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then
+      (if (call $stays (local.get $mode)) (then
         (if (local.get $status) (then (return (i32.const 1))))
         (if (call $report) (then (return (i32.const 1))))
         (loop $for-ever

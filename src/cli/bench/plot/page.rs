@@ -65,13 +65,12 @@ const fn look(rgb: [u8; 3], stroke: u32, mark: &'static [(i32, i32)], is_hollow:
 }
 
 /// In the order they are listed.
-const CONTENDERS: [(&str, Look); 9] = [
+const CONTENDERS: [(&str, Look); 8] = [
     ("stock 0.2", look([98, 105, 115], 2, SQUARE, false)),
     ("uring 0.2", look([204, 65, 0], 3, CIRCLE, false)),
     ("stock 0.3", look([160, 167, 176], 2, SQUARE, true)),
     ("uring 0.3", look([245, 150, 60], 3, CIRCLE, true)),
     ("std", look([74, 111, 165], 2, TRIANGLE, false)),
-    ("mmsg", look([146, 120, 180], 2, DIAMOND, false)),
     ("tokio", look([72, 143, 137], 2, TRIANGLE, true)),
     ("tokio-uring", look([120, 180, 172], 2, DIAMOND, true)),
     ("floor", look([40, 44, 52], 1, DASH, false)),
