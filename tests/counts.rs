@@ -2,24 +2,17 @@
 //! suspensions, enters and submissions. The built-in guest does it so many times and so many more;
 //! the difference is what is counted, so starting and ending are not.
 
-mod common;
+#![cfg(feature = "cli")]
 
-use std::future::poll_fn;
-use std::pin::pin;
+mod common;
 
 use allocation_counter::{AllocationInfo, measure};
 use common::{Backend, Setup, host, within};
 use wasi_uring::Stats;
+use wasi_uring::cli::measure::{WasiArg, counting_suspensions, life};
 use wasmtime::component::{Component, Linker};
 use wasmtime::{Config, Engine, Store};
 use wasmtime_wasi::{p2, p3};
-
-/// The WASI version of a guest.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Wasi {
-    P2,
-    P3,
-}
 
 /// What one operation costs.
 #[derive(Clone, Copy, Debug)]
@@ -38,26 +31,22 @@ struct Run {
     stats: Stats,
 }
 
-fn run(backend: Backend, wasi: Wasi, mode: &str, count: usize) -> Run {
-    let engine = Engine::new(Config::new().concurrency_support(wasi == Wasi::P3)).unwrap();
-    let text = match wasi {
-        Wasi::P2 => include_str!("../src/cli/guests/life2.wat"),
-        Wasi::P3 => include_str!("../src/cli/guests/life3.wat"),
-    };
-    let component = Component::new(&engine, text).unwrap();
+fn run(backend: Backend, wasi: WasiArg, mode: &str, count: usize) -> Run {
+    let engine = Engine::new(Config::new().concurrency_support(wasi == WasiArg::P3)).unwrap();
+    let component = Component::new(&engine, life(wasi)).unwrap();
     let args = vec![mode.to_owned(), count.to_string()];
     let (uring, mut linker, mut store) = host(&engine, backend, Setup { args, ..Setup::default() });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut suspensions = 0;
     let memory = match wasi {
-        Wasi::P2 => {
+        WasiArg::P2 => {
             let command = runtime
                 .block_on(p2::bindings::Command::instantiate_async(&mut store, &component, &linker))
                 .unwrap();
             let ended = async { command.wasi_cli_run().call_run(&mut store).await };
             measure(|| suspensions = runtime.block_on(suspensions_of(ended)))
         }
-        Wasi::P3 => {
+        WasiArg::P3 => {
             add_p3(backend, &mut linker);
             let command = runtime
                 .block_on(p3::bindings::Command::instantiate_async(&mut store, &component, &linker))
@@ -84,14 +73,7 @@ async fn run_p3(
 
 /// How often a guest that must end well was not ready before.
 async fn suspensions_of(guest: impl Future<Output = wasmtime::Result<Result<(), ()>>>) -> u64 {
-    let mut guest = pin!(guest);
-    let mut suspensions = 0;
-    let ended = within(poll_fn(|cx| {
-        let poll = guest.as_mut().poll(cx);
-        suspensions += u64::from(poll.is_pending());
-        poll
-    }))
-    .await;
+    let (ended, suspensions) = within(counting_suspensions(guest)).await;
     ended.unwrap().unwrap();
     suspensions
 }
@@ -100,7 +82,7 @@ const FEW: usize = 100;
 const MANY: usize = 612;
 
 #[expect(clippy::cast_precision_loss, reason = "thousands")]
-fn cost(backend: Backend, wasi: Wasi, mode: &str) -> Cost {
+fn cost(backend: Backend, wasi: WasiArg, mode: &str) -> Cost {
     let (few, many) = (run(backend, wasi, mode, FEW), run(backend, wasi, mode, MANY));
     let per_operation = |few: u64, many: u64| (many as f64 - few as f64) / (MANY - FEW) as f64;
     let cost = Cost {
@@ -115,7 +97,7 @@ fn cost(backend: Backend, wasi: Wasi, mode: &str) -> Cost {
 }
 
 /// No more than this; a tenth more where sockets are recycled or not, as the kernel has time.
-fn costs_at_most(mode: &str, wasi: Wasi, most: Cost) {
+fn costs_at_most(mode: &str, wasi: WasiArg, most: Cost) {
     let stock = cost(Backend::Stock, wasi, mode);
     let ring = cost(Backend::Uring, wasi, mode);
     for (what, ring, most) in [
@@ -134,17 +116,17 @@ fn costs_at_most(mode: &str, wasi: Wasi, most: Cost) {
 fn creating_a_socket_allocates_its_memory_and_asks_nobody() {
     let nothing =
         Cost { allocations: 0.0, bytes: 0.0, suspensions: 0.0, enters: 0.0, submissions: 0.0 };
-    costs_at_most("create", Wasi::P2, Cost { allocations: 1.0, bytes: 200.0, ..nothing });
+    costs_at_most("create", WasiArg::P2, Cost { allocations: 1.0, bytes: 200.0, ..nothing });
     // One is Wasmtime's, which has a task for each call.
-    costs_at_most("create", Wasi::P3, Cost { allocations: 2.0, bytes: 320.0, ..nothing });
+    costs_at_most("create", WasiArg::P3, Cost { allocations: 2.0, bytes: 320.0, ..nothing });
 }
 
 #[test]
 fn a_life_of_a_lone_guest_is_one_enter() {
     let most =
         Cost { allocations: 8.8, bytes: 1200.0, suspensions: 0.02, enters: 1.01, submissions: 4.4 };
-    costs_at_most("bind", Wasi::P2, most);
-    costs_at_most("bind", Wasi::P3, most);
+    costs_at_most("bind", WasiArg::P2, most);
+    costs_at_most("bind", WasiArg::P3, most);
 }
 
 #[test]
@@ -157,8 +139,8 @@ fn an_echo_of_a_lone_guest_is_two_enters_and_seldom_suspends() {
         enters: 2.02,
         submissions: 2.02,
     };
-    costs_at_most("echo", Wasi::P2, most);
-    costs_at_most("echo", Wasi::P3, most);
+    costs_at_most("echo", WasiArg::P2, most);
+    costs_at_most("echo", WasiArg::P3, most);
 }
 
 #[test]
@@ -170,8 +152,8 @@ fn a_question_of_a_fresh_socket_is_five_enters() {
         enters: 5.05,
         submissions: 10.2,
     };
-    costs_at_most("dns", Wasi::P2, most);
-    costs_at_most("dns", Wasi::P3, most);
+    costs_at_most("dns", WasiArg::P2, most);
+    costs_at_most("dns", WasiArg::P3, most);
 }
 
 #[test]
@@ -183,7 +165,7 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
         enters: 1.02,
         submissions: 1.02,
     };
-    costs_at_most("batch", Wasi::P2, most);
+    costs_at_most("batch", WasiArg::P2, most);
     let each = Cost {
         allocations: 262.0,
         bytes: 33_000.0,
@@ -191,5 +173,5 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
         enters: 16.1,
         submissions: 16.1,
     };
-    costs_at_most("batch", Wasi::P3, each);
+    costs_at_most("batch", WasiArg::P3, each);
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{
     Backend, Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on,
-    eventually, native, own_ip, payloads, uring, uring_with, yield_to_others,
+    eventually, native, own_ip, payloads, steps_beside, uring, uring_with, yield_to_others,
 };
 use wasi_uring::Uring;
 
@@ -132,23 +132,6 @@ fn a_flood_that_is_read_costs_another_guest_no_datagram() {
             () = paced => {}
         }
     });
-}
-
-/// The other makes a step whenever the reader lets it.
-async fn steps_beside(reading: impl Future<Output = ()>) -> usize {
-    let mut steps = 0;
-    let stepping = async {
-        loop {
-            steps += 1;
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::select! {
-        biased;
-        () = reading => {}
-        () = stepping => {}
-    }
-    steps
 }
 
 #[test]

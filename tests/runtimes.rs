@@ -10,7 +10,7 @@ use std::sync::mpsc;
 
 use common::{
     BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, eventually, native,
-    payloads, uring, within,
+    payloads, side_by_side, uring, within,
 };
 use tokio::runtime::Builder;
 use wasi_uring::Uring;
@@ -290,19 +290,12 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
             rigs.push(Rig::on_ring(&uring).await);
         }
         let before = uring.stats().enters;
-        let tasks: Vec<_> = rigs
-            .into_iter()
-            .map(|mut rig| {
-                tokio::spawn(async move {
-                    for _ in 0..LIVES {
-                        live(&mut rig).await;
-                    }
-                })
-            })
-            .collect();
-        for task in tasks {
-            task.await.unwrap();
-        }
+        let lives = |mut rig| async move {
+            for _ in 0..LIVES {
+                live(&mut rig).await;
+            }
+        };
+        side_by_side(rigs.into_iter().map(lives)).await;
         let enters = uring.stats().enters - before;
         assert!(enters <= GUESTS * LIVES / 10, "{enters}");
     });

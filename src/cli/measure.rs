@@ -23,7 +23,8 @@ pub use super::bench::peer::Peer;
 pub use super::host::Backend;
 
 /// The guest that every measurement runs: its modes are in its header.
-pub(crate) fn life(wasi: WasiArg) -> &'static str {
+#[must_use]
+pub fn life(wasi: WasiArg) -> &'static str {
     match wasi {
         WasiArg::P2 => include_str!("guests/life2.wat"),
         WasiArg::P3 => include_str!("guests/life3.wat"),
@@ -292,7 +293,7 @@ impl Contest {
 }
 
 /// A future's output, and how often it was not ready before.
-async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
+pub async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
     let mut future = pin!(future);
     let mut suspensions = 0;
     let output = poll_fn(|cx| {

@@ -12,6 +12,7 @@ mod guest;
 pub mod native;
 pub mod network;
 pub mod seen;
+pub mod target;
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -269,6 +270,32 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(tokio::time::Instant::now() < deadline, "never happened: {what}");
         tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// How many steps another task makes while a guest is at work; it makes one whenever the guest lets
+/// it.
+pub async fn steps_beside(guest: impl Future<Output = ()>) -> usize {
+    let mut steps = 0;
+    let stepping = async {
+        loop {
+            steps += 1;
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = guest => {}
+        () = stepping => {}
+    }
+    steps
+}
+
+/// Runs guests as tasks, all at once.
+pub async fn side_by_side(guests: impl IntoIterator<Item: Future<Output = ()> + Send + 'static>) {
+    let tasks: Vec<_> = guests.into_iter().map(tokio::spawn).collect();
+    for task in tasks {
+        task.await.unwrap();
     }
 }
 

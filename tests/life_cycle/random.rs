@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 
 use proptest::prelude::*;
 
+use crate::common::target::{Target, target};
 use crate::common::{
-    Backend, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, addr, native, on,
+    Backend, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, native, on,
     yield_to_others,
 };
 
@@ -26,28 +27,6 @@ enum Step {
     ReceiveNothing,
     SetHopLimit(u8),
     SetReceiveBuffer(u64),
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Target {
-    Loopback,
-    Wildcard,
-    OtherFamily,
-    Mapped,
-    Peer,
-    OtherPeer,
-}
-
-fn target() -> impl Strategy<Value = Target> {
-    use Target::{Loopback, Mapped, OtherFamily, OtherPeer, Peer, Wildcard};
-    prop_oneof![
-        3 => Just(Loopback),
-        3 => Just(Peer),
-        2 => Just(OtherPeer),
-        2 => Just(Wildcard),
-        1 => Just(OtherFamily),
-        1 => Just(Mapped),
-    ]
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -85,18 +64,7 @@ struct Player<'rig> {
 
 impl Player<'_> {
     fn addr(&self, target: Target) -> SocketAddr {
-        let is_v4 = self.family == IpAddressFamily::Ipv4;
-        match target {
-            Target::Loopback if is_v4 => LOOPBACK,
-            Target::Wildcard if is_v4 => addr("0.0.0.0:0"),
-            Target::OtherFamily if is_v4 => LOOPBACK_6,
-            Target::Loopback => LOOPBACK_6,
-            Target::Wildcard => addr("[::]:0"),
-            Target::OtherFamily => LOOPBACK,
-            Target::Mapped => addr("[::ffff:127.0.0.1]:9"),
-            Target::Peer => self.peers[0],
-            Target::OtherPeer => self.peers[1],
-        }
+        target.addr(self.family == IpAddressFamily::Ipv4, self.peers)
     }
 
     async fn drop_streams(&mut self) {

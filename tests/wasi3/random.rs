@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 
 use proptest::prelude::*;
 
-use crate::common::{Backend, LOOPBACK, LOOPBACK_6, Setup, addr, native};
+use crate::common::target::{Target, target};
+use crate::common::{Backend, LOOPBACK, LOOPBACK_6, Setup, native};
 use crate::rig::{Rig3, Status, family, on};
 
 /// One thing a guest may do with its socket.
@@ -24,30 +25,6 @@ enum Step {
     ReceiveNothing,
     SetHopLimit(u8),
     SetReceiveBuffer(u64),
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Target {
-    /// Without a port.
-    Loopback,
-    Wildcard,
-    OtherFamily,
-    Mapped,
-    /// Taken, and so in use for a bind.
-    Peer,
-    OtherPeer,
-}
-
-fn target() -> impl Strategy<Value = Target> {
-    use Target::{Loopback, Mapped, OtherFamily, OtherPeer, Peer, Wildcard};
-    prop_oneof![
-        3 => Just(Loopback),
-        3 => Just(Peer),
-        2 => Just(OtherPeer),
-        2 => Just(Wildcard),
-        1 => Just(OtherFamily),
-        1 => Just(Mapped),
-    ]
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -75,16 +52,7 @@ struct Player<'rig> {
 
 impl Player<'_> {
     fn addr(&self, target: Target) -> SocketAddr {
-        match target {
-            Target::Loopback => self.any,
-            Target::Wildcard if self.any.is_ipv4() => addr("0.0.0.0:0"),
-            Target::Wildcard => addr("[::]:0"),
-            Target::OtherFamily if self.any.is_ipv4() => LOOPBACK_6,
-            Target::OtherFamily => LOOPBACK,
-            Target::Mapped => addr("[::ffff:127.0.0.1]:9"),
-            Target::Peer => self.peers[0],
-            Target::OtherPeer => self.peers[1],
-        }
+        target.addr(self.any.is_ipv4(), self.peers)
     }
 
     /// Does it, and says what it was answered.

@@ -2,25 +2,8 @@
 
 use std::net::Ipv4Addr;
 
-use crate::common::{LOOPBACK, block_on, native, uring};
+use crate::common::{LOOPBACK, block_on, native, side_by_side, steps_beside, uring};
 use crate::rig::{Rig3, Status, V4};
-
-/// The other makes a step whenever the guest lets it.
-async fn steps_beside(guest: impl Future<Output = ()>) -> usize {
-    let mut steps = 0;
-    let stepping = async {
-        loop {
-            steps += 1;
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::select! {
-        biased;
-        () = guest => {}
-        () = stepping => {}
-    }
-    steps
-}
 
 /// Kills: a turn given up with a waker that wakes nobody, which is none.
 #[test]
@@ -148,19 +131,12 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
             rigs.push(Rig3::on_ring(&uring).await);
         }
         let before = uring.stats().enters;
-        let tasks: Vec<_> = rigs
-            .into_iter()
-            .map(|mut rig| {
-                tokio::spawn(async move {
-                    for _ in 0..LIVES {
-                        live(&mut rig).await;
-                    }
-                })
-            })
-            .collect();
-        for task in tasks {
-            task.await.unwrap();
-        }
+        let lives = |mut rig| async move {
+            for _ in 0..LIVES {
+                live(&mut rig).await;
+            }
+        };
+        side_by_side(rigs.into_iter().map(lives)).await;
         let enters = uring.stats().enters - before;
         assert!(enters <= GUESTS * LIVES / 10, "{enters}");
     });
@@ -172,10 +148,10 @@ fn guests_that_echo_side_by_side_get_their_own_datagrams() {
     const GUESTS: u8 = 16;
     block_on(async {
         let uring = uring();
-        let mut tasks = Vec::new();
+        let mut guests = Vec::new();
         for guest in 0..GUESTS {
             let mut rig = Rig3::on_ring(&uring).await;
-            tasks.push(tokio::spawn(async move {
+            guests.push(async move {
                 let (a, a_addr) = rig.bound(LOOPBACK).await;
                 let (b, b_addr) = rig.bound(LOOPBACK).await;
                 for n in 0..50_u8 {
@@ -188,10 +164,8 @@ fn guests_that_echo_side_by_side_get_their_own_datagrams() {
                 }
                 let (status, _call) = rig.start_receive(a).await;
                 assert_eq!(status, Status::Started, "nothing is left");
-            }));
+            });
         }
-        for task in tasks {
-            task.await.unwrap();
-        }
+        side_by_side(guests).await;
     });
 }
