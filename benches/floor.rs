@@ -3,6 +3,6 @@
 mod support;
 
 fn main() {
-    let benches = ["create", "bind", "dns", "echo", "echo_1200", "batch_1", "batch_16"];
-    support::run("floor", &benches, &[1, 64], support::NATIVES);
+    let benches = ["create", "bind", "dns", "echo", "echo_1200", "batch_1", "batch_16", "receive"];
+    support::run("floor", &benches.map(|bench| (bench, &[1, 64][..])), support::NATIVES);
 }

@@ -1,7 +1,9 @@
-//! What a socket's life costs: `life/bind/guests_64/uring_0.2`.
+//! What a socket's life costs: `life/bind/guests_64/uring_0.2/cpu`.
 
 mod support;
 
+const FEW: &[usize] = &[1, 64];
+
 fn main() {
-    support::run("life", &["create", "bind", "dns"], &[1, 64], support::GUESTS);
+    support::run("life", &[("create", FEW), ("bind", FEW), ("dns", FEW)], support::GUESTS);
 }

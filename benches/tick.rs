@@ -3,5 +3,5 @@
 mod support;
 
 fn main() {
-    support::run("tick", &["echo"], &[1, 16, 64, 256, 1024, 4096], support::GUESTS);
+    support::run("tick", &[("echo", &[1, 16, 64, 256, 1024, 4096])], support::GUESTS);
 }

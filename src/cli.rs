@@ -207,6 +207,9 @@ Names, and what one operation is:
   echo_1200  the same with 1200 bytes
   batch_N    N (1, 4 or 16) datagrams of 1200 bytes sent at once and received
   batch_16_small  the same with 16 of 64 bytes
+  receive    16 datagrams of 64 bytes received, which another thread sends once asked for them;
+             its CPU time does not count
+  receive_1200  the same with 1200 bytes
 
 Two are no contest in speed:
   flood    the latency of many sockets while another is flooded

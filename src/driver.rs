@@ -491,7 +491,7 @@ impl Shared {
                 core.ring.stats.enters += 1;
                 drop(core);
                 wakers.drain(..).for_each(Waker::wake);
-                let taken = self.gate.enter(entries, look);
+                let taken = self.gate.enter(entries, look.then_some(0));
                 core = self.lock();
                 match taken {
                     Ok(taken) => core.ring.stats.submissions += u64::from(taken),

@@ -50,15 +50,18 @@ use crate::stats::Stats;
 pub(crate) struct Gate(Arc<IoUring>);
 
 impl Gate {
-    /// Submits `entries` entries and returns how many the kernel took.
+    /// Submits `entries` entries and returns how many the kernel took. Told of `completions`, it
+    /// returns when there are so many, 0 included, and brings those kept aside for want of room.
     #[expect(unsafe_code, reason = "io_uring_enter(2)")]
-    pub(crate) fn enter(&self, entries: u32, flush_overflow: bool) -> io::Result<u32> {
-        // IORING_ENTER_GETEVENTS, without which completions kept aside for want of room stay there.
-        let flags = u32::from(flush_overflow);
+    pub(crate) fn enter(&self, entries: u32, completions: Option<u32>) -> io::Result<u32> {
+        // IORING_ENTER_GETEVENTS.
+        let (flags, completions) = (u32::from(completions.is_some()), completions.unwrap_or(0));
         // SAFETY: no argument is passed that the kernel would read or write; the memory that the
         // entries point to is kept by the operation table until their last completion
         // (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`).
-        let taken = unsafe { self.0.submitter().enter::<libc::sigset_t>(entries, 0, flags, None) }?;
+        let taken = unsafe {
+            self.0.submitter().enter::<libc::sigset_t>(entries, completions, flags, None)
+        }?;
         Ok(u32::try_from(taken).unwrap_or(u32::MAX))
     }
 }
@@ -759,7 +762,7 @@ impl Drop for Ring {
         while idle < TEARDOWN_ROUNDS_MAX {
             let (submitted, completed) = (self.submitted(), self.stats.completions);
             let entries = self.ready_to_enter();
-            if let Ok(taken) = gate.enter(entries, true) {
+            if let Ok(taken) = gate.enter(entries, Some(0)) {
                 self.stats.submissions += u64::from(taken);
             }
             self.complete_all();

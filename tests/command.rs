@@ -19,7 +19,7 @@ const RUNTIMES: [&str; 3] = ["per-core", "multi-thread", "tokio-uring"];
 /// The built-in guest of each WASI version.
 const LIVES: [&str; 2] = [LIFE, LIFE_3];
 const MODES: [&str; 7] = ["create", "bind", "bind6", "pair", "echo", "dns", "batch"];
-const BENCHES: [&str; 11] = [
+const BENCHES: [&str; 13] = [
     "create",
     "bind",
     "bind6",
@@ -31,6 +31,8 @@ const BENCHES: [&str; 11] = [
     "batch_4",
     "batch_16",
     "batch_16_small",
+    "receive",
+    "receive_1200",
 ];
 
 mod exit_codes {
@@ -572,7 +574,7 @@ mod help {
             ("demo", "--guests --rounds"),
             (
                 "bench",
-                "NAME create bind bind6 pair dns echo echo_1200 batch_N flood idle --wasi 0.2 0.3 \
+                "NAME create bind bind6 pair dns echo echo_1200 batch_N receive flood idle --wasi 0.2 0.3 \
                  --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
             ),
             ("doctor", "--json"),

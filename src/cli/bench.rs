@@ -1,9 +1,6 @@
 //! `wasi-uring bench`: the same guest on both backends, native programs and the bare ring that do the
 //! same, alternating, as ratios.
 
-mod flood;
-pub(crate) mod idle;
-pub(crate) mod peer;
 mod plot;
 mod report;
 
@@ -17,11 +14,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::runtime::Runtime;
 use wasmtime::error::Context;
 
-use self::idle::Idleness;
-use self::peer::Peer;
 use self::report::Report;
-use super::host::Backend;
-use super::measure::{BENCHES, Bench, Contender, Contest, Sample, Summary, Work};
+use super::measure::idle::{self, Idle, Idleness, Taken};
+use super::measure::{
+    BENCHES, Backend, Bench, Contender, Contest, Row, Summary, Work, contend, flood,
+};
 use super::{BenchArgs, Failure, RuntimeArg, WasiArg, print, say};
 
 /// Benches that are no contest in speed.
@@ -30,8 +27,6 @@ const IDLE: &str = "idle";
 
 /// A spread above this says that the machine was too busy to believe the median.
 const SPREAD_MAX: f64 = 0.15;
-
-const BACKENDS: [Backend; 2] = [Backend::Stock, Backend::Uring];
 
 pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).chain([FLOOD, IDLE]).collect();
@@ -128,8 +123,8 @@ fn contests(
     for bench in benches {
         for guests in &args.guests {
             let work = Work::round(bench, guests.get());
-            let row = contend(contest, runtime, &contenders, work, args.rounds.get(), &progress)?;
-            rows.push(row);
+            let step = || progress.inc(1);
+            rows.push(contend(contest, runtime, &contenders, work, args.rounds.get(), step)?);
         }
     }
     progress.finish_and_clear();
@@ -139,7 +134,7 @@ fn contests(
 fn flood(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<bool> {
     let rounds = args.rounds.get();
     let sockets = args.sockets.map_or(flood::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
-    let progress = progress_bar(flood::STEPS * rounds * BACKENDS.len());
+    let progress = progress_bar(flood::STEPS * rounds * Backend::ALL.len());
     let mut table = table([
         "flood",
         "WASI",
@@ -155,7 +150,7 @@ fn flood(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result
         "flood, bulk per s",
     ]);
     let mut noisy = false;
-    for result in flood::measure(contest, wasi, sockets, rounds, &progress)? {
+    for result in flood::measure(contest, wasi, sockets, rounds, &|| progress.inc(1))? {
         noisy |= is_noisy(&result.flooded);
         let [calm, elsewhere, flooded, in_bulk] = result.p99;
         let [flood, bulk] = result.flood_per_second;
@@ -191,14 +186,17 @@ fn idle(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<
     let most = contest.sockets() as usize / 2;
     let sockets = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).clamp(2, most);
     let rounds = args.rounds.get();
-    let progress = progress_bar(rounds * BACKENDS.len() * Idleness::ALL.len());
+    let progress = progress_bar(rounds * Backend::ALL.len() * Idleness::ALL.len());
     let mut table = table(["idle", "WASI", "sockets", "process", "kernel", "together", "spread"]);
-    for result in idle::measure(wasi, sockets, rounds, || progress.inc(1))? {
-        let (process, kernel) = (result.process, result.kernel);
+    let command = std::env::current_exe()?;
+    for result in idle::measure(&command, wasi, sockets, rounds, || progress.inc(1))? {
+        let Idle { backend, idleness, rounds } = result;
+        let summary = |of: fn(&Taken) -> f64| Summary::of(rounds.iter().map(of));
+        let (process, kernel) = (summary(|taken| taken.process), summary(|taken| taken.kernel));
         table.add_row([
-            result.backend.name().to_owned(),
+            backend.name().to_owned(),
             wasi.version().to_owned(),
-            result.idleness.name().to_owned(),
+            idleness.name().to_owned(),
             format!("{:.0} B", process.median),
             format!("{:.0} B", kernel.median),
             format!("{:.0} B", process.median + kernel.median),
@@ -221,92 +219,4 @@ pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
     }
     progress.enable_steady_tick(Duration::from_millis(200));
     progress
-}
-
-/// What each contender has taken, round by round.
-pub(crate) struct Row {
-    work: Work,
-    samples: Vec<(Contender, Vec<Sample>)>,
-}
-
-/// Has some work done by each in turn, after one round to warm up.
-pub(crate) fn contend(
-    contest: &Contest,
-    runtime: &Runtime,
-    contenders: &[Contender],
-    work: Work,
-    rounds: usize,
-    progress: &ProgressBar,
-) -> wasmtime::Result<Row> {
-    let mut samples: Vec<_> = contenders.iter().map(|one| (*one, Vec::new())).collect();
-    for round in 0..=rounds {
-        for (contender, samples) in &mut samples {
-            progress.inc(1);
-            let sample = contest.run(runtime, *contender, &work).with_context(|| {
-                format!("{} with {} guests, {contender}", work.bench.name, work.guests)
-            })?;
-            if round > 0 {
-                samples.extend(sample);
-            }
-        }
-    }
-    samples.retain(|(_, samples)| !samples.is_empty());
-    Ok(Row { work, samples })
-}
-
-impl Row {
-    fn bench(&self) -> &'static str {
-        self.work.bench.name
-    }
-
-    fn contenders(&self) -> impl Iterator<Item = Contender> {
-        self.samples.iter().map(|(contender, _)| *contender)
-    }
-
-    fn samples(&self, contender: Contender) -> &[Sample] {
-        let found = self.samples.iter().find(|(one, _)| *one == contender);
-        found.map_or(&[], |(_, samples)| samples)
-    }
-
-    /// Some quantity of a contender, per operation; not a number if it did not take part.
-    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-    fn per_operation(&self, contender: Contender, of: impl Fn(&Sample) -> f64) -> Summary {
-        let operations = self.work.operations() as f64;
-        Summary::of(self.samples(contender).iter().map(|sample| of(sample) / operations))
-    }
-
-    /// CPU time per operation in microseconds.
-    pub(crate) fn micros(&self, contender: Contender) -> Summary {
-        self.per_operation(contender, |sample| sample.cpu.as_secs_f64() * 1e6)
-    }
-
-    /// Operations per second that has passed.
-    pub(crate) fn per_second(&self, contender: Contender) -> f64 {
-        1.0 / self.per_operation(contender, |sample| sample.wall.as_secs_f64()).median
-    }
-
-    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-    pub(crate) fn enters(&self, contender: Contender) -> f64 {
-        self.per_operation(contender, |sample| sample.enters as f64).median
-    }
-
-    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-    fn suspensions(&self, contender: Contender) -> f64 {
-        self.per_operation(contender, |sample| sample.suspensions as f64).median
-    }
-
-    /// How many times as fast one is as the other, round by round.
-    fn ratio(&self, one: Contender, other: Contender, of: fn(&Sample) -> Duration) -> Summary {
-        let ones = self.samples(one).iter().map(|sample| of(sample).as_secs_f64());
-        let others = self.samples(other).iter().map(|sample| of(sample).as_secs_f64());
-        Summary::of(ones.zip(others).map(|(one, other)| other / one))
-    }
-
-    pub(crate) fn cpu_ratio(&self, one: Contender, other: Contender) -> Summary {
-        self.ratio(one, other, |sample| sample.cpu)
-    }
-
-    pub(crate) fn wall_ratio(&self, one: Contender, other: Contender) -> Summary {
-        self.ratio(one, other, |sample| sample.wall)
-    }
 }

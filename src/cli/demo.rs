@@ -7,9 +7,8 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use wasmtime::error::Context;
 
-use super::bench::{contend, progress_bar};
-use super::host::Backend;
-use super::measure::{Bench, Contender, Contest, Work};
+use super::bench::progress_bar;
+use super::measure::{Backend, Bench, Contender, Contest, Work, contend};
 use super::{DemoArgs, Failure, WasiArg, doctor, print, say};
 
 /// Pairs of sockets that each guest opens per round.
@@ -54,9 +53,9 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
     let mut verdicts = Vec::new();
     let bench = Bench::named("pair").expect("one of BENCHES");
     for wasi in WasiArg::ALL {
-        let contenders = [Backend::Stock, Backend::Uring].map(|one| Contender::Guest(wasi, one));
-        let work = Work::of(bench, guests, guests * PAIRS);
-        let row = contend(&contest, &runtime, &contenders, work, args.rounds.get(), &progress)
+        let contenders = Backend::ALL.map(|backend| Contender::Guest(wasi, backend));
+        let (work, rounds) = (Work::of(bench, guests, guests * PAIRS), args.rounds.get());
+        let row = contend(&contest, &runtime, &contenders, work, rounds, || progress.inc(1))
             .map_err(Failure::run)?;
         let [stock, uring] = contenders;
         for (contender, name) in [(stock, "stock (wasmtime-wasi)"), (uring, "uring (wasi-uring)")] {

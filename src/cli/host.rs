@@ -46,6 +46,9 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// Both, the yardstick first.
+    pub const ALL: [Self; 2] = [Self::Stock, Self::Uring];
+
     /// What it is asked for by.
     #[must_use]
     pub fn name(self) -> &'static str {

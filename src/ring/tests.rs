@@ -431,7 +431,7 @@ fn enter(ring: &mut Ring) {
     let gate = ring.gate();
     for _ in 0..3 {
         let entries = ring.ready_to_enter();
-        gate.enter(entries, true).unwrap();
+        gate.enter(entries, Some(0)).unwrap();
         ring.complete_all();
     }
 }

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use wasmtime::error::Context;
 
-use super::super::measure::{Contender, Summary};
+use super::super::measure::{Backend, Contender, Peer, Row, Summary, WasiArg};
 use super::super::print;
-use super::plot;
-use super::{Backend, Peer, Row, WasiArg, is_noisy, table};
+use super::{is_noisy, plot, table};
 
 const STD: Contender = Contender::Native(Peer::Std);
 const TOKIO: Contender = Contender::Native(Peer::Tokio);
@@ -106,9 +105,9 @@ impl Report {
         for (row, wasi, [stock, uring]) in self.guests() {
             let ratio = row.cpu_ratio(uring, stock);
             guests.add_row([
-                row.bench().to_owned(),
+                row.work().bench.name.to_owned(),
                 wasi.version().to_owned(),
-                row.work.guests.to_string(),
+                row.work().guests.to_string(),
                 number(row.micros(stock).median, 2),
                 number(row.micros(uring).median, 2),
                 number(ratio.median, 2),
@@ -125,7 +124,7 @@ impl Report {
         let mut table =
             table(["bench", "guests", "std µs", "tokio µs", "tokio-uring µs", "floor µs"]);
         for row in &self.rows {
-            let mut cells = vec![row.bench().to_owned(), row.work.guests.to_string()];
+            let mut cells = vec![row.work().bench.name.to_owned(), row.work().guests.to_string()];
             cells.extend(natives.map(|native| number(row.micros(native).median, 2)));
             table.add_row(cells);
         }
@@ -160,21 +159,14 @@ impl Report {
             })
         };
         let results = self.rows.iter().map(|row| {
-            let others = |one: Contender| {
-                let stock = one.wasi().map(|wasi| backends(wasi)[0]);
-                let others = stock.into_iter().chain([STD, FLOOR]);
-                others.filter(|other| row.contenders().any(|one| one == *other))
-            };
-            let uring = |one: &Contender| matches!(one, Contender::Guest(_, Backend::Uring));
             json!({
-                "bench": row.bench(),
-                "guests": row.work.guests,
-                "operations_per_round": row.work.operations(),
+                "bench": row.work().bench.name,
+                "guests": row.work().guests,
+                "operations_per_round": row.work().operations(),
                 "contenders": row.contenders().map(|one| contender(row, one)).collect::<Vec<_>>(),
                 "times_as_fast": row
                     .contenders()
-                    .filter(uring)
-                    .flat_map(|one| others(one).map(move |other| (one, other)))
+                    .flat_map(|one| row.yardsticks(one).map(move |other| (one, other)))
                     .map(|(one, other)| ratio(row, one, other))
                     .collect::<Vec<_>>(),
             })
@@ -203,8 +195,8 @@ impl Report {
             .rows
             .iter()
             .map(|row| plot::Row {
-                bench: row.bench().to_owned(),
-                guests: row.work.guests,
+                bench: row.work().bench.name.to_owned(),
+                guests: row.work().guests,
                 contenders: row.contenders().map(|one| bar(row, one)).collect(),
             })
             .collect();

@@ -1,6 +1,7 @@
 ;; The built-in guest life2.wat once more, for WASI 0.3: the same modes, so that both can be measured side by side. A
-;; wasi:cli/run command with the arguments MODE COUNT [PORT] or MODE COUNT BYTES DATAGRAMS (after argv 0); run answers
-;; err for an argument it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64.
+;; wasi:cli/run command with the arguments MODE COUNT [PORT [BYTES DATAGRAMS]] (after argv 0); run answers err for an
+;; argument it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64; DATAGRAMS are
+;; 1 to 16, else 16.
 ;;
 ;;   create   COUNT times: create, drop
 ;;   bind     COUNT times: create, bind 127.0.0.1:0, drop
@@ -8,10 +9,11 @@
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
 ;;   dns      open a server; COUNT times: a fresh socket connects to it, asks, is answered, closes
-;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS, 1 to 16, else 16
+;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS at once
 ;;
 ;; The following tell 127.0.0.1:PORT where they are, by a datagram.
 ;;
+;;   receive  open a socket; COUNT times ask there, and wait for as many DATAGRAMS like the one that asked
 ;;   serve    open a socket; COUNT times wait for a datagram and send it back
 ;;   sink     open a socket; COUNT times wait for a datagram
 ;;   hold     open COUNT sockets that listen, then wait for ever
@@ -175,6 +177,7 @@
     (global $mode-echo i64 (i64.const 0x6563686f))
     (global $mode-dns i64 (i64.const 0x646e73))
     (global $mode-batch i64 (i64.const 0x6261746368))
+    (global $mode-receive i64 (i64.const 0x72656365697665))
     (global $mode-serve i64 (i64.const 0x7365727665))
     (global $mode-sink i64 (i64.const 0x73696e6b))
     (global $mode-hold i64 (i64.const 0x686f6c64))
@@ -356,15 +359,23 @@
         (br_if $next (i32.lt_u (local.get $letter) (call $letters-end))))
       (i32.const 0))
 
-    (func $batch (result i32)
+    (func $hear-batch (param $peer i32) (result i32)
       (local $left i32)
-      (call $stamp)
-      (if (call $send-letters (call $letters-end)) (then (return (i32.const 1))))
       (local.set $left (global.get $datagrams))
       (loop $next
-        (if (call $expect (global.get $b) (global.get $bytes)) (then (return (i32.const 1))))
+        (if (call $expect (local.get $peer) (global.get $bytes)) (then (return (i32.const 1))))
         (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
       (i32.const 0))
+
+    (func $batch (result i32)
+      (call $stamp)
+      (if (call $send-letters (call $letters-end)) (then (return (i32.const 1))))
+      (call $hear-batch (global.get $b)))
+
+    (func $ask (result i32)
+      (call $stamp)
+      (if (call $report) (then (return (i32.const 1))))
+      (call $hear-batch (global.get $a)))
 
     ;; Whether a mode's sockets stay open, and the guest with them.
     (func $stays (param $mode i64) (result i32)
@@ -381,6 +392,7 @@
       (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $open-pair))))
       (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then (return (call $serve (global.get $b)))))
       (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $open-batch))))
+      (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $open (global.get $a)))))
       (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $open-reported))))
       (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $open-reported))))
       (if (call $stays (local.get $mode)) (then (return (i32.const 0))))
@@ -392,6 +404,7 @@
       (block $failed
         (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $trip (call $b-address)))))
         (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $batch))))
+        (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $ask))))
         (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then
           (br_if $failed (call $hear (global.get $a)))
           (return (call $answer-it (global.get $a)))))
@@ -453,24 +466,26 @@
         (br $next)))
 
     (func $main (result i32)
-      (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
+      (local $given i32) (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
       (call $get-arguments (global.get $answer))
-      (if (i32.lt_u (i32.load offset=4 (global.get $answer)) (i32.const 3)) (then (return (i32.const 1))))
-      (if (i32.gt_u (i32.load offset=4 (global.get $answer)) (i32.const 5)) (then (return (i32.const 1))))
+      (local.set $given (i32.load offset=4 (global.get $answer)))
+      (if (i32.or (i32.lt_u (local.get $given) (i32.const 3)) (i32.gt_u (local.get $given) (i32.const 6)))
+        (then (return (i32.const 1))))
+      (if (i32.eq (local.get $given) (i32.const 5)) (then (return (i32.const 1))))
       ;; A string is a pointer and a length: eight bytes each, and the first is argv 0.
       (local.set $strings (i32.load (global.get $answer)))
       (local.set $mode (call $letters-of (i32.add (local.get $strings) (i32.const 8))))
       (local.set $count (call $number-of (i32.add (local.get $strings) (i32.const 16))))
       (if (i32.eq (local.get $count) (i32.const -1)) (then (return (i32.const 1))))
-      (if (i32.eq (i32.load offset=4 (global.get $answer)) (i32.const 4)) (then
+      (if (i32.ge_u (local.get $given) (i32.const 4)) (then
         (local.set $port (call $number-of (i32.add (local.get $strings) (i32.const 24))))
         (if (i32.gt_u (local.get $port) (i32.const 65535)) (then (return (i32.const 1))))
         (i32.store16 offset=4 (global.get $host) (local.get $port))
         (i32.store offset=6 (global.get $host) (i32.const 0x0100007f))))
-      (if (i32.eq (i32.load offset=4 (global.get $answer)) (i32.const 5)) (then
-        (global.set $bytes (call $number-of (i32.add (local.get $strings) (i32.const 24))))
+      (if (i32.eq (local.get $given) (i32.const 6)) (then
+        (global.set $bytes (call $number-of (i32.add (local.get $strings) (i32.const 32))))
         (if (i32.gt_u (i32.sub (global.get $bytes) (i32.const 4)) (i32.const 1196)) (then (return (i32.const 1))))
-        (global.set $datagrams (call $number-of (i32.add (local.get $strings) (i32.const 32))))
+        (global.set $datagrams (call $number-of (i32.add (local.get $strings) (i32.const 40))))
         (if (i32.gt_u (i32.sub (global.get $datagrams) (i32.const 1)) (i32.const 15))
           (then (return (i32.const 1))))))
 

@@ -3,10 +3,10 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Wake, Waker};
 
-use super::{Program, RingArgs};
-use crate::cli::measure::Bench;
+use super::{Operation, Program, RingArgs, Setting, expect_bytes};
 use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::error::Errno;
 use crate::ring::inbox::{Inbox, InboxLimits};
@@ -21,21 +21,21 @@ const LOOKS_MAX: u32 = 1000;
 
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
-/// A mode's program; `create` has none, for an unbound socket is nothing to the ring.
-pub(super) fn program(
-    bench: &Bench,
-    guests: usize,
-    ring: RingArgs,
-) -> io::Result<Option<Box<dyn Program>>> {
-    let bare = || Bare::new(bench.bytes, ring);
-    Ok(Some(match bench.mode {
-        "bind" => Box::new(Bind { bare: bare()?, guests, addr: LOOPBACK.into() }),
-        "bind6" => Box::new(Bind { bare: bare()?, guests, addr: (Ipv6Addr::LOCALHOST, 0).into() }),
-        "pair" => Box::new(Pair { bare: bare()?, guests }),
-        "echo" => Box::new(Echo::new(bare()?, guests)?),
-        "dns" => Box::new(Dns::new(bare()?, guests)?),
-        "batch" => Box::new(Batch::new(bare()?, bench.datagrams, guests)?),
-        _ => return Ok(None),
+/// There is no `create`, for an unbound socket is nothing to the ring.
+pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
+    let Setting { bench, guests, .. } = *setting;
+    let bare = || Bare::new(bench.bytes, setting.ring);
+    Ok(Some(match bench.operation {
+        Operation::Create => return Ok(None),
+        Operation::Bind => Box::new(Bind { bare: bare()?, guests, addr: LOOPBACK.into() }),
+        Operation::Bind6 => {
+            Box::new(Bind { bare: bare()?, guests, addr: (Ipv6Addr::LOCALHOST, 0).into() })
+        }
+        Operation::Pair => Box::new(Pair { bare: bare()?, guests }),
+        Operation::Dns => Box::new(Dns::new(bare()?, guests)?),
+        Operation::Echo => Box::new(Echo::new(bare()?, guests)?),
+        Operation::Batch => Box::new(Batch::new(bare()?, bench.datagrams, guests)?),
+        Operation::Receive => Box::new(Receive::new(bare()?, setting)?),
     }))
 }
 
@@ -58,8 +58,10 @@ struct Open {
 
 impl Bare {
     fn new(bytes: usize, RingArgs { sockets, recycle }: RingArgs) -> io::Result<Self> {
-        let probe::Built { ring, room, .. } =
+        let probe::Built { mut ring, room, .. } =
             probe::build(sockets, recycle).map_err(io::Error::other)?;
+        // Nobody sleeps but in the kernel.
+        ring.stop_listening();
         Ok(Self { gate: ring.gate(), ring, room, quota: Room::new(sockets), bytes })
     }
 
@@ -70,7 +72,7 @@ impl Bare {
             if entries == 0 {
                 return Ok(());
             }
-            let taken = self.gate.enter(entries, false)?;
+            let taken = self.gate.enter(entries, None)?;
             self.ring.stats.enters += 1;
             self.ring.stats.submissions += u64::from(taken);
             self.ring.complete_all();
@@ -139,19 +141,34 @@ impl Bare {
         self.ring.submit(slot, Op::Send(SendOp::new(vec![datagram])))
     }
 
-    /// The next datagram of a socket, which is on its way.
+    /// The next datagram of a socket, which is on its way over loopback.
     fn hear(&mut self, open: &Open) -> io::Result<(Vec<u8>, SocketAddr)> {
         for _ in 0..LOOKS_MAX {
-            if let (Some(arrival), _) = open.inbox.take_first() {
-                let datagram =
-                    arrival.map_err(|Errno(errno)| io::Error::from_raw_os_error(errno))?;
-                return Ok((datagram.payload, datagram.from));
+            if let Some(datagram) = Self::heard(open)? {
+                return Ok(datagram);
             }
-            self.gate.enter(0, true)?;
-            self.ring.stats.enters += 1;
-            self.ring.complete_all();
+            self.look(0)?;
         }
         Err(io::Error::other("a datagram did not arrive"))
+    }
+
+    /// A datagram that was there at the last look.
+    fn heard(open: &Open) -> io::Result<Option<(Vec<u8>, SocketAddr)>> {
+        match open.inbox.take_first() {
+            (Some(Ok(datagram)), _) => Ok(Some((datagram.payload, datagram.from))),
+            (Some(Err(Errno(errno))), _) => Err(io::Error::from_raw_os_error(errno)),
+            (None, _) => Ok(None),
+        }
+    }
+
+    /// Books what has come, once there is so much of it.
+    fn look(&mut self, completions: u32) -> io::Result<()> {
+        let entries = self.ring.ready_to_enter();
+        let taken = self.gate.enter(entries, Some(completions))?;
+        self.ring.stats.enters += 1;
+        self.ring.stats.submissions += u64::from(taken);
+        self.ring.complete_all();
+        Ok(())
     }
 
     fn close(&mut self, slot: SlotIndex) {
@@ -340,6 +357,102 @@ impl Program for Batch {
                 bare.done(sent)?;
                 for _ in 0..*datagrams {
                     bare.hear(receiver)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn enters(&self) -> u64 {
+        self.bare.ring.stats.enters
+    }
+}
+
+/// Receivers, each of which asks for a batch at a time.
+struct Receive {
+    bare: Bare,
+    datagrams: usize,
+    receivers: Vec<Receiver>,
+    news: Arc<News>,
+}
+
+struct Receiver {
+    open: Open,
+    source: SocketAddr,
+    waker: Waker,
+}
+
+/// Receivers that something has come for.
+type News = Mutex<Vec<usize>>;
+
+/// Tells of one receiver.
+struct Note {
+    receiver: usize,
+    news: Arc<News>,
+}
+
+impl Wake for Note {
+    fn wake(self: Arc<Self>) {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).push(self.receiver);
+    }
+}
+
+impl Receive {
+    fn new(mut bare: Bare, setting: &Setting<'_>) -> io::Result<Self> {
+        let news = Arc::default();
+        let receivers = bare.open(setting.guests)?.into_iter().enumerate().map(|(at, open)| {
+            let waker = Waker::from(Arc::new(Note { receiver: at, news: Arc::clone(&news) }));
+            open.inbox.wake_on_arrival(&waker);
+            Receiver { open, source: setting.source.addr(at), waker }
+        });
+        let receivers = receivers.collect();
+        bare.enter()?;
+        Ok(Self { bare, datagrams: setting.bench.datagrams, receivers, news })
+    }
+
+    fn ask(&mut self, receivers: &[usize]) -> io::Result<()> {
+        let bare = &mut self.bare;
+        let asked = receivers.iter().map(|at| {
+            let Receiver { open, source, .. } = &self.receivers[*at];
+            bare.send(open.slot, vec![0; bare.bytes], Some(*source))
+        });
+        let asked: Vec<_> = asked.collect();
+        bare.enter()?;
+        bare.all_done(asked)
+    }
+
+    /// Which receivers have been sent something.
+    fn next_news(&mut self) -> io::Result<Vec<usize>> {
+        let mut wakers = Vec::new();
+        self.bare.ring.take_wakers(&mut wakers);
+        if wakers.is_empty() {
+            self.bare.look(1)?;
+            self.bare.ring.take_wakers(&mut wakers);
+        }
+        wakers.into_iter().for_each(Waker::wake);
+        Ok(std::mem::take(&mut *self.news.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+impl Program for Receive {
+    fn run(&mut self, count: usize) -> io::Result<()> {
+        let mut left = vec![count * self.datagrams; self.receivers.len()];
+        let mut receiving = left.len();
+        let mut asking: Vec<_> = (0..left.len()).collect();
+        while receiving > 0 {
+            self.ask(&asking)?;
+            asking.clear();
+            for at in self.next_news()? {
+                let Receiver { open, waker, .. } = &self.receivers[at];
+                while let Some((payload, _)) = Bare::heard(open)? {
+                    expect_bytes(payload.len(), self.bare.bytes)?;
+                    left[at] -= 1;
+                }
+                open.inbox.wake_on_arrival(waker);
+                if left[at] == 0 {
+                    receiving -= 1;
+                } else if left[at].is_multiple_of(self.datagrams) {
+                    asking.push(at);
                 }
             }
         }

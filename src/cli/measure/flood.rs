@@ -1,4 +1,4 @@
-//! `wasi-uring bench flood`: what a flood at one socket costs the others.
+//! What a flood at one socket costs the others.
 //!
 //! All guests run on one thread, and with them a client that paces questions to those that answer
 //! and takes the time. The flood comes from another thread, so that it takes no CPU time from them
@@ -15,8 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::Uring;
-use indicatif::ProgressBar;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use nix::sys::time::TimeSpec;
@@ -30,14 +28,13 @@ use wasmtime::error::Context;
 use wasmtime::{bail, format_err};
 use wasmtime_wasi::WasiCtx;
 
-use super::super::WasiArg;
-use super::super::host::{Backend, GuestConfig, Net, Program};
-use super::super::measure::{Contest, Summary};
-use super::super::{NetArg, say};
-use super::BACKENDS;
+use super::{Backend, Contest, Summary, WasiArg};
+use crate::Uring;
+use crate::cli::host::{GuestConfig, Net, Program};
+use crate::cli::{NetArg, say};
 
 /// Sockets unless told otherwise: one is flooded, the others answer.
-pub(super) const SOCKETS_DEFAULT: usize = 1000;
+pub(crate) const SOCKETS_DEFAULT: usize = 1000;
 
 /// Every so often so many sockets are asked.
 const PACE: Duration = Duration::from_millis(1);
@@ -74,7 +71,7 @@ const WINDOWS: [Flooded; 4] =
     [Flooded::Nobody, Flooded::Elsewhere, Flooded::Guest, Flooded::GuestInBulk];
 
 /// Steps of the progress bar per backend and round.
-pub(super) const STEPS: usize = WINDOWS.len();
+pub(crate) const STEPS: usize = WINDOWS.len();
 
 /// Datagrams in a message of a flood in bulk.
 const BULK_DATAGRAMS: usize = 64;
@@ -96,33 +93,33 @@ struct Window {
 struct Round([Window; 4]);
 
 /// One backend's figures.
-pub(super) struct Figures {
-    pub(super) backend: Backend,
+pub(crate) struct Figures {
+    pub(crate) backend: Backend,
     /// In microseconds, window by window.
-    pub(super) calm_p50: f64,
-    pub(super) p99: [f64; 4],
+    pub(crate) calm_p50: f64,
+    pub(crate) p99: [f64; 4],
     /// A flooded p99 by the calm one of its round.
-    pub(super) flooded: Summary,
-    pub(super) flooded_in_bulk: Summary,
-    pub(super) asked: usize,
-    pub(super) lost: usize,
-    pub(super) held_up: usize,
+    pub(crate) flooded: Summary,
+    pub(crate) flooded_in_bulk: Summary,
+    pub(crate) asked: usize,
+    pub(crate) lost: usize,
+    pub(crate) held_up: usize,
     /// Datagrams of the flood and of the flood in bulk.
-    pub(super) flood_per_second: [f64; 2],
+    pub(crate) flood_per_second: [f64; 2],
 }
 
 /// Measures both backends in turn, round by round.
-pub(super) fn measure(
+pub(crate) fn measure(
     contest: &Contest,
     wasi: WasiArg,
     sockets: usize,
     rounds: usize,
-    progress: &ProgressBar,
+    step: &dyn Fn(),
 ) -> wasmtime::Result<[Figures; 2]> {
     // Else the scheduler may put the flood beside the guests for some of the time.
     let cpus = Cpus::allowed()?;
     pin(cpus.first)?;
-    let measured = measure_pinned(contest, wasi, sockets, rounds, progress, &cpus);
+    let measured = measure_pinned(contest, wasi, sockets, rounds, step, &cpus);
     sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
     let [stock, uring] = measured?;
     Ok([figures(Backend::Stock, &stock), figures(Backend::Uring, &uring)])
@@ -133,12 +130,12 @@ fn measure_pinned(
     wasi: WasiArg,
     sockets: usize,
     rounds: usize,
-    progress: &ProgressBar,
+    step: &dyn Fn(),
     cpus: &Cpus,
 ) -> wasmtime::Result<[Vec<Round>; 2]> {
     let mut measured = [Vec::new(), Vec::new()];
     for round in 0..rounds {
-        for (backend, measured) in BACKENDS.into_iter().zip(&mut measured) {
+        for (backend, measured) in Backend::ALL.into_iter().zip(&mut measured) {
             // One population at a time, for a thousand guests at rest are still in the way.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let windows = runtime.block_on(async {
@@ -154,7 +151,7 @@ fn measure_pinned(
                     let window = population.window(WINDOWS[at], QUESTIONS_PER_SOCKET, cpus).await?;
                     tracing::debug!(backend = backend.name(), flooded = ?WINDOWS[at], ?window);
                     windows[at] = window;
-                    progress.inc(1);
+                    step();
                 }
                 Ok::<_, wasmtime::Error>(windows)
             })?;

@@ -10,8 +10,7 @@ use tokio_uring::Runtime;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::UdpSocket;
 
-use super::{Program, ZEROS, expect_bytes};
-use crate::cli::measure::Bench;
+use super::{Operation, Program, Setting, ZEROS, expect_bytes};
 
 /// Completions that the ring has room for at least: tokio-uring's default.
 const COMPLETIONS_MIN: usize = 512;
@@ -20,36 +19,41 @@ const COMPLETIONS_MAX: usize = 65_536;
 
 /// There is no `create`: tokio-uring has no socket that is not bound, and registers none that it is
 /// given, so it would be socket(2) and close(2) as without it.
-pub(super) fn program(bench: &Bench, guests: usize) -> io::Result<Option<Box<dyn Program>>> {
-    let Bench { bytes, datagrams, .. } = *bench;
-    let in_flight = guests * 2 * datagrams;
-    let prepare_lives = |ip: IpAddr| prepare(guests, in_flight, async || Ok(Bind(ip)));
-    Ok(Some(match bench.mode {
-        "bind" => prepare_lives(Ipv4Addr::LOCALHOST.into())?,
-        "bind6" => prepare_lives(Ipv6Addr::LOCALHOST.into())?,
-        "pair" => prepare(guests, in_flight, async || Ok(Pair(bytes)))?,
-        "echo" => prepare(guests, in_flight, async || Trip::new(bytes))?,
-        "dns" => prepare(guests, in_flight, async || Dns::new(bytes))?,
-        "batch" => prepare(guests, in_flight, async || Batch::new(bytes, datagrams).await)?,
-        _ => return Ok(None),
+pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
+    let Setting { bench, source, .. } = *setting;
+    let (bytes, datagrams) = (bench.bytes, bench.datagrams);
+    let bind_to = |ip: IpAddr| prepare(setting, async |_| Ok(Bind(ip)));
+    Ok(Some(match bench.operation {
+        Operation::Create => return Ok(None),
+        Operation::Bind => bind_to(Ipv4Addr::LOCALHOST.into())?,
+        Operation::Bind6 => bind_to(Ipv6Addr::LOCALHOST.into())?,
+        Operation::Pair => prepare(setting, async |_| Ok(Pair(bytes)))?,
+        Operation::Dns => prepare(setting, async |_| Dns::new(bytes))?,
+        Operation::Echo => prepare(setting, async |_| Trip::new(bytes))?,
+        Operation::Batch => prepare(setting, async |_| Batch::new(bytes, datagrams).await)?,
+        Operation::Receive => prepare(setting, async |guest| {
+            let socket = bind(Ipv4Addr::LOCALHOST)?;
+            let buffers = vec![vec![0; bytes]; datagrams];
+            Ok(Receive { socket, source: source.addr(guest), bytes, buffers })
+        })?,
     }))
 }
 
-/// `in_flight`: what all guests may have in the ring at once.
 fn prepare<G: Guest>(
-    guests: usize,
-    in_flight: usize,
-    guest: impl AsyncFn() -> io::Result<G>,
+    setting: &Setting<'_>,
+    guest: impl AsyncFn(usize) -> io::Result<G>,
 ) -> io::Result<Box<dyn Program>> {
+    // What all guests may have in the ring at once.
+    let in_flight = setting.guests * 2 * setting.bench.datagrams;
     let completions = in_flight.next_power_of_two();
     let completions = completions.clamp(COMPLETIONS_MIN, COMPLETIONS_MAX);
     let mut ring = tokio_uring::uring_builder();
     ring.setup_cqsize(u32::try_from(completions).map_err(io::Error::other)?);
     let runtime = Runtime::new(tokio_uring::builder().uring_builder(&ring))?;
     let guests = runtime.block_on(async {
-        let mut ready = Vec::with_capacity(guests);
-        for _ in 0..guests {
-            ready.push(guest().await?);
+        let mut ready = Vec::with_capacity(setting.guests);
+        for at in 0..setting.guests {
+            ready.push(guest(at).await?);
         }
         io::Result::Ok(ready)
     })?;
@@ -207,15 +211,42 @@ impl Guest for Batch {
         let payload = &ZEROS[..*bytes];
         // Submitted in this order, so that the datagrams are there when they are asked for.
         let sends: Vec<_> = buffers.iter().map(|_| sender.write(payload).submit()).collect();
-        let receives = all(buffers.drain(..).map(|buffer| receiver.recv_from(buffer))).await;
+        receive_all(receiver, *bytes, buffers).await?;
         for send in sends {
             send.await.0?;
         }
-        for (received, buffer) in receives {
-            buffers.push(buffer);
-            expect_bytes(received?.0, *bytes)?;
-        }
         Ok(())
+    }
+}
+
+/// Receives a datagram into each buffer.
+async fn receive_all(
+    receiver: &UdpSocket,
+    bytes: usize,
+    buffers: &mut Vec<Vec<u8>>,
+) -> io::Result<()> {
+    for (received, buffer) in all(buffers.drain(..).map(|buffer| receiver.recv_from(buffer))).await
+    {
+        buffers.push(buffer);
+        expect_bytes(received?.0, bytes)?;
+    }
+    Ok(())
+}
+
+/// One who asks for datagrams, and waits for all of them at once.
+struct Receive {
+    socket: UdpSocket,
+    source: SocketAddr,
+    bytes: usize,
+    /// One for each datagram.
+    buffers: Vec<Vec<u8>>,
+}
+
+impl Guest for Receive {
+    async fn operate(&mut self) -> io::Result<()> {
+        let Self { socket, source, bytes, buffers } = self;
+        socket.send_to(&ZEROS[..*bytes], *source).await.0?;
+        receive_all(socket, *bytes, buffers).await
     }
 }
 

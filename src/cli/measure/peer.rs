@@ -7,7 +7,8 @@ mod on_tokio_uring;
 
 use std::io;
 
-use super::super::measure::{Bench, Sample, Stopwatch, Work};
+use super::source::Source;
+use super::{Bench, Operation, Sample, Stopwatch};
 use crate::Recycle;
 
 /// What a native program is made of.
@@ -33,40 +34,45 @@ impl Peer {
         }
     }
 
-    /// Measures a program that does what the guests of some work do; `None` if there is none.
-    pub(crate) fn run(self, work: &Work, ring: RingArgs) -> io::Result<Option<Sample>> {
-        let Some(mut program) = self.program(work.bench, work.guests, ring)? else {
+    /// Measures a program that does something so often for each guest; `None` if there is none.
+    pub(super) fn run(self, setting: &Setting<'_>, count: usize) -> io::Result<Option<Sample>> {
+        let Some(mut program) = self.program(setting)? else {
             return Ok(None);
         };
         let enters = program.enters();
         let stopwatch = Stopwatch::start();
-        program.run(work.count)?;
+        program.run(count)?;
         let mut sample = stopwatch.sample();
         sample.enters = program.enters() - enters;
         Ok(Some(sample))
     }
 
     /// What guests do once, before they begin to count, is done when this returns.
-    fn program(
-        self,
-        bench: &Bench,
-        guests: usize,
-        ring: RingArgs,
-    ) -> io::Result<Option<Box<dyn Program>>> {
+    fn program(self, setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
         match self {
-            Self::Std => on_std::program(bench, guests),
-            Self::Tokio => on_tokio::program(bench, guests),
-            Self::TokioUring => on_tokio_uring::program(bench, guests),
-            Self::Floor => floor::program(bench, guests, ring),
+            Self::Std => on_std::program(setting),
+            Self::Tokio => on_tokio::program(setting),
+            Self::TokioUring => on_tokio_uring::program(setting),
+            Self::Floor => floor::program(setting),
         }
     }
 }
 
+/// What a program is to do, and with what.
+pub(super) struct Setting<'a> {
+    pub(super) bench: &'a Bench,
+    pub(super) guests: usize,
+    /// Of the floor.
+    pub(super) ring: RingArgs,
+    /// Of what is only received.
+    pub(super) source: &'a Source,
+}
+
 /// The ring that the floor is to have.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RingArgs {
-    pub(crate) sockets: u32,
-    pub(crate) recycle: Recycle,
+pub(super) struct RingArgs {
+    pub(super) sockets: u32,
+    pub(super) recycle: Recycle,
 }
 
 trait Program {

@@ -1,5 +1,4 @@
-//! `wasi-uring bench idle`: the memory of sockets that are bound, and of those that wait for
-//! datagrams.
+//! The memory of sockets that are bound, and of those that wait for datagrams.
 //!
 //! Each measurement is a process of its own, `wasi-uring run`, so that none finds memory that
 //! another has left behind.
@@ -14,13 +13,10 @@ use std::time::Duration;
 use wasmtime::bail;
 use wasmtime::error::Context;
 
-use super::super::WasiArg;
-use super::super::host::Backend;
-use super::super::measure::{Summary, life};
-use super::BACKENDS;
+use super::{Backend, WasiArg, life};
 
 /// Sockets that one guest holds unless told otherwise, descriptors permitting.
-pub(super) const SOCKETS_DEFAULT: usize = 10_000;
+pub const SOCKETS_DEFAULT: usize = 10_000;
 
 /// How long a guest may take to open its sockets.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -56,16 +52,6 @@ impl Idleness {
     }
 }
 
-/// Bytes per socket.
-pub(super) struct Figures {
-    pub(super) backend: Backend,
-    pub(super) idleness: Idleness,
-    /// Resident memory of the process.
-    pub(super) process: Summary,
-    /// The kernel's slab.
-    pub(super) kernel: Summary,
-}
-
 /// What sockets take, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Taken {
@@ -75,37 +61,44 @@ pub struct Taken {
     pub kernel: f64,
 }
 
-/// Measures both backends in turn, round by round.
-pub(super) fn measure(
+/// What a socket of either backend takes, round by round.
+#[derive(Debug)]
+pub struct Idle {
+    /// Whose it is.
+    pub backend: Backend,
+    /// What it does.
+    pub idleness: Idleness,
+    /// What it takes.
+    pub rounds: Vec<Taken>,
+}
+
+/// Measures both backends in turn. `command` is `wasi-uring`; `step` is called after each.
+///
+/// # Errors
+///
+/// If `command` does not run, or `/proc` cannot be read.
+pub fn measure(
+    command: &Path,
     wasi: WasiArg,
     sockets: usize,
     rounds: usize,
     step: impl Fn(),
-) -> wasmtime::Result<Vec<Figures>> {
-    let command = std::env::current_exe()?;
-    let kinds = || Idleness::ALL.into_iter().flat_map(|idle| BACKENDS.map(|one| (one, idle)));
-    let mut per_socket = kinds().map(|_| Vec::new()).collect::<Vec<_>>();
+) -> wasmtime::Result<Vec<Idle>> {
+    let mut idle = Vec::new();
+    for idleness in Idleness::ALL {
+        idle.extend(Backend::ALL.map(|backend| Idle { backend, idleness, rounds: Vec::new() }));
+    }
     for _ in 0..rounds {
-        for ((backend, idleness), per_socket) in kinds().zip(&mut per_socket) {
-            per_socket.push(per_idle_socket(&command, wasi, backend, idleness, sockets)?);
+        for Idle { backend, idleness, rounds } in &mut idle {
+            rounds.push(per_socket(command, wasi, *backend, *idleness, sockets)?);
             step();
         }
     }
-    let figures = |((backend, idleness), per_socket): (_, Vec<Taken>)| Figures {
-        backend,
-        idleness,
-        process: Summary::of(per_socket.iter().map(|taken| taken.process)),
-        kernel: Summary::of(per_socket.iter().map(|taken| taken.kernel)),
-    };
-    Ok(kinds().zip(per_socket).map(figures).collect())
+    Ok(idle)
 }
 
 /// What a socket takes of a guest that has so many: theirs less those of a guest with one.
-///
-/// # Errors
-///
-/// If `command`, which is `wasi-uring`, does not run, or `/proc` cannot be read.
-pub fn per_idle_socket(
+fn per_socket(
     command: &Path,
     wasi: WasiArg,
     backend: Backend,

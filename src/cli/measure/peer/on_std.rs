@@ -10,23 +10,25 @@ use nix::sys::socket::{
     socket,
 };
 
-use super::{Program, expect_bytes};
-use crate::cli::measure::Bench;
+use super::{Operation, Program, Setting, expect_bytes};
 
 /// Bytes of a datagram, where no bench asks for others.
 const BYTES: usize = 64;
 
-pub(super) fn program(bench: &Bench, guests: usize) -> io::Result<Option<Box<dyn Program>>> {
-    let Bench { bytes, datagrams, .. } = *bench;
-    Ok(Some(match bench.mode {
-        "create" => Box::new(Lives { guests, life: create }),
-        "bind" => Box::new(Lives { guests, life: || bind(Ipv4Addr::LOCALHOST).map(drop) }),
-        "bind6" => Box::new(Lives { guests, life: || bind(Ipv6Addr::LOCALHOST).map(drop) }),
-        "pair" => Box::new(Lives { guests, life: pair }),
-        "echo" => Box::new(Echo::new(bytes, guests)?),
-        "dns" => Box::new(Dns::new(guests)?),
-        "batch" => Box::new(Batch::new(datagrams, bytes, guests)?),
-        _ => return Ok(None),
+pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
+    let Setting { bench, guests, .. } = *setting;
+    let (bytes, datagrams) = (bench.bytes, bench.datagrams);
+    Ok(Some(match bench.operation {
+        Operation::Create => Box::new(Lives { guests, life: create }),
+        Operation::Bind => Box::new(Lives { guests, life: || bind(Ipv4Addr::LOCALHOST).map(drop) }),
+        Operation::Bind6 => {
+            Box::new(Lives { guests, life: || bind(Ipv6Addr::LOCALHOST).map(drop) })
+        }
+        Operation::Pair => Box::new(Lives { guests, life: pair }),
+        Operation::Dns => Box::new(Dns::new(guests)?),
+        Operation::Echo => Box::new(Echo::new(bytes, guests)?),
+        Operation::Batch => Box::new(Batch::new(datagrams, bytes, guests)?),
+        Operation::Receive => Box::new(Receive::new(setting)?),
     }))
 }
 
@@ -190,6 +192,65 @@ impl Program for Batch {
                 let received = recvmmsg(fd, &mut headers, &mut incoming, flags, None)?.count();
                 if received != *datagrams {
                     return Err(io::Error::other(format!("{received} datagrams of a batch")));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Receivers behind one epoll, each of which asks for a batch at a time: recvmmsg(2).
+struct Receive {
+    datagrams: usize,
+    bytes: usize,
+    epoll: Epoll,
+    receivers: Vec<(UdpSocket, SocketAddr)>,
+}
+
+impl Receive {
+    fn new(setting: &Setting<'_>) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let receiver = |at: usize| {
+            let socket = bind(Ipv4Addr::LOCALHOST)?;
+            socket.set_nonblocking(true)?;
+            epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, at as u64))?;
+            Ok((socket, setting.source.addr(at)))
+        };
+        let receivers = (0..setting.guests).map(receiver).collect::<io::Result<_>>()?;
+        let Setting { bench, .. } = setting;
+        Ok(Self { datagrams: bench.datagrams, bytes: bench.bytes, epoll, receivers })
+    }
+}
+
+impl Program for Receive {
+    fn run(&mut self, count: usize) -> io::Result<()> {
+        let Self { datagrams, bytes, epoll, receivers } = self;
+        let question = vec![0; *bytes];
+        let ask = |receiver: usize| {
+            let (socket, source) = &receivers[receiver];
+            socket.send_to(&question, source).map(drop)
+        };
+        (0..receivers.len()).try_for_each(ask)?;
+        let mut left = vec![count * *datagrams; receivers.len()];
+        let mut receiving = receivers.len();
+        let mut incoming = vec![vec![0; *bytes]; *datagrams];
+        let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(*datagrams, None);
+        let mut events = [EpollEvent::empty(); 64];
+        while receiving > 0 {
+            let ready = epoll.wait(&mut events, EpollTimeout::NONE)?;
+            for event in &events[..ready] {
+                let at = usize::try_from(event.data()).map_err(io::Error::other)?;
+                let mut incoming: Vec<_> =
+                    incoming.iter_mut().map(|bytes| [IoSliceMut::new(bytes)]).collect();
+                let (fd, flags) = (receivers[at].0.as_raw_fd(), MsgFlags::empty());
+                for datagram in recvmmsg(fd, &mut headers, &mut incoming, flags, None)? {
+                    expect_bytes(datagram.bytes, *bytes)?;
+                    left[at] -= 1;
+                }
+                if left[at] == 0 {
+                    receiving -= 1;
+                } else if left[at].is_multiple_of(*datagrams) {
+                    ask(at)?;
                 }
             }
         }

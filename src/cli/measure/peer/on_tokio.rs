@@ -8,32 +8,35 @@ use tokio::net::UdpSocket;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::coop::consume_budget;
 
-use super::{BYTES_MAX, Program, ZEROS, expect_bytes};
-use crate::cli::measure::Bench;
+use super::{BYTES_MAX, Operation, Program, Setting, ZEROS, expect_bytes};
 
-pub(super) fn program(bench: &Bench, guests: usize) -> io::Result<Option<Box<dyn Program>>> {
-    let Bench { bytes, datagrams, .. } = *bench;
-    Ok(Some(match bench.mode {
-        "create" => prepare(guests, async || Ok(Create))?,
-        "bind" => prepare(guests, async || Ok(Bind(Ipv4Addr::LOCALHOST.into())))?,
-        "bind6" => prepare(guests, async || Ok(Bind(Ipv6Addr::LOCALHOST.into())))?,
-        "pair" => prepare(guests, async || Ok(Pair(bytes)))?,
-        "echo" => prepare(guests, async || Trip::new(bytes).await)?,
-        "dns" => prepare(guests, async || Dns::new(bytes).await)?,
-        "batch" => prepare(guests, async || Batch::new(bytes, datagrams).await)?,
-        _ => return Ok(None),
+pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
+    let Setting { bench, guests, source, .. } = *setting;
+    let (bytes, datagrams) = (bench.bytes, bench.datagrams);
+    Ok(Some(match bench.operation {
+        Operation::Create => prepare(guests, async |_| Ok(Create))?,
+        Operation::Bind => prepare(guests, async |_| Ok(Bind(Ipv4Addr::LOCALHOST.into())))?,
+        Operation::Bind6 => prepare(guests, async |_| Ok(Bind(Ipv6Addr::LOCALHOST.into())))?,
+        Operation::Pair => prepare(guests, async |_| Ok(Pair(bytes)))?,
+        Operation::Dns => prepare(guests, async |_| Dns::new(bytes).await)?,
+        Operation::Echo => prepare(guests, async |_| Trip::new(bytes).await)?,
+        Operation::Batch => prepare(guests, async |_| Batch::new(bytes, datagrams).await)?,
+        Operation::Receive => prepare(guests, async |guest| {
+            let socket = bind(Ipv4Addr::LOCALHOST).await?;
+            Ok(Receive { socket, source: source.addr(guest), bytes, datagrams })
+        })?,
     }))
 }
 
 fn prepare<G: Guest>(
     guests: usize,
-    guest: impl AsyncFn() -> io::Result<G>,
+    guest: impl AsyncFn(usize) -> io::Result<G>,
 ) -> io::Result<Box<dyn Program>> {
     let runtime = Builder::new_current_thread().enable_io().build()?;
     let guests = runtime.block_on(async {
         let mut ready = Vec::with_capacity(guests);
-        for _ in 0..guests {
-            ready.push(guest().await?);
+        for at in 0..guests {
+            ready.push(guest(at).await?);
         }
         io::Result::Ok(ready)
     })?;
@@ -198,6 +201,26 @@ impl Guest for Batch {
         }
         for _ in 0..self.datagrams {
             let (len, _) = self.receiver.recv_from(&mut buffer).await?;
+            expect_bytes(len, self.bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// One who asks for datagrams, and receives them one by one.
+struct Receive {
+    socket: UdpSocket,
+    source: SocketAddr,
+    bytes: usize,
+    datagrams: usize,
+}
+
+impl Guest for Receive {
+    async fn operate(&mut self) -> io::Result<()> {
+        let mut buffer = [0; BYTES_MAX];
+        self.socket.send_to(&ZEROS[..self.bytes], self.source).await?;
+        for _ in 0..self.datagrams {
+            let (len, _) = self.socket.recv_from(&mut buffer).await?;
             expect_bytes(len, self.bytes)?;
         }
         Ok(())

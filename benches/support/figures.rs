@@ -1,0 +1,111 @@
+//! Figures that were measured in rounds, for criterion to judge.
+//!
+//! Contenders take turns, which criterion knows nothing of: it measures one after the other. So
+//! they are measured first, and it is told what each has taken in which round.
+
+use std::time::Duration;
+
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
+use criterion::{BenchmarkGroup, Criterion, SamplingMode};
+
+/// Rounds, and samples that criterion is told.
+pub(crate) const ROUNDS: usize = 10;
+
+/// `cargo test --benches` has each bench run once; `cargo bench` says that it is not that.
+pub(crate) fn is_test() -> bool {
+    !std::env::args().any(|arg| arg == "--bench")
+}
+
+/// What figures are of.
+#[derive(Clone, Copy)]
+pub(crate) enum Unit {
+    #[allow(dead_code, reason = "each bench has one unit")]
+    Nanoseconds,
+    #[allow(dead_code, reason = "each bench has one unit")]
+    Bytes,
+}
+
+/// By the command line.
+pub(crate) fn criterion(unit: Unit) -> Criterion<Unit> {
+    Criterion::default().with_measurement(unit).configure_from_args()
+}
+
+/// A group whose samples are one figure each.
+pub(crate) fn group(criterion: &mut Criterion<Unit>, name: String) -> BenchmarkGroup<'_, Unit> {
+    let mut group = criterion.benchmark_group(name);
+    group.sample_size(ROUNDS).sampling_mode(SamplingMode::Flat);
+    group.warm_up_time(Duration::from_nanos(1)).measurement_time(Duration::from_nanos(1));
+    group
+}
+
+/// Tells criterion figures, round by round; they are only asked for if it is to know.
+pub(crate) fn tell(
+    group: &mut BenchmarkGroup<'_, Unit>,
+    name: String,
+    figures: impl Fn() -> Vec<f64>,
+) {
+    let mut rounds = Vec::new().into_iter();
+    group.bench_function(name, |bencher| {
+        bencher.iter_custom(|times| {
+            let figure = rounds.next().unwrap_or_else(|| {
+                // The warm-up has had one of them; so it comes again.
+                rounds = figures().into_iter();
+                rounds.next().expect("a round at least")
+            });
+            #[expect(clippy::cast_precision_loss, reason = "few")]
+            let times = times as f64;
+            figure * times
+        });
+    });
+}
+
+impl Measurement for Unit {
+    type Intermediate = ();
+    type Value = f64;
+
+    fn start(&self) {}
+
+    fn end(&self, (): ()) -> f64 {
+        f64::NAN
+    }
+
+    fn add(&self, a: &f64, b: &f64) -> f64 {
+        a + b
+    }
+
+    fn zero(&self) -> f64 {
+        0.0
+    }
+
+    fn to_f64(&self, value: &f64) -> f64 {
+        *value
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        match self {
+            Self::Nanoseconds => WallTime.formatter(),
+            Self::Bytes => &BytesFormatter,
+        }
+    }
+}
+
+struct BytesFormatter;
+
+impl ValueFormatter for BytesFormatter {
+    fn scale_values(&self, _typical: f64, _values: &mut [f64]) -> &'static str {
+        "B"
+    }
+
+    fn scale_throughputs(
+        &self,
+        _typical: f64,
+        _throughput: &criterion::Throughput,
+        _values: &mut [f64],
+    ) -> &'static str {
+        "B"
+    }
+
+    fn scale_for_machines(&self, _values: &mut [f64]) -> &'static str {
+        "B"
+    }
+}

@@ -1,0 +1,161 @@
+//! Everybody who is measured, ready to run.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+use wasmtime::format_err;
+use wasmtime_wasi::WasiCtx;
+
+use super::peer::{RingArgs, Setting};
+use super::source::Source;
+use super::{Backend, Bench, Contender, Sample, Stopwatch, WasiArg, Work, life};
+use crate::cli::host::{Compiled, GuestConfig, Net, Program};
+use crate::cli::{Failure, NetArg, doctor};
+use crate::{Recycle, Uring};
+
+/// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
+/// and some files are left for recycled sockets.
+const SOCKETS_MAX: u32 = 11_264;
+
+/// Everybody, ready to run.
+pub struct Contest {
+    p2: Guests,
+    p3: Guests,
+    pub(crate) ring: Uring,
+    args: RingArgs,
+}
+
+/// The guest of one WASI version, on each backend.
+struct Guests {
+    stock: Arc<Program>,
+    uring: Arc<Program>,
+}
+
+impl Guests {
+    fn new(wasi: WasiArg) -> wasmtime::Result<Self> {
+        let compiled = Compiled::new(life(wasi).as_bytes())?;
+        let link = |backend| Ok::<_, Failure>(Arc::new(Program::link(&compiled, backend)?));
+        Ok(Self { stock: link(Backend::Stock)?, uring: link(Backend::Uring)? })
+    }
+}
+
+impl Contest {
+    /// Compiles the guests and builds their ring.
+    ///
+    /// # Errors
+    ///
+    /// If there is no io_uring here.
+    pub fn new(recycle: Recycle) -> wasmtime::Result<Self> {
+        let files = u32::try_from(doctor::raise_nofile()).unwrap_or(u32::MAX);
+        let sockets = SOCKETS_MAX.min(files);
+        Ok(Self {
+            p2: Guests::new(WasiArg::P2)?,
+            p3: Guests::new(WasiArg::P3)?,
+            ring: Uring::builder().sockets(sockets).recycle(recycle).build()?,
+            args: RingArgs { sockets, recycle },
+        })
+    }
+
+    /// Slots of the ring.
+    pub(crate) fn sockets(&self) -> u32 {
+        self.args.sockets
+    }
+
+    pub(crate) fn program(&self, wasi: WasiArg, backend: Backend) -> &Arc<Program> {
+        let guests = match wasi {
+            WasiArg::P2 => &self.p2,
+            WasiArg::P3 => &self.p3,
+        };
+        match backend {
+            Backend::Stock => &guests.stock,
+            Backend::Uring => &guests.uring,
+        }
+    }
+
+    /// Has a contender do some work; `None` if it has no such operation.
+    ///
+    /// # Errors
+    ///
+    /// Those of its sockets.
+    pub fn run(
+        &self,
+        runtime: &Runtime,
+        contender: Contender,
+        work: &Work,
+    ) -> wasmtime::Result<Option<Sample>> {
+        let source = Source::start(work)?;
+        let sample = match contender {
+            Contender::Guest(wasi, backend) => {
+                let program = self.program(wasi, backend);
+                Some(runtime.block_on(self.run_guests(program, work, &source))?)
+            }
+            Contender::Native(peer) => {
+                let Work { bench, guests, count } = *work;
+                let setting = Setting { bench, guests, ring: self.args, source: &source };
+                peer.run(&setting, count)?
+            }
+        };
+        let not_theirs = source.end()?;
+        Ok(sample.map(|sample| Sample { cpu: sample.cpu.saturating_sub(not_theirs), ..sample }))
+    }
+
+    /// Instantiates the guests, then measures how long they run.
+    async fn run_guests(
+        &self,
+        program: &Arc<Program>,
+        work: &Work,
+        source: &Source,
+    ) -> wasmtime::Result<Sample> {
+        let net = Net::new(NetArg::Loopback);
+        let Bench { operation, bytes, datagrams, .. } = work.bench;
+        let mut guests = Vec::new();
+        for guest in 0..work.guests {
+            let mut wasi = WasiCtx::builder();
+            net.configure(&mut wasi);
+            let port = usize::from(source.addr(guest).port());
+            wasi.args(&["life", operation.mode()]);
+            wasi.args(&[work.count, port, *bytes, *datagrams].map(|number| number.to_string()));
+            let uring = Some(&self.ring);
+            let config = GuestConfig { wasi, net: &net, uring, sockets_max: self.args.sockets };
+            guests.push(program.instantiate(config).await?);
+        }
+        let enters = self.ring.stats().enters;
+        let stopwatch = Stopwatch::start();
+        let mut tasks = JoinSet::new();
+        for mut guest in guests {
+            // The store comes back, so that taking it down is not measured.
+            tasks.spawn(async move {
+                let (result, suspensions) = counting_suspensions(guest.run()).await;
+                (result, suspensions, guest)
+            });
+        }
+        let mut ended = Vec::new();
+        while let Some(guest) = tasks.join_next().await {
+            ended.push(guest);
+        }
+        let mut sample = stopwatch.sample();
+        sample.enters = self.ring.stats().enters - enters;
+        for guest in ended {
+            let (result, suspensions, _store) = guest.map_err(|error| format_err!("{error}"))?;
+            result?;
+            sample.suspensions += suspensions;
+        }
+        Ok(sample)
+    }
+}
+
+/// A future's output, and how often it was not ready before.
+pub async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
+    let mut future = pin!(future);
+    let mut suspensions = 0;
+    let output = poll_fn(|cx| {
+        let poll = future.as_mut().poll(cx);
+        suspensions += u64::from(poll.is_pending());
+        poll
+    })
+    .await;
+    (output, suspensions)
+}

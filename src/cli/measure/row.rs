@@ -1,0 +1,135 @@
+//! What contenders take for the same work, in turn.
+
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+use wasmtime::error::Context;
+
+use super::{Backend, Contender, Contest, Peer, Sample, Summary, Work};
+
+/// What each contender has taken, round by round.
+#[derive(Debug)]
+pub struct Row {
+    work: Work,
+    samples: Vec<(Contender, Vec<Sample>)>,
+}
+
+/// Has some work done by each in turn, after one round to warm up. `step` is called before each.
+///
+/// # Errors
+///
+/// As [`Contest::run`].
+pub fn contend(
+    contest: &Contest,
+    runtime: &Runtime,
+    contenders: &[Contender],
+    work: Work,
+    rounds: usize,
+    step: impl Fn(),
+) -> wasmtime::Result<Row> {
+    let mut samples: Vec<_> = contenders.iter().map(|one| (*one, Vec::new())).collect();
+    for round in 0..=rounds {
+        for (contender, samples) in &mut samples {
+            step();
+            let sample = contest.run(runtime, *contender, &work).with_context(|| {
+                format!("{} with {} guests, {contender}", work.bench.name, work.guests)
+            })?;
+            if round > 0 {
+                samples.extend(sample);
+            }
+        }
+    }
+    samples.retain(|(_, samples)| !samples.is_empty());
+    Ok(Row { work, samples })
+}
+
+impl Row {
+    pub(crate) fn work(&self) -> &Work {
+        &self.work
+    }
+
+    /// Those who took part.
+    pub fn contenders(&self) -> impl Iterator<Item = Contender> {
+        self.samples.iter().map(|(contender, _)| *contender)
+    }
+
+    /// Those who took part whom one is compared with: stock of its version, std and the floor, if it
+    /// is a guest on the ring; else nobody.
+    pub fn yardsticks(&self, one: Contender) -> impl Iterator<Item = Contender> {
+        let stock = match one {
+            Contender::Guest(wasi, Backend::Uring) => Some(Contender::Guest(wasi, Backend::Stock)),
+            Contender::Guest(_, Backend::Stock) | Contender::Native(_) => None,
+        };
+        let natives = stock.map(|_| [Peer::Std, Peer::Floor].map(Contender::Native));
+        let all = stock.into_iter().chain(natives.into_iter().flatten());
+        all.filter(|other| !self.samples(*other).is_empty())
+    }
+
+    fn samples(&self, contender: Contender) -> &[Sample] {
+        let found = self.samples.iter().find(|(one, _)| *one == contender);
+        found.map_or(&[], |(_, samples)| samples)
+    }
+
+    /// Some time of a contender per operation, round by round, in nanoseconds.
+    pub fn nanoseconds(
+        &self,
+        contender: Contender,
+        of: impl Fn(&Sample) -> Duration,
+    ) -> impl Iterator<Item = f64> {
+        self.each(contender, move |sample| of(sample).as_secs_f64() * 1e9)
+    }
+
+    /// Some quantity of a contender per operation, round by round.
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    fn each(&self, contender: Contender, of: impl Fn(&Sample) -> f64) -> impl Iterator<Item = f64> {
+        let operations = self.work.operations() as f64;
+        self.samples(contender).iter().map(move |sample| of(sample) / operations)
+    }
+
+    /// Likewise, in short; not a number if it did not take part.
+    fn per_operation(&self, contender: Contender, of: impl Fn(&Sample) -> f64) -> Summary {
+        Summary::of(self.each(contender, of))
+    }
+
+    /// CPU time per operation in microseconds.
+    #[must_use]
+    pub fn micros(&self, contender: Contender) -> Summary {
+        self.per_operation(contender, |sample| sample.cpu.as_secs_f64() * 1e6)
+    }
+
+    /// Operations per second that has passed.
+    pub(crate) fn per_second(&self, contender: Contender) -> f64 {
+        1.0 / self.per_operation(contender, |sample| sample.wall.as_secs_f64()).median
+    }
+
+    /// `io_uring_enter` calls per operation, as far as they are known.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    pub fn enters(&self, contender: Contender) -> f64 {
+        self.per_operation(contender, |sample| sample.enters as f64).median
+    }
+
+    /// How often a guest gave its thread away, per operation.
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    pub(crate) fn suspensions(&self, contender: Contender) -> f64 {
+        self.per_operation(contender, |sample| sample.suspensions as f64).median
+    }
+
+    /// How many times as fast one is as the other, round by round.
+    fn ratio(&self, one: Contender, other: Contender, of: fn(&Sample) -> Duration) -> Summary {
+        let ones = self.samples(one).iter().map(|sample| of(sample).as_secs_f64());
+        let others = self.samples(other).iter().map(|sample| of(sample).as_secs_f64());
+        Summary::of(ones.zip(others).map(|(one, other)| other / one))
+    }
+
+    /// By CPU time.
+    #[must_use]
+    pub fn cpu_ratio(&self, one: Contender, other: Contender) -> Summary {
+        self.ratio(one, other, |sample| sample.cpu)
+    }
+
+    /// By the time that has passed.
+    pub(crate) fn wall_ratio(&self, one: Contender, other: Contender) -> Summary {
+        self.ratio(one, other, |sample| sample.wall)
+    }
+}
