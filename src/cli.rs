@@ -227,7 +227,7 @@ pub(crate) struct BenchArgs {
     /// Rounds per backend
     #[arg(long, value_name = "N", default_value = "7")]
     pub(crate) rounds: NonZeroUsize,
-    /// Write the results of the contests here, as JSON
+    /// Write the results here, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
     /// Draw the results of the contests into this directory, as SVG

@@ -5,7 +5,7 @@
 mod tool;
 
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -726,31 +726,67 @@ mod measuring {
         run(&nowhere).with_code(2).says(&["/proc/a"]);
     }
 
+    /// The JSON of a run of `bench` with these arguments.
+    fn report(name: &str, args: &[&str]) -> Value {
+        let json = file(name, "");
+        run(&[&["bench"], args, &["--json", arg(&json)]].concat()).with_code(0);
+        serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap()
+    }
+
+    fn on_the_ring(figures: &Value) -> Vec<&Value> {
+        figures.as_array().unwrap().iter().filter(|one| one["backend"] == "uring").collect()
+    }
+
     #[test]
     fn a_flood_at_one_socket_costs_the_others_no_answer() {
-        let ended = run(&["bench", "flood", "--sockets", "100", "--rounds", "2"]).with_code(0);
-        let row = ended.stdout.lines().find(|line| line.contains("│ uring")).unwrap();
-        // Two rounds of four windows, in each of which every socket was asked fifteen times.
-        assert!(row.contains(" 0 of 11880 "), "{ended}");
+        let report = report("flood.json", &["flood", "--sockets", "100", "--rounds", "2"]);
+        let floods = on_the_ring(&report["floods"]);
+        assert_eq!(floods.len(), 2, "{report}");
+        for flood in floods {
+            // Two rounds of four windows, in each of which every socket was asked fifteen times.
+            assert_eq!((&flood["asked"], &flood["lost"]), (&11880.into(), &0.into()), "{flood}");
+        }
     }
 
     /// The kernel's share is measured machine-wide, which is not for a test: 2.8 KB of an idle
     /// direct descriptor and 0.84 KB of an armed receive.
     #[test]
     fn an_idle_socket_takes_five_kilobytes_at_most_beside_what_wasmtime_keeps() {
-        const KERNEL_BYTES: u32 = 3640;
-        let ended = run(&["bench", "idle", "--sockets", "2000", "--rounds", "1"]).with_code(0);
-        let rows = ended.stdout.lines().filter(|line| line.contains("│ uring"));
-        let process = rows.map(|row| {
-            let process = row.split('┆').nth(3).and_then(|cell| cell.trim().strip_suffix(" B"));
-            process.unwrap().parse::<u32>().unwrap()
-        });
-        let process: Vec<_> = process.collect();
-        // Bound and receiving, of 0.2 and of 0.3, whose receives are calls that wait in Wasmtime.
-        let allowed = [5 * 1024, 5 * 1024, 5 * 1024, 6 * 1024];
-        assert_eq!(process.len(), allowed.len(), "{ended}");
-        let fits = |(process, allowed): (&u32, &u32)| process + KERNEL_BYTES <= *allowed;
-        assert!(process.iter().zip(&allowed).all(fits), "{ended}");
+        const KERNEL_BYTES: f64 = 3640.0;
+        let report = report("idle.json", &["idle", "--sockets", "2000", "--rounds", "1"]);
+        let idle = on_the_ring(&report["idle"]);
+        assert_eq!(idle.len(), 4, "{report}");
+        for idle in idle {
+            assert_eq!(idle["sockets"], 2000, "{idle}");
+            // A receive of 0.3 is a call that waits in Wasmtime.
+            let waits = (&idle["wasi"], &idle["idleness"]) == (&"0.3".into(), &"receiving".into());
+            let allowed = if waits { 6.0 * 1024.0 } else { 5.0 * 1024.0 };
+            let process = idle["process_bytes"]["median"].as_f64().unwrap();
+            assert!(process + KERNEL_BYTES <= allowed, "{idle}");
+        }
+    }
+
+    #[test]
+    fn readme_tables_are_made_of_a_runs_json() {
+        let json = file("tables.json", "");
+        let readme = file("tables.md", "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n");
+        let args = ["bind", "idle", "flood", "--sockets", "50", "--guests", "2", "--rounds", "1"];
+        run(&[&["bench"], &args[..], &["--json", arg(&json)]].concat()).with_code(0);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bench-table");
+        let made = Command::new(script).args([&json, &readme]).status().unwrap();
+        assert!(made.success(), "{made}");
+        let text = std::fs::read_to_string(&readme).unwrap();
+        for part in [
+            "before\n",
+            "| create, bind, drop | 2 | 0.3 | ",
+            "| receiving | uring | 0.2 | ",
+            "| uring | 0.3 | ",
+            "0 of 2940 |",
+            "\nafter\n",
+        ] {
+            assert!(text.contains(part), "no {part:?} in\n{text}");
+        }
+        assert!(!text.contains("yesterday"), "{text}");
     }
 
     #[test]

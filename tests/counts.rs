@@ -31,10 +31,16 @@ struct Run {
     stats: Stats,
 }
 
-fn run(backend: Backend, wasi: WasiArg, mode: &str, count: usize) -> Run {
+/// Bytes of a datagram where a test does not ask for others, and datagrams of a batch.
+const BYTES: usize = 64;
+const BATCH: usize = 16;
+
+fn run(backend: Backend, wasi: WasiArg, mode: &str, count: usize, bytes: usize) -> Run {
     let engine = Engine::new(Config::new().concurrency_support(wasi == WasiArg::P3)).unwrap();
     let component = Component::new(&engine, life(wasi)).unwrap();
-    let args = vec![mode.to_owned(), count.to_string()];
+    // There is nobody at port 0; none of these modes asks there.
+    let numbers = [count, 0, bytes, BATCH].map(|number| number.to_string());
+    let args = [mode.to_owned()].into_iter().chain(numbers).collect();
     let (uring, mut linker, mut store) = host(&engine, backend, Setup { args, ..Setup::default() });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut suspensions = 0;
@@ -82,8 +88,8 @@ const FEW: usize = 100;
 const MANY: usize = 612;
 
 #[expect(clippy::cast_precision_loss, reason = "thousands")]
-fn cost(backend: Backend, wasi: WasiArg, mode: &str) -> Cost {
-    let (few, many) = (run(backend, wasi, mode, FEW), run(backend, wasi, mode, MANY));
+fn cost(backend: Backend, wasi: WasiArg, mode: &str, bytes: usize) -> Cost {
+    let (few, many) = (run(backend, wasi, mode, FEW, bytes), run(backend, wasi, mode, MANY, bytes));
     let per_operation = |few: u64, many: u64| (many as f64 - few as f64) / (MANY - FEW) as f64;
     let cost = Cost {
         allocations: per_operation(few.memory.count_total, many.memory.count_total),
@@ -92,14 +98,14 @@ fn cost(backend: Backend, wasi: WasiArg, mode: &str) -> Cost {
         enters: per_operation(few.stats.enters, many.stats.enters),
         submissions: per_operation(few.stats.submissions, many.stats.submissions),
     };
-    eprintln!("{mode:>7} {wasi:?} {backend:?}: {cost:.2?}");
+    eprintln!("{mode:>7} of {bytes} bytes {wasi:?} {backend:?}: {cost:.2?}");
     cost
 }
 
 /// No more than this; a tenth more where sockets are recycled or not, as the kernel has time.
 fn costs_at_most(mode: &str, wasi: WasiArg, most: Cost) {
-    let stock = cost(Backend::Stock, wasi, mode);
-    let ring = cost(Backend::Uring, wasi, mode);
+    let stock = cost(Backend::Stock, wasi, mode, BYTES);
+    let ring = cost(Backend::Uring, wasi, mode, BYTES);
     for (what, ring, most) in [
         ("allocations", ring.allocations, most.allocations),
         ("bytes", ring.bytes, most.bytes),
@@ -174,4 +180,21 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
         submissions: 16.1,
     };
     costs_at_most("batch", WasiArg::P3, each);
+}
+
+/// Between a guest's memory and the kernel a payload lies in one allocation on its way out, and in
+/// one on its way in: so many bytes more of it are so many bytes more allocated, each way.
+#[test]
+fn a_payload_is_copied_once_on_its_way_out_and_once_on_its_way_in() {
+    const LONG: usize = 1200;
+    for wasi in WasiArg::ALL {
+        for (mode, datagrams) in [("echo", 2), ("batch", BATCH)] {
+            let [short, long] = [BYTES, LONG].map(|bytes| cost(Backend::Uring, wasi, mode, bytes));
+            #[expect(clippy::cast_precision_loss, reason = "thousands")]
+            let (ways, more) = ((2 * datagrams) as f64, (LONG - BYTES) as f64);
+            let copies = (long.bytes - short.bytes) / ways / more;
+            // Messages of several are grouped anew for each run.
+            assert!((0.98..1.02).contains(&copies), "{copies} copies, {mode} of {wasi:?}");
+        }
+    }
 }

@@ -14,16 +14,17 @@ use wasi_uring::cli::measure::{
 
 use figures::{ROUNDS, Unit, criterion, group, is_test, tell};
 
-/// Guests of either WASI version on either backend.
+/// Guests of either WASI version on either backend, and the floor under them.
 #[allow(dead_code, reason = "each bench has its own contenders")]
 pub(crate) const GUESTS: &[Contender] = &[
     Contender::Guest(WasiArg::P2, Backend::Stock),
     Contender::Guest(WasiArg::P2, Backend::Uring),
     Contender::Guest(WasiArg::P3, Backend::Stock),
     Contender::Guest(WasiArg::P3, Backend::Uring),
+    Contender::Native(Peer::Floor),
 ];
 
-/// Native programs, the bare ring, and the guests that it is the floor of.
+/// Native programs, the bare ring, and the guests that are to be compared with them.
 #[allow(dead_code, reason = "each bench has its own contenders")]
 pub(crate) const NATIVES: &[Contender] = &[
     Contender::Guest(WasiArg::P2, Backend::Uring),

@@ -3,30 +3,24 @@
 
 mod plot;
 mod report;
+mod tables;
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use comfy_table::Table;
-use comfy_table::presets::UTF8_FULL_CONDENSED;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::runtime::Runtime;
 use wasmtime::error::Context;
 
 use self::report::Report;
-use super::measure::idle::{self, Idle, Idleness, Taken};
-use super::measure::{
-    BENCHES, Backend, Bench, Contender, Contest, Row, Summary, Work, contend, flood,
-};
-use super::{BenchArgs, Failure, RuntimeArg, WasiArg, print, say};
+use super::measure::idle::{self, Idle, Idleness};
+use super::measure::{BENCHES, Backend, Bench, Contender, Contest, Row, Work, contend, flood};
+use super::{BenchArgs, Failure, RuntimeArg, doctor, say};
 
 /// Benches that are no contest in speed.
 const FLOOD: &str = "flood";
 const IDLE: &str = "idle";
-
-/// A spread above this says that the machine was too busy to believe the median.
-const SPREAD_MAX: f64 = 0.15;
 
 pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).chain([FLOOD, IDLE]).collect();
@@ -35,9 +29,6 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
             wasmtime::format_err!("no bench is named {unknown}; there are {}", names.join(", "));
         return Err(Failure::usage(error));
     }
-    let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
-    check_outputs(args).map_err(Failure::usage)?;
-    let contest = Contest::new(args.recycle.limits()).map_err(Failure::run)?;
     let runtime = match args.runtime {
         RuntimeArg::PerCore => tokio::runtime::Builder::new_current_thread().enable_all().build(),
         RuntimeArg::MultiThread => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
@@ -48,36 +39,38 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     }
     .context("cannot start a runtime")
     .map_err(Failure::run)?;
+    check_outputs(args).map_err(Failure::usage)?;
 
-    let benches: Vec<_> = BENCHES.iter().filter(|bench| wanted(bench.name)).collect();
-    let mut noisy = false;
-    if !benches.is_empty() {
-        let rows = contests(args, &contest, &runtime, &benches).map_err(Failure::run)?;
-        let report = Report::new(args.rounds.get(), rows);
-        report.print();
-        noisy |= report.is_noisy();
-        if let Some(file) = &args.json {
-            report.write_json(file).map_err(Failure::run)?;
-        }
-        if let Some(dir) = &args.plot {
-            for file in report.plot(dir).map_err(Failure::run)? {
-                say(format_args!("drew {}", file.display()));
-            }
-        }
-    }
-    drop(runtime);
-    for wasi in &args.wasi {
-        if wanted(FLOOD) {
-            noisy |= flood(args, *wasi, &contest).map_err(Failure::run)?;
-        }
-        if wanted(IDLE) {
-            idle(args, *wasi, &contest).map_err(Failure::run)?;
-        }
-    }
-    if noisy {
+    let mut report = Report::new(args.rounds.get());
+    let measured = measure(args, runtime, &mut report);
+    // What was measured before something failed is kept.
+    let kept = keep(args, &report);
+    measured.and(kept).map_err(Failure::run)?;
+    if report.is_noisy() {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Measures what is asked for, and prints a table of each kind as soon as it is there.
+fn measure(args: &BenchArgs, runtime: Runtime, report: &mut Report) -> wasmtime::Result<()> {
+    let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
+    let contest = Contest::new(args.recycle.limits())?;
+    let benches: Vec<_> = BENCHES.iter().filter(|bench| wanted(bench.name)).collect();
+    if !benches.is_empty() {
+        report.rows = contests(args, &contest, &runtime, &benches)?;
+        tables::contests(&report.rows);
+    }
+    drop(runtime);
+    if wanted(FLOOD) {
+        report.floods = floods(args, &contest)?;
+        tables::floods(&report.floods);
+    }
+    if wanted(IDLE) {
+        report.idles = idles(args)?;
+        tables::idles(&report.idles);
+    }
+    Ok(())
 }
 
 /// Before minutes are spent on results that nobody could keep.
@@ -95,15 +88,20 @@ fn check_outputs(args: &BenchArgs) -> wasmtime::Result<()> {
     Ok(())
 }
 
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header(header);
-    table
-}
-
-/// Whether a figure cannot be believed.
-fn is_noisy(summary: &Summary) -> bool {
-    summary.spread > SPREAD_MAX
+fn keep(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
+    if let Some(file) = &args.json {
+        report.write_json(file)?;
+    }
+    if let Some(dir) = &args.plot {
+        let drawn = report.plot(dir)?;
+        if drawn.is_empty() {
+            say("drew nothing: of what was measured there are no pictures");
+        }
+        for file in drawn {
+            say(format_args!("drew {}", file.display()));
+        }
+    }
+    Ok(())
 }
 
 /// Speed, bench by bench.
@@ -131,85 +129,42 @@ fn contests(
     Ok(rows)
 }
 
-fn flood(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<bool> {
+/// Latency of many sockets while another is flooded.
+fn floods(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<Vec<flood::Figures>> {
     let rounds = args.rounds.get();
     let sockets = args.sockets.map_or(flood::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
-    let progress = progress_bar(flood::STEPS * rounds * Backend::ALL.len());
-    let mut table = table([
-        "flood",
-        "WASI",
-        "p50 calm",
-        "p99 calm",
-        "elsewhere",
-        "flooded",
-        "in bulk",
-        "flooded / calm",
-        "in bulk / calm",
-        "lost",
-        "held up",
-        "flood, bulk per s",
-    ]);
-    let mut noisy = false;
-    for result in flood::measure(contest, wasi, sockets, rounds, &|| progress.inc(1))? {
-        noisy |= is_noisy(&result.flooded);
-        let [calm, elsewhere, flooded, in_bulk] = result.p99;
-        let [flood, bulk] = result.flood_per_second;
-        let times =
-            |Summary { median, spread }: Summary| format!("{median:.2} ±{:.0}%", spread * 100.0);
-        table.add_row([
-            result.backend.name().to_owned(),
-            wasi.version().to_owned(),
-            format!("{:.0} µs", result.calm_p50),
-            format!("{calm:.0} µs"),
-            format!("{elsewhere:.0} µs"),
-            format!("{flooded:.0} µs"),
-            format!("{in_bulk:.0} µs"),
-            times(result.flooded),
-            times(result.flooded_in_bulk),
-            format!("{} of {}", result.lost, result.asked),
-            result.held_up.to_string(),
-            format!("{flood:.0}, {bulk:.0}"),
-        ]);
+    let progress = progress_bar(flood::STEPS * rounds * Backend::ALL.len() * args.wasi.len());
+    let mut floods = Vec::new();
+    for wasi in &args.wasi {
+        let step = || progress.inc(1);
+        floods.extend(flood::measure(contest, *wasi, sockets, rounds, &step)?);
     }
     progress.finish_and_clear();
-    print(table);
-    print(format_args!(
-        "{} sockets answer a paced client; one more is flooded from another thread, by single \
-         datagrams or in bulk, or a plain socket is (elsewhere). Medians of the rounds' p99, without \
-         the questions held up by other programs that had the guests' CPU.",
-        sockets - 1,
-    ));
-    Ok(noisy)
+    Ok(floods)
 }
 
-fn idle(args: &BenchArgs, wasi: WasiArg, contest: &Contest) -> wasmtime::Result<()> {
-    let most = contest.sockets() as usize / 2;
-    let sockets = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).clamp(2, most);
+/// Descriptors that a process needs beside those of stock's sockets.
+const DESCRIPTORS_SPARE: u64 = 64;
+
+/// Memory of sockets at rest.
+fn idles(args: &BenchArgs) -> wasmtime::Result<Vec<Idle>> {
+    let wanted = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
+    let descriptors = doctor::raise_nofile();
+    let most = usize::try_from(descriptors.saturating_sub(DESCRIPTORS_SPARE)).unwrap_or(usize::MAX);
+    let sockets = wanted.min(most.max(2));
+    if sockets < wanted {
+        say(format_args!("only {sockets} idle sockets: the open-files limit is {descriptors}"));
+    }
     let rounds = args.rounds.get();
-    let progress = progress_bar(rounds * Backend::ALL.len() * Idleness::ALL.len());
-    let mut table = table(["idle", "WASI", "sockets", "process", "kernel", "together", "spread"]);
+    let kinds = Backend::ALL.len() * Idleness::ALL.len() * args.wasi.len();
+    let progress = progress_bar(rounds * kinds);
     let command = std::env::current_exe()?;
-    for result in idle::measure(&command, wasi, sockets, rounds, || progress.inc(1))? {
-        let Idle { backend, idleness, rounds } = result;
-        let summary = |of: fn(&Taken) -> f64| Summary::of(rounds.iter().map(of));
-        let (process, kernel) = (summary(|taken| taken.process), summary(|taken| taken.kernel));
-        table.add_row([
-            backend.name().to_owned(),
-            wasi.version().to_owned(),
-            idleness.name().to_owned(),
-            format!("{:.0} B", process.median),
-            format!("{:.0} B", kernel.median),
-            format!("{:.0} B", process.median + kernel.median),
-            format!("±{:.0}%, ±{:.0}%", process.spread * 100.0, kernel.spread * 100.0),
-        ]);
+    let mut idles = Vec::new();
+    for wasi in &args.wasi {
+        idles.extend(idle::measure(&command, *wasi, sockets, rounds, || progress.inc(1))?);
     }
     progress.finish_and_clear();
-    print(table);
-    print(format_args!(
-        "Memory per socket of one guest that holds {sockets}: the process's own, and the growth of \
-         the kernel's slab."
-    ));
-    Ok(())
+    Ok(idles)
 }
 
 pub(crate) fn progress_bar(steps: usize) -> ProgressBar {

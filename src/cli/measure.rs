@@ -148,6 +148,11 @@ pub enum Contender {
     Native(Peer),
 }
 
+pub(crate) const STD: Contender = Contender::Native(Peer::Std);
+pub(crate) const TOKIO: Contender = Contender::Native(Peer::Tokio);
+pub(crate) const TOKIO_URING: Contender = Contender::Native(Peer::TokioUring);
+pub(crate) const FLOOR: Contender = Contender::Native(Peer::Floor);
+
 impl Contender {
     /// All there are.
     pub const ALL: [Self; 8] = [
@@ -155,10 +160,10 @@ impl Contender {
         Self::Guest(WasiArg::P2, Backend::Uring),
         Self::Guest(WasiArg::P3, Backend::Stock),
         Self::Guest(WasiArg::P3, Backend::Uring),
-        Self::Native(Peer::Std),
-        Self::Native(Peer::Tokio),
-        Self::Native(Peer::TokioUring),
-        Self::Native(Peer::Floor),
+        STD,
+        TOKIO,
+        TOKIO_URING,
+        FLOOR,
     ];
 
     /// A guest's WASI version.
@@ -227,7 +232,7 @@ impl Summary {
             len => values[(len - 1) * of_four / 4],
         };
         let median = quantile(2);
-        Self { median, spread: (quantile(3) - quantile(1)) / 2.0 / median }
+        Self { median, spread: (quantile(3) - quantile(1)) / 2.0 / median.abs() }
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a run of the benches has shown: as tables, as JSON, as pictures.
+//! What a run of the benches has shown, with where and how: as JSON, as pictures.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,19 +6,20 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use wasmtime::error::Context;
 
-use super::super::measure::{Backend, Contender, Peer, Row, Summary, WasiArg};
-use super::super::print;
-use super::{is_noisy, plot, table};
+use super::super::measure::idle::Idle;
+use super::super::measure::{Contender, Row, Summary, flood};
+use super::plot;
 
-const STD: Contender = Contender::Native(Peer::Std);
-const TOKIO: Contender = Contender::Native(Peer::Tokio);
-const TOKIO_URING: Contender = Contender::Native(Peer::TokioUring);
-const FLOOR: Contender = Contender::Native(Peer::Floor);
+/// A spread above this says that the machine was too busy to believe the median.
+const SPREAD_MAX: f64 = 0.15;
 
+/// What was measured.
 pub(super) struct Report {
     rounds: usize,
-    rows: Vec<Row>,
     machine: Machine,
+    pub(super) rows: Vec<Row>,
+    pub(super) floods: Vec<flood::Figures>,
+    pub(super) idles: Vec<Idle>,
 }
 
 /// Where it was measured, and how.
@@ -59,82 +60,22 @@ impl Machine {
     }
 }
 
-/// A guest of one WASI version on both backends.
-fn backends(wasi: WasiArg) -> [Contender; 2] {
-    [Backend::Stock, Backend::Uring].map(|backend| Contender::Guest(wasi, backend))
-}
-
 impl Report {
-    pub(super) fn new(rounds: usize, rows: Vec<Row>) -> Self {
-        Self { rounds, rows, machine: Machine::here() }
-    }
-
-    /// The guests of each row, by WASI version.
-    fn guests(&self) -> impl Iterator<Item = (&Row, WasiArg, [Contender; 2])> {
-        self.rows.iter().flat_map(|row| {
-            let wasi = WasiArg::ALL.into_iter();
-            let took_part =
-                move |wasi: &WasiArg| row.contenders().any(|one| one.wasi() == Some(*wasi));
-            wasi.filter(took_part).map(move |wasi| (row, wasi, backends(wasi)))
-        })
+    pub(super) fn new(rounds: usize) -> Self {
+        let machine = Machine::here();
+        Self { rounds, machine, rows: Vec::new(), floods: Vec::new(), idles: Vec::new() }
     }
 
     /// Whether some figure cannot be believed.
     pub(super) fn is_noisy(&self) -> bool {
-        self.guests().any(|(row, _, [stock, uring])| is_noisy(&row.cpu_ratio(uring, stock)))
-    }
-
-    pub(super) fn print(&self) {
-        let number = |value: f64, digits: usize| {
-            if value.is_nan() { "–".to_owned() } else { format!("{value:.digits$}") }
-        };
-        let mut guests = table([
-            "bench",
-            "WASI",
-            "guests",
-            "stock µs",
-            "uring µs",
-            "× stock",
-            "× stock, wall",
-            "× std",
-            "× floor",
-            "enters/op",
-            "suspends/op",
-            "spread",
-        ]);
-        for (row, wasi, [stock, uring]) in self.guests() {
-            let ratio = row.cpu_ratio(uring, stock);
-            guests.add_row([
-                row.work().bench.name.to_owned(),
-                wasi.version().to_owned(),
-                row.work().guests.to_string(),
-                number(row.micros(stock).median, 2),
-                number(row.micros(uring).median, 2),
-                number(ratio.median, 2),
-                number(row.wall_ratio(uring, stock).median, 2),
-                number(row.cpu_ratio(uring, STD).median, 2),
-                number(row.cpu_ratio(uring, FLOOR).median, 2),
-                number(row.enters(uring), 3),
-                format!("{:.2}, {:.2}", row.suspensions(stock), row.suspensions(uring)),
-                format!("±{:.0}%", ratio.spread * 100.0),
-            ]);
-        }
-        print(guests);
-        let natives = [STD, TOKIO, TOKIO_URING, FLOOR];
-        let mut table =
-            table(["bench", "guests", "std µs", "tokio µs", "tokio-uring µs", "floor µs"]);
-        for row in &self.rows {
-            let mut cells = vec![row.work().bench.name.to_owned(), row.work().guests.to_string()];
-            cells.extend(natives.map(|native| number(row.micros(native).median, 2)));
-            table.add_row(cells);
-        }
-        print(table);
-        print(
-            "µs: CPU time per operation, median. × stock, × std, × floor: how many times as fast as \
-             wasmtime-wasi, as a plain Rust program and as the bare ring the guest on the ring is, \
-             round by round, median. suspends/op: how often a guest gave its thread away, on stock \
-             and on the ring.",
-        );
+        let spread = |summary: Summary| summary.spread;
+        let rows = self.rows.iter().flat_map(|row| {
+            let compared = row.contenders().filter_map(|one| Some((one, row.stock_of(one)?)));
+            compared.map(|(one, stock)| spread(row.cpu_ratio(one, stock)))
+        });
+        let floods = self.floods.iter().map(|flood| spread(flood.flooded));
+        let idles = self.idles.iter().map(|idle| spread(idle.process()));
+        rows.chain(floods).chain(idles).any(|spread| spread > SPREAD_MAX)
     }
 
     fn json(&self) -> Value {
@@ -171,6 +112,38 @@ impl Report {
                     .collect::<Vec<_>>(),
             })
         });
+        let floods = self.floods.iter().map(|flood| {
+            let [calm, elsewhere, flooded, in_bulk] = flood.p99;
+            let [datagrams, datagrams_in_bulk] = flood.flood_per_second;
+            json!({
+                "wasi": flood.wasi.version(),
+                "backend": flood.backend.name(),
+                "sockets": flood.sockets,
+                "calm_p50_micros": flood.calm_p50,
+                "p99_micros": {
+                    "calm": calm,
+                    "elsewhere": elsewhere,
+                    "flooded": flooded,
+                    "flooded_in_bulk": in_bulk,
+                },
+                "flooded_to_calm": summary(flood.flooded),
+                "flooded_in_bulk_to_calm": summary(flood.flooded_in_bulk),
+                "asked": flood.asked,
+                "lost": flood.lost,
+                "held_up": flood.held_up,
+                "flood_per_second": { "single": datagrams, "in_bulk": datagrams_in_bulk },
+            })
+        });
+        let idles = self.idles.iter().map(|idle| {
+            json!({
+                "wasi": idle.wasi.version(),
+                "backend": idle.backend.name(),
+                "idleness": idle.idleness.name(),
+                "sockets": idle.sockets,
+                "process_bytes": summary(idle.process()),
+                "kernel_bytes": summary(idle.kernel()),
+            })
+        });
         json!({
             "date": date,
             "kernel": kernel,
@@ -180,6 +153,8 @@ impl Report {
             "rounds": self.rounds,
             "noisy": self.is_noisy(),
             "results": results.collect::<Vec<_>>(),
+            "floods": floods.collect::<Vec<_>>(),
+            "idle": idles.collect::<Vec<_>>(),
         })
     }
 
@@ -208,13 +183,10 @@ impl Report {
 
 fn bar(row: &Row, one: Contender) -> plot::Bar {
     let Summary { median, spread } = row.micros(one);
-    let times_stock = match one {
-        Contender::Guest(wasi, Backend::Uring) => {
-            let Summary { median, spread } = row.cpu_ratio(one, backends(wasi)[0]);
-            Some((median, spread))
-        }
-        Contender::Guest(_, Backend::Stock) | Contender::Native(_) => None,
-    };
+    let times_stock = row.stock_of(one).map(|stock| {
+        let Summary { median, spread } = row.cpu_ratio(one, stock);
+        (median, spread)
+    });
     let (name, per_second) = (one.to_string(), row.per_second(one));
     plot::Bar { name, micros: median, spread, per_second, times_stock }
 }

@@ -59,11 +59,6 @@ impl Contest {
         })
     }
 
-    /// Slots of the ring.
-    pub(crate) fn sockets(&self) -> u32 {
-        self.args.sockets
-    }
-
     pub(crate) fn program(&self, wasi: WasiArg, backend: Backend) -> &Arc<Program> {
         let guests = match wasi {
             WasiArg::P2 => &self.p2,

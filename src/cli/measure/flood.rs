@@ -94,7 +94,10 @@ struct Round([Window; 4]);
 
 /// One backend's figures.
 pub(crate) struct Figures {
+    pub(crate) wasi: WasiArg,
     pub(crate) backend: Backend,
+    /// The flooded one included.
+    pub(crate) sockets: usize,
     /// In microseconds, window by window.
     pub(crate) calm_p50: f64,
     pub(crate) p99: [f64; 4],
@@ -122,6 +125,7 @@ pub(crate) fn measure(
     let measured = measure_pinned(contest, wasi, sockets, rounds, step, &cpus);
     sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
     let [stock, uring] = measured?;
+    let figures = |backend, rounds: &[Round]| figures(wasi, backend, sockets, rounds);
     Ok([figures(Backend::Stock, &stock), figures(Backend::Uring, &uring)])
 }
 
@@ -190,7 +194,7 @@ fn pin(cpu: usize) -> nix::Result<()> {
     sched_setaffinity(Pid::from_raw(0), &only)
 }
 
-fn figures(backend: Backend, rounds: &[Round]) -> Figures {
+fn figures(wasi: WasiArg, backend: Backend, sockets: usize, rounds: &[Round]) -> Figures {
     let micros = |time: Duration| time.as_secs_f64() * 1e6;
     let summary = |of: &dyn Fn(&[Window; 4]) -> f64| {
         Summary::of(rounds.iter().map(|Round(windows)| of(windows)))
@@ -200,7 +204,9 @@ fn figures(backend: Backend, rounds: &[Round]) -> Figures {
         summary(&|windows| windows[at].p99.as_secs_f64() / windows[0].p99.as_secs_f64())
     };
     Figures {
+        wasi,
         backend,
+        sockets,
         calm_p50: summary(&|windows| micros(windows[0].p50)).median,
         p99: [0, 1, 2, 3].map(|at| summary(&|windows| micros(windows[at].p99)).median),
         flooded: ratio(2),

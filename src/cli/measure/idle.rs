@@ -13,7 +13,7 @@ use std::time::Duration;
 use wasmtime::bail;
 use wasmtime::error::Context;
 
-use super::{Backend, WasiArg, life};
+use super::{Backend, Summary, WasiArg, life};
 
 /// Sockets that one guest holds unless told otherwise, descriptors permitting.
 pub const SOCKETS_DEFAULT: usize = 10_000;
@@ -64,12 +64,28 @@ pub struct Taken {
 /// What a socket of either backend takes, round by round.
 #[derive(Debug)]
 pub struct Idle {
+    /// The version of its guest.
+    pub wasi: WasiArg,
     /// Whose it is.
     pub backend: Backend,
+    /// How many the guest has of them.
+    pub sockets: usize,
     /// What it does.
     pub idleness: Idleness,
     /// What it takes.
     pub rounds: Vec<Taken>,
+}
+
+impl Idle {
+    /// Resident memory of the process.
+    pub(crate) fn process(&self) -> Summary {
+        Summary::of(self.rounds.iter().map(|taken| taken.process))
+    }
+
+    /// The kernel's slab.
+    pub(crate) fn kernel(&self) -> Summary {
+        Summary::of(self.rounds.iter().map(|taken| taken.kernel))
+    }
 }
 
 /// Measures both backends in turn. `command` is `wasi-uring`; `step` is called after each.
@@ -86,10 +102,11 @@ pub fn measure(
 ) -> wasmtime::Result<Vec<Idle>> {
     let mut idle = Vec::new();
     for idleness in Idleness::ALL {
-        idle.extend(Backend::ALL.map(|backend| Idle { backend, idleness, rounds: Vec::new() }));
+        let none = |backend| Idle { wasi, backend, sockets, idleness, rounds: Vec::new() };
+        idle.extend(Backend::ALL.map(none));
     }
     for _ in 0..rounds {
-        for Idle { backend, idleness, rounds } in &mut idle {
+        for Idle { backend, idleness, rounds, .. } in &mut idle {
             rounds.push(per_socket(command, wasi, *backend, *idleness, sockets)?);
             step();
         }

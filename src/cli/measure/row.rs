@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use wasmtime::error::Context;
 
-use super::{Backend, Contender, Contest, Peer, Sample, Summary, Work};
+use super::{Backend, Contender, Contest, FLOOR, STD, Sample, Summary, Work};
 
 /// What each contender has taken, round by round.
 #[derive(Debug)]
@@ -53,16 +53,27 @@ impl Row {
         self.samples.iter().map(|(contender, _)| *contender)
     }
 
-    /// Those who took part whom one is compared with: stock of its version, std and the floor, if it
-    /// is a guest on the ring; else nobody.
-    pub fn yardsticks(&self, one: Contender) -> impl Iterator<Item = Contender> {
-        let stock = match one {
-            Contender::Guest(wasi, Backend::Uring) => Some(Contender::Guest(wasi, Backend::Stock)),
-            Contender::Guest(_, Backend::Stock) | Contender::Native(_) => None,
+    /// The same guest on stock, of a guest on the ring, if it took part.
+    pub(crate) fn stock_of(&self, one: Contender) -> Option<Contender> {
+        let Contender::Guest(wasi, Backend::Uring) = one else {
+            return None;
         };
-        let natives = stock.map(|_| [Peer::Std, Peer::Floor].map(Contender::Native));
-        let all = stock.into_iter().chain(natives.into_iter().flatten());
-        all.filter(|other| !self.samples(*other).is_empty())
+        Some(Contender::Guest(wasi, Backend::Stock)).filter(|stock| self.took_part(*stock))
+    }
+
+    /// Those who took part whom one is compared with: stock, std and the floor, if it is a guest on
+    /// the ring; else nobody.
+    pub fn yardsticks(&self, one: Contender) -> impl Iterator<Item = Contender> {
+        let natives = match one {
+            Contender::Guest(_, Backend::Uring) => &[STD, FLOOR][..],
+            Contender::Guest(_, Backend::Stock) | Contender::Native(_) => &[],
+        };
+        let natives = natives.iter().copied().filter(|native| self.took_part(*native));
+        self.stock_of(one).into_iter().chain(natives)
+    }
+
+    fn took_part(&self, one: Contender) -> bool {
+        self.contenders().any(|contender| contender == one)
     }
 
     fn samples(&self, contender: Contender) -> &[Sample] {
