@@ -84,7 +84,7 @@ pub(crate) enum BackendArg {
 pub(crate) enum RuntimeArg {
     /// A tokio current-thread runtime and a ring for each thread
     PerCore,
-    /// One tokio multi-thread runtime and one ring for all
+    /// One tokio multi-thread runtime, and as many rings, which guests take in turn, as it has workers
     MultiThread,
     /// A tokio-uring runtime and a ring for each thread
     TokioUring,

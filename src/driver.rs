@@ -50,6 +50,9 @@ use crate::stats::Stats;
 /// (`enable_io`), several at once included. The ring goes away with its last handle, and sockets
 /// hold handles of their own.
 ///
+/// One for each thread is best: those that share one wait for each other. On a multi-thread runtime
+/// make as many as it has workers and give them to guests in turn.
+///
 /// Its threads must be in one network namespace (and one cgroup, and under one security label): a
 /// socket is made in those of whichever thread enters the kernel, and recycled with them.
 #[derive(Clone)]

@@ -433,6 +433,7 @@ mod stats {
             let runtime = ["--runtime", runtime];
             let args = [&["run"], &options[..], &runtime[..], &[LIFE, "bind", "25"]].concat();
             let stats = run(&args).with_code(0).stats();
+            assert_eq!(number(&stats, "rings"), 2, "{stats}");
             assert_eq!(number(&stats, "sockets_created"), 100, "{stats}");
             assert_eq!(number(&stats, "sockets_open"), 0, "{stats}");
         }
@@ -769,7 +770,8 @@ mod measuring {
     #[test]
     fn readme_tables_are_made_of_a_runs_json() {
         let json = file("tables.json", "");
-        let readme = file("tables.md", "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n");
+        let readme =
+            file("tables.md", "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n");
         let args = ["bind", "idle", "flood", "--sockets", "50", "--guests", "2", "--rounds", "1"];
         run(&[&["bench"], &args[..], &["--json", arg(&json)]].concat()).with_code(0);
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bench-table");

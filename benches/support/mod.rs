@@ -5,6 +5,7 @@
 mod figures;
 
 use std::cell::OnceCell;
+use std::num::NonZeroUsize;
 
 use tokio::runtime::Builder;
 use wasi_uring::Recycle;
@@ -38,7 +39,8 @@ pub(crate) const NATIVES: &[Contender] = &[
 /// Measures all contenders at each bench with each number of guests.
 pub(crate) fn run(name: &str, benches: &[(&str, &[usize])], contenders: &[Contender]) {
     let mut criterion = criterion(Unit::Nanoseconds);
-    let contest = Contest::new(Recycle::default()).expect("io_uring: see wasi-uring doctor");
+    let contest = Contest::new(Recycle::default(), NonZeroUsize::MIN);
+    let contest = contest.expect("io_uring: see wasi-uring doctor");
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
     for (bench, guests) in benches {
         let bench = Bench::named(bench).expect("one of BENCHES");

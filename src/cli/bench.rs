@@ -7,10 +7,11 @@ mod tables;
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
 use self::report::Report;
@@ -29,20 +30,22 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
             wasmtime::format_err!("no bench is named {unknown}; there are {}", names.join(", "));
         return Err(Failure::usage(error));
     }
-    let runtime = match args.runtime {
-        RuntimeArg::PerCore => tokio::runtime::Builder::new_current_thread().enable_all().build(),
-        RuntimeArg::MultiThread => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+    let (threads, mut runtime) = match args.runtime {
+        RuntimeArg::PerCore => (NonZeroUsize::MIN, Builder::new_current_thread()),
+        RuntimeArg::MultiThread => {
+            (available_parallelism().unwrap_or(NonZeroUsize::MIN), Builder::new_multi_thread())
+        }
         RuntimeArg::TokioUring => {
             let error = wasmtime::format_err!("bench runs on per-core or multi-thread");
             return Err(Failure::usage(error));
         }
-    }
-    .context("cannot start a runtime")
-    .map_err(Failure::run)?;
+    };
+    let runtime = runtime.worker_threads(threads.get()).enable_all().build();
+    let runtime = runtime.context("cannot start a runtime").map_err(Failure::run)?;
     check_outputs(args).map_err(Failure::usage)?;
 
     let mut report = Report::new(args.rounds.get());
-    let measured = measure(args, runtime, &mut report);
+    let measured = measure(args, runtime, threads, &mut report);
     // What was measured before something failed is kept.
     let kept = keep(args, &report);
     measured.and(kept).map_err(Failure::run)?;
@@ -53,9 +56,14 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
 }
 
 /// Measures what is asked for, and prints a table of each kind as soon as it is there.
-fn measure(args: &BenchArgs, runtime: Runtime, report: &mut Report) -> wasmtime::Result<()> {
+fn measure(
+    args: &BenchArgs,
+    runtime: Runtime,
+    threads: NonZeroUsize,
+    report: &mut Report,
+) -> wasmtime::Result<()> {
     let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
-    let contest = Contest::new(args.recycle.limits())?;
+    let contest = Contest::new(args.recycle.limits(), threads)?;
     let benches: Vec<_> = BENCHES.iter().filter(|bench| wanted(bench.name)).collect();
     if !benches.is_empty() {
         report.rows = contests(args, &contest, &runtime, &benches)?;

@@ -1,5 +1,6 @@
 //! `wasi-uring demo`: what this is about, in under a minute.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use crate::Recycle;
@@ -29,7 +30,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
              wasmtime-wasi's sockets is a file"
         ));
     }
-    let contest = Contest::new(Recycle::default()).map_err(Failure::run)?;
+    let contest = Contest::new(Recycle::default(), NonZeroUsize::MIN).map_err(Failure::run)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -31,7 +31,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let program = Arc::new(Program::link(&compiled, backend)?);
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {
-            let ring = rings.first().cloned();
             let all = (0..args.guests.get()).collect();
             tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(plan.threads)
@@ -39,7 +38,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
                 .build()
                 .context("cannot start a runtime")
                 .map_err(Failure::run)?
-                .block_on(run_guests(&plan, &program, ring, all))
+                .block_on(run_guests(&plan, &program, &rings, &Net::new(args.net), all))
         }
         RuntimeArg::PerCore | RuntimeArg::TokioUring => run_per_thread(&plan, &program, &rings)?,
     };
@@ -59,9 +58,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 /// How guests are spread over threads and rings.
 struct Plan<'a> {
     args: &'a RunArgs,
+    /// Each has a ring; or, of a multi-thread runtime, there are as many rings.
     threads: usize,
-    /// One, or one for each thread that has its own.
-    rings: usize,
     slots_per_ring: u32,
     sockets_per_guest: u32,
 }
@@ -71,33 +69,29 @@ impl<'a> Plan<'a> {
         let guests = args.guests.get();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = args.threads.map_or(cores, usize::from).min(guests);
-        let rings = match args.runtime {
-            RuntimeArg::MultiThread => 1,
-            RuntimeArg::PerCore | RuntimeArg::TokioUring => threads,
-        };
         let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
         let largest = files.min(SOCKETS_MAX);
         // Some files are for sockets kept for new owners, unless they are few.
         let is_ample = largest >= 2 * KEPT_SOCKETS_DEFAULT;
         let usual = if is_ample { largest - KEPT_SOCKETS_DEFAULT } else { largest };
-        let per_ring = |total: usize| u32::try_from(total.div_ceil(rings)).unwrap_or(u32::MAX);
+        let per_ring = |total: usize| u32::try_from(total.div_ceil(threads)).unwrap_or(u32::MAX);
         let sockets_per_ring = match args.sockets {
             Some(sockets) => per_ring(sockets as usize),
             None => per_ring((256 * guests).max(4096)).min(usual),
         };
-        let guests_per_ring = u32::try_from(guests.div_ceil(rings)).unwrap_or(u32::MAX);
+        let guests_per_ring = u32::try_from(guests.div_ceil(threads)).unwrap_or(u32::MAX);
         let sockets_per_guest = (sockets_per_ring / guests_per_ring).max(1);
         // A socket keeps its slot until the kernel has let go of it; in the meantime its guest may
         // open another.
         let with_closing = sockets_per_ring.saturating_mul(2).min(usual);
         let slots_per_ring = with_closing.max(sockets_per_ring);
-        Self { args, threads, rings, slots_per_ring, sockets_per_guest }
+        Self { args, threads, slots_per_ring, sockets_per_guest }
     }
 
     fn build_rings(&self) -> Result<Vec<Uring>, SetupError> {
         let recycle = self.args.recycle.limits();
         let build = |_| Uring::builder().sockets(self.slots_per_ring).recycle(recycle).build();
-        (0..self.rings).map(build).collect()
+        (0..self.threads).map(build).collect()
     }
 
     fn wasi(&self, guest: usize) -> WasiCtxBuilder {
@@ -120,10 +114,10 @@ fn run_per_thread(
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..plan.threads)
             .map(|thread| {
-                let (ring, net) = (rings.get(thread).cloned(), &net);
+                let (ring, net) = (rings.get(thread..=thread).unwrap_or(&[]), &net);
                 let mine = (thread..plan.args.guests.get()).step_by(plan.threads).collect();
                 scope.spawn(move || {
-                    let guests = run_guests_on(plan, program, ring, net, mine);
+                    let guests = run_guests(plan, program, ring, net, mine);
                     if plan.args.runtime == RuntimeArg::TokioUring {
                         let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).context(
                             "cannot start a tokio-uring runtime, which is an io_uring itself; \
@@ -150,26 +144,19 @@ fn run_per_thread(
     })
 }
 
+/// Runs guests as tasks of the current runtime, which take the rings in turn, if there are any; what
+/// went wrong, one line each.
 async fn run_guests(
     plan: &Plan<'_>,
     program: &Arc<Program>,
-    ring: Option<Uring>,
-    guests: Vec<usize>,
-) -> Vec<String> {
-    run_guests_on(plan, program, ring, &Net::new(plan.args.net), guests).await
-}
-
-/// Runs guests as tasks of the current runtime; what went wrong, one line each.
-async fn run_guests_on(
-    plan: &Plan<'_>,
-    program: &Arc<Program>,
-    ring: Option<Uring>,
+    rings: &[Uring],
     net: &Net,
     guests: Vec<usize>,
 ) -> Vec<String> {
     let mut tasks = JoinSet::new();
+    let mut in_turn = rings.iter().cycle().cloned();
     for guest in guests {
-        let (program, ring, net) = (Arc::clone(program), ring.clone(), net.clone());
+        let (program, ring, net) = (Arc::clone(program), in_turn.next(), net.clone());
         let mut wasi = plan.wasi(guest);
         net.configure(&mut wasi);
         let sockets_max = plan.sockets_per_guest;

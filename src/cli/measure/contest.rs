@@ -1,6 +1,7 @@
 //! Everybody who is measured, ready to run.
 
 use std::future::poll_fn;
+use std::num::NonZeroUsize;
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -24,7 +25,8 @@ const SOCKETS_MAX: u32 = 11_264;
 pub struct Contest {
     p2: Guests,
     p3: Guests,
-    pub(crate) ring: Uring,
+    /// Guests take them in turn.
+    rings: Vec<Uring>,
     args: RingArgs,
 }
 
@@ -43,20 +45,30 @@ impl Guests {
 }
 
 impl Contest {
-    /// Compiles the guests and builds their ring.
+    /// Compiles the guests and builds a ring for each of `threads`.
     ///
     /// # Errors
     ///
     /// If there is no io_uring here.
-    pub fn new(recycle: Recycle) -> wasmtime::Result<Self> {
+    pub fn new(recycle: Recycle, threads: NonZeroUsize) -> wasmtime::Result<Self> {
         let files = u32::try_from(doctor::raise_nofile()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
+        let ring = |_| Uring::builder().sockets(sockets).recycle(recycle).build();
         Ok(Self {
             p2: Guests::new(WasiArg::P2)?,
             p3: Guests::new(WasiArg::P3)?,
-            ring: Uring::builder().sockets(sockets).recycle(recycle).build()?,
+            rings: (0..threads.get()).map(ring).collect::<Result<_, _>>()?,
             args: RingArgs { sockets, recycle },
         })
+    }
+
+    /// The ring of a guest.
+    pub(crate) fn ring(&self, guest: usize) -> &Uring {
+        &self.rings[guest % self.rings.len()]
+    }
+
+    fn enters(&self) -> u64 {
+        self.rings.iter().map(|ring| ring.stats().enters).sum()
     }
 
     pub(crate) fn program(&self, wasi: WasiArg, backend: Backend) -> &Arc<Program> {
@@ -113,11 +125,11 @@ impl Contest {
             let port = usize::from(source.addr(guest).port());
             wasi.args(&["life", operation.mode()]);
             wasi.args(&[work.count, port, *bytes, *datagrams].map(|number| number.to_string()));
-            let uring = Some(&self.ring);
+            let uring = Some(self.ring(guest));
             let config = GuestConfig { wasi, net: &net, uring, sockets_max: self.args.sockets };
             guests.push(program.instantiate(config).await?);
         }
-        let enters = self.ring.stats().enters;
+        let enters = self.enters();
         let stopwatch = Stopwatch::start();
         let mut tasks = JoinSet::new();
         for mut guest in guests {
@@ -132,7 +144,7 @@ impl Contest {
             ended.push(guest);
         }
         let mut sample = stopwatch.sample();
-        sample.enters = self.ring.stats().enters - enters;
+        sample.enters = self.enters() - enters;
         for guest in ended {
             let (result, suspensions, _store) = guest.map_err(|error| format_err!("{error}"))?;
             result?;

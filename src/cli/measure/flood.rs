@@ -144,7 +144,7 @@ fn measure_pinned(
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let windows = runtime.block_on(async {
                 let population =
-                    Population::start(contest.program(wasi, backend), &contest.ring, sockets)
+                    Population::start(contest.program(wasi, backend), contest.ring(0), sockets)
                         .await?;
                 let mut windows = [Window::default(); 4];
                 // Each has its turn to be the first.
