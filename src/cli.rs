@@ -13,10 +13,12 @@ use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use crate::Recycle;
 use crate::limits::SOCKETS_MAX;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
 
 /// How a command ends if it does not end well.
 #[derive(Debug)]
@@ -207,8 +209,8 @@ Names, and what one operation is:
   echo_1200  the same with 1200 bytes
   batch_N    N (1, 4 or 16) datagrams of 1200 bytes sent at once and received
   batch_16_small  the same with 16 of 64 bytes
-  receive    16 datagrams of 64 bytes received, which another thread sends once asked for them;
-             its CPU time does not count
+  receive    ask another thread for 16 datagrams of 64 bytes, and receive them; the CPU time of
+             that thread, which delivers them, does not count
   receive_1200  the same with 1200 bytes
 
 Two are no contest in speed:
@@ -317,4 +319,14 @@ pub(crate) fn say(message: impl Display) {
 pub(crate) fn print(message: impl Display) {
     use std::io::Write;
     let _ = writeln!(std::io::stdout(), "{message}");
+}
+
+/// Of so many steps.
+pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
+    let progress = ProgressBar::new(steps as u64);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} rounds, {eta} to go") {
+        progress.set_style(style);
+    }
+    progress.enable_steady_tick(Duration::from_millis(200));
+    progress
 }

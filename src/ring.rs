@@ -51,7 +51,7 @@ pub(crate) struct Gate(Arc<IoUring>);
 
 impl Gate {
     /// Submits `entries` entries and returns how many the kernel took. Told of `completions`, it
-    /// returns when there are so many, 0 included, and brings those kept aside for want of room.
+    /// also brings those kept aside for want of room, and blocks the thread until as many are there.
     #[expect(unsafe_code, reason = "io_uring_enter(2)")]
     pub(crate) fn enter(&self, entries: u32, completions: Option<u32>) -> io::Result<u32> {
         // IORING_ENTER_GETEVENTS.

@@ -67,6 +67,27 @@ mod exit_codes {
     }
 
     #[test]
+    fn the_built_in_guests_refuse_arguments_they_do_not_know() {
+        for life in LIVES {
+            for args in [
+                &["nonsense", "1"][..],
+                &["create"],
+                &["create", "one"],
+                &["create", "1", "65536"],
+                &["create", "1", "0", "64"],
+                &["create", "1", "0", "3", "16"],
+                &["create", "1", "0", "1201", "16"],
+                &["create", "1", "0", "64", "0"],
+                &["create", "1", "0", "64", "17"],
+                &["create", "1", "0", "64", "16", "1"],
+            ] {
+                run(&[&["run", life], args].concat()).with_code(1).says(&["returned an error"]);
+            }
+            run(&["run", life, "create", "1", "0", "1200", "16"]).with_code(0);
+        }
+    }
+
+    #[test]
     fn a_guest_that_returns_an_error_is_exit_code_1() {
         for guest in [
             guests::plain("returns_an_error.wat", "i32.const 1"),
@@ -736,6 +757,23 @@ mod measuring {
 
     fn on_the_ring(figures: &Value) -> Vec<&Value> {
         figures.as_array().unwrap().iter().filter(|one| one["backend"] == "uring").collect()
+    }
+
+    /// A flood of more sockets than there may be open files fails.
+    #[test]
+    fn what_was_measured_before_a_failure_is_kept_and_nothing_replaces_nothing() {
+        let json = file("kept.json", "");
+        let few_files = |args: &[&str]| {
+            let args = [&["bench", "--rounds", "1", "--json", arg(&json)], args].concat();
+            wrapped(&["prlimit", "--nofile=200:200"], &args)
+        };
+        let flood = ["flood", "--sockets", "400", "--wasi", "0.2"];
+        end(few_files(&[&["create", "--guests", "1"], &flood[..]].concat())).with_code(1);
+        let kept = std::fs::read_to_string(&json).unwrap();
+        let report: Value = serde_json::from_str(&kept).unwrap();
+        assert_eq!(report["results"][0]["bench"], "create", "{report}");
+        end(few_files(&flood)).with_code(1);
+        assert_eq!(std::fs::read_to_string(&json).unwrap(), kept);
     }
 
     #[test]

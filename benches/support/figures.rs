@@ -13,7 +13,8 @@ pub(crate) const ROUNDS: usize = 10;
 
 /// `cargo test --benches` has each bench run once; `cargo bench` says that it is not that.
 pub(crate) fn is_test() -> bool {
-    !std::env::args().any(|arg| arg == "--bench")
+    let has = |option| std::env::args().any(|arg| arg == option);
+    has("--test") || !has("--bench")
 }
 
 /// What figures are of.

@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use tokio::runtime::Builder;
 use wasi_uring::Recycle;
 use wasi_uring::cli::measure::{
-    Backend, Bench, Contender, Contest, Peer, Row, Sample, WasiArg, Work, contend,
+    Backend, Bench, Contender, Contest, Peer, Row, Sample, WasiArg, Work, contend, percent,
 };
 
 use figures::{ROUNDS, Unit, criterion, group, is_test, tell};
@@ -89,11 +89,7 @@ fn report(row: &Row) {
     for contender in row.contenders().filter(|one| row.yardsticks(*one).next().is_some()) {
         let ratios = row.yardsticks(contender).map(|other| {
             let ratio = row.cpu_ratio(contender, other);
-            format!(
-                "{:.2} times as fast as {other} (±{:.0}%), ",
-                ratio.median,
-                ratio.spread * 100.0
-            )
+            format!("{:.2} times as fast as {other} ({}), ", ratio.median, percent(ratio.spread))
         });
         let ratios: String = ratios.collect();
         println!("{contender}: {ratios}{:.3} enters", row.enters(contender));

@@ -8,16 +8,14 @@ mod tables;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::thread::available_parallelism;
-use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
 use self::report::Report;
 use super::measure::idle::{self, Idle, Idleness};
-use super::measure::{BENCHES, Backend, Bench, Contender, Contest, Row, Work, contend, flood};
-use super::{BenchArgs, Failure, RuntimeArg, doctor, say};
+use super::measure::{BENCHES, Backend, Bench, Contender, Contest, Work, contend, flood};
+use super::{BenchArgs, Failure, RuntimeArg, doctor, progress_bar, say};
 
 /// Benches that are no contest in speed.
 const FLOOD: &str = "flood";
@@ -46,8 +44,9 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
 
     let mut report = Report::new(args.rounds.get());
     let measured = measure(args, runtime, threads, &mut report);
-    // What was measured before something failed is kept.
-    let kept = keep(args, &report);
+    // What was measured before something failed is kept; and nothing is no reason to forget what
+    // another run has left there.
+    let kept = if report.is_empty() { Ok(()) } else { keep(args, &report) };
     measured.and(kept).map_err(Failure::run)?;
     if report.is_noisy() {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
@@ -66,8 +65,9 @@ fn measure(
     let contest = Contest::new(args.recycle.limits(), threads)?;
     let benches: Vec<_> = BENCHES.iter().filter(|bench| wanted(bench.name)).collect();
     if !benches.is_empty() {
-        report.rows = contests(args, &contest, &runtime, &benches)?;
+        let measured = contests(args, &contest, &runtime, &benches, report);
         tables::contests(&report.rows);
+        measured?;
     }
     drop(runtime);
     if wanted(FLOOD) {
@@ -118,23 +118,28 @@ fn contests(
     contest: &Contest,
     runtime: &Runtime,
     benches: &[&'static Bench],
-) -> wasmtime::Result<Vec<Row>> {
+    report: &mut Report,
+) -> wasmtime::Result<()> {
     let contenders: Vec<_> = Contender::ALL
         .into_iter()
         .filter(|contender| contender.wasi().is_none_or(|wasi| args.wasi.contains(&wasi)))
         .collect();
     let rows = benches.len() * args.guests.len();
     let progress = progress_bar(rows * (args.rounds.get() + 1) * contenders.len());
-    let mut rows = Vec::new();
     for bench in benches {
         for guests in &args.guests {
             let work = Work::round(bench, guests.get());
             let step = || progress.inc(1);
-            rows.push(contend(contest, runtime, &contenders, work, args.rounds.get(), step)?);
+            let row = contend(contest, runtime, &contenders, work, args.rounds.get(), step);
+            report.rows.push(row.inspect_err(|_| progress.finish_and_clear())?);
+            // A file has what is there so far, whatever ends this; a pipe has it all at the end.
+            if let Some(file) = args.json.as_ref().filter(|file| file.is_file()) {
+                report.write_json(file)?;
+            }
         }
     }
     progress.finish_and_clear();
-    Ok(rows)
+    Ok(())
 }
 
 /// Latency of many sockets while another is flooded.
@@ -151,17 +156,12 @@ fn floods(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<Vec<flood::Fi
     Ok(floods)
 }
 
-/// Descriptors that a process needs beside those of stock's sockets.
-const DESCRIPTORS_SPARE: u64 = 64;
-
 /// Memory of sockets at rest.
 fn idles(args: &BenchArgs) -> wasmtime::Result<Vec<Idle>> {
     let wanted = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
-    let descriptors = doctor::raise_nofile();
-    let most = usize::try_from(descriptors.saturating_sub(DESCRIPTORS_SPARE)).unwrap_or(usize::MAX);
-    let sockets = wanted.min(most.max(2));
+    let sockets = wanted.min(doctor::sockets_of_stock_max());
     if sockets < wanted {
-        say(format_args!("only {sockets} idle sockets: the open-files limit is {descriptors}"));
+        say(format_args!("only {sockets} idle sockets: each of stock's is an open file"));
     }
     let rounds = args.rounds.get();
     let kinds = Backend::ALL.len() * Idleness::ALL.len() * args.wasi.len();
@@ -173,13 +173,4 @@ fn idles(args: &BenchArgs) -> wasmtime::Result<Vec<Idle>> {
     }
     progress.finish_and_clear();
     Ok(idles)
-}
-
-pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
-    let progress = ProgressBar::new(steps as u64);
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} rounds, {eta} to go") {
-        progress.set_style(style);
-    }
-    progress.enable_steady_tick(Duration::from_millis(200));
-    progress
 }

@@ -8,26 +8,19 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use wasmtime::error::Context;
 
-use super::bench::progress_bar;
-use super::measure::{Backend, Bench, Contender, Contest, Work, contend};
-use super::{DemoArgs, Failure, WasiArg, doctor, print, say};
+use super::measure::{Backend, Bench, Contender, Contest, Work, contend, percent};
+use super::{DemoArgs, Failure, WasiArg, doctor, print, progress_bar, say};
 
 /// Pairs of sockets that each guest opens per round.
 const PAIRS: usize = 10;
 
-/// Descriptors the process needs beside those of stock's sockets.
-const DESCRIPTORS_SPARE: u64 = 64;
-
 pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
-    let descriptors = doctor::raise_nofile();
-    let most = usize::try_from(descriptors.saturating_sub(DESCRIPTORS_SPARE) / 2)
-        .unwrap_or(usize::MAX)
-        .max(1);
-    let guests = args.guests.get().min(most);
+    let guests = args.guests.get().min(doctor::sockets_of_stock_max() / 2);
     if guests < args.guests.get() {
         say(format_args!(
-            "only {guests} guests: the open-files limit is {descriptors}, and each of \
-             wasmtime-wasi's sockets is a file"
+            "only {guests} guests: each of wasmtime-wasi's sockets is an open file, and the limit \
+             is {}",
+            doctor::raise_nofile()
         ));
     }
     let contest = Contest::new(Recycle::default(), NonZeroUsize::MIN).map_err(Failure::run)?;
@@ -75,10 +68,10 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
         }
         let ratio = row.wall_ratio(uring, stock);
         verdicts.push(format!(
-            "{:.1} times as fast for WASI {} (±{:.0}%)",
+            "{:.1} times as fast for WASI {} ({})",
             ratio.median,
             wasi.version(),
-            ratio.spread * 100.0,
+            percent(ratio.spread),
         ));
     }
     progress.finish_and_clear();

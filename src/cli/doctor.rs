@@ -58,6 +58,15 @@ fn json(check: &Check) -> serde_json::Value {
 }
 
 /// Raises the soft open-files limit to the hard one, for tables may not be larger; the limit then.
+/// Sockets that one process can have with wasmtime-wasi, whose each is an open file, beside what else
+/// it has open.
+pub(crate) fn sockets_of_stock_max() -> usize {
+    usize::try_from(raise_nofile().saturating_sub(DESCRIPTORS_SPARE)).unwrap_or(usize::MAX).max(2)
+}
+
+const DESCRIPTORS_SPARE: u64 = 64;
+
+/// As many open files as may be.
 pub(crate) fn raise_nofile() -> u64 {
     rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
         tracing::debug!(%error, "the open-files limit cannot be raised");

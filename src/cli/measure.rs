@@ -103,10 +103,22 @@ pub const BENCHES: &[Bench] = &[
     Bench::new("receive_1200", Operation::Receive, 2_000).of(16, 1200),
 ];
 
+/// Bytes of the longest datagram.
+const BYTES_MAX: usize = 1200;
+
+const _: () = {
+    let mut at = 0;
+    while at < BENCHES.len() {
+        assert!(BENCHES[at].bytes <= BYTES_MAX, "a longer datagram would be cut");
+        at += 1;
+    }
+};
+
 /// Operations per guest at least, so that those that open sockets once are not measured doing so.
 const COUNT_MIN: usize = 100;
 
-/// Datagrams of a round for which more guests than one do no less: seconds are enough.
+/// Datagrams of a round that are enough for any number of guests. Of a thousand that receive,
+/// opening their sockets is a fiftieth of it then.
 const DATAGRAMS_MAX: usize = 400_000;
 
 /// What each guest is to do, and how often.
@@ -191,10 +203,13 @@ pub struct Sample {
     pub wall: Duration,
     /// User and system time of the process.
     pub cpu: Duration,
-    /// `io_uring_enter` calls, as far as they are known.
-    pub enters: u64,
+    /// CPU time of the thread that sends what is only received, which is not in `cpu`. It runs the
+    /// kernel's delivery and the wake-ups, too.
+    pub source: Duration,
+    /// `io_uring_enter` calls, if they are counted.
+    pub enters: Option<u64>,
     /// How often guests have given the thread away.
-    pub suspensions: u64,
+    pub suspensions: Option<u64>,
 }
 
 /// Wall clock and CPU time of the process, running.
@@ -223,17 +238,35 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Of some values; not a number if there are none.
+    /// Of some values. Not a number if there are none; and of one there is no spread.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
+        // Between two values in proportion.
         let quantile = |of_four: usize| match values.len() {
             0 => f64::NAN,
-            len => values[(len - 1) * of_four / 4],
+            len => {
+                let (at, rest) = ((len - 1) * of_four / 4, (len - 1) * of_four % 4);
+                let (value, next) = (values[at], values[(at + 1).min(len - 1)]);
+                let rest = [0.0, 0.25, 0.5, 0.75][rest];
+                value + (next - value) * rest
+            }
         };
         let median = quantile(2);
-        Self { median, spread: (quantile(3) - quantile(1)) / 2.0 / median.abs() }
+        let distance = if values.len() > 1 { quantile(3) - quantile(1) } else { f64::NAN };
+        Self { median, spread: distance / 2.0 / median.abs() }
     }
+
+    /// Whether the machine was too busy to believe the median, or nobody can tell.
+    pub(crate) fn is_noisy(self, spread_max: f64) -> bool {
+        self.spread.is_nan() || self.spread > spread_max
+    }
+}
+
+/// A spread in percent, if there is one.
+#[must_use]
+pub fn percent(spread: f64) -> String {
+    if spread.is_finite() { format!("±{:.0}%", spread * 100.0) } else { "–".to_owned() }
 }
 
 #[cfg(test)]
@@ -244,5 +277,16 @@ mod tests {
     fn the_median_ignores_an_outlier_and_the_spread_shows_the_rest() {
         let summary = Summary::of([10.0, 9.0, 11.0, 1000.0, 10.0]);
         assert_eq!(summary, Summary { median: 10.0, spread: 0.05 });
+    }
+
+    #[test]
+    fn an_even_number_of_values_has_its_median_between_two() {
+        assert_eq!(Summary::of([1.0, 3.0]), Summary { median: 2.0, spread: 0.25 });
+    }
+
+    #[test]
+    fn one_value_has_no_spread() {
+        assert!(Summary::of([5.0]).spread.is_nan());
+        assert!(Summary::of([5.0]).is_noisy(1.0));
     }
 }

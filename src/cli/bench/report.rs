@@ -11,7 +11,10 @@ use super::super::measure::{Contender, Row, Summary, flood};
 use super::plot;
 
 /// A spread above this says that the machine was too busy to believe the median.
-const SPREAD_MAX: f64 = 0.15;
+pub(super) const SPREAD_MAX: f64 = 0.15;
+
+/// The same for ratios of p99, which are loose by nature.
+pub(super) const FLOOD_SPREAD_MAX: f64 = 0.5;
 
 /// What was measured.
 pub(super) struct Report {
@@ -66,16 +69,20 @@ impl Report {
         Self { rounds, machine, rows: Vec::new(), floods: Vec::new(), idles: Vec::new() }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty() && self.floods.is_empty() && self.idles.is_empty()
+    }
+
     /// Whether some figure cannot be believed.
     pub(super) fn is_noisy(&self) -> bool {
-        let spread = |summary: Summary| summary.spread;
-        let rows = self.rows.iter().flat_map(|row| {
+        let ratios = self.rows.iter().flat_map(|row| {
             let compared = row.contenders().filter_map(|one| Some((one, row.stock_of(one)?)));
-            compared.map(|(one, stock)| spread(row.cpu_ratio(one, stock)))
+            compared.map(|(one, stock)| row.cpu_ratio(one, stock))
         });
-        let floods = self.floods.iter().map(|flood| spread(flood.flooded));
-        let idles = self.idles.iter().map(|idle| spread(idle.process()));
-        rows.chain(floods).chain(idles).any(|spread| spread > SPREAD_MAX)
+        let idles = self.idles.iter().flat_map(|idle| [idle.process(), idle.kernel()]);
+        let floods = self.floods.iter().flat_map(|one| [one.flooded, one.flooded_in_bulk]);
+        ratios.chain(idles).any(|figure| figure.is_noisy(SPREAD_MAX))
+            || floods.into_iter().any(|figure| figure.is_noisy(FLOOD_SPREAD_MAX))
     }
 
     fn json(&self) -> Value {
@@ -86,6 +93,7 @@ impl Report {
             json!({
                 "name": one.to_string(),
                 "cpu_micros": summary(row.micros(one)),
+                "source_cpu_micros": row.source_micros(one),
                 "operations_per_second": row.per_second(one),
                 "enters_per_operation": row.enters(one),
                 "suspensions_per_operation": row.suspensions(one),

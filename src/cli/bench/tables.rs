@@ -4,8 +4,11 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 
 use super::super::measure::idle::Idle;
-use super::super::measure::{Contender, FLOOR, Row, STD, Summary, TOKIO, TOKIO_URING, flood};
+use super::super::measure::{
+    Contender, FLOOR, Row, STD, Summary, TOKIO, TOKIO_URING, flood, percent,
+};
 use super::super::print;
+use super::report::{FLOOD_SPREAD_MAX, SPREAD_MAX};
 
 /// Speed, bench by bench.
 pub(super) fn contests(rows: &[Row]) {
@@ -39,7 +42,7 @@ pub(super) fn contests(rows: &[Row]) {
                 number(row.cpu_ratio(uring, FLOOR).median, 2),
                 number(row.enters(uring), 3),
                 format!("{:.2}, {:.2}", row.suspensions(stock), row.suspensions(uring)),
-                format!("±{:.0}%", ratio.spread * 100.0),
+                spread(ratio, SPREAD_MAX),
             ]);
         }
     }
@@ -57,7 +60,7 @@ pub(super) fn contests(rows: &[Row]) {
         "µs: CPU time per operation, median. × stock, × std, × floor: how many times as fast as \
          wasmtime-wasi, as a plain Rust program and as the bare ring the guest on the ring is, \
          round by round, median. suspends/op: how often a guest gave its thread away, on stock \
-         and on the ring.",
+         and on the ring. !: too noisy to believe.",
     );
 }
 
@@ -81,7 +84,7 @@ pub(super) fn floods(floods: &[flood::Figures]) {
         let [calm, elsewhere, flooded, in_bulk] = flood.p99;
         let [single, bulk] = flood.flood_per_second;
         let times =
-            |Summary { median, spread }: Summary| format!("{median:.2} ±{:.0}%", spread * 100.0);
+            |ratio: Summary| format!("{:.2} {}", ratio.median, spread(ratio, FLOOD_SPREAD_MAX));
         table.add_row([
             flood.backend.name().to_owned(),
             flood.wasi.version().to_owned(),
@@ -118,7 +121,7 @@ pub(super) fn idles(idles: &[Idle]) {
             format!("{:.0} B", process.median),
             format!("{:.0} B", kernel.median),
             format!("{:.0} B", process.median + kernel.median),
-            format!("±{:.0}%, ±{:.0}%", process.spread * 100.0, kernel.spread * 100.0),
+            format!("{}, {}", spread(process, SPREAD_MAX), spread(kernel, SPREAD_MAX)),
         ]);
     }
     print(table);
@@ -133,6 +136,11 @@ fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_FULL_CONDENSED).set_header(header);
     table
+}
+
+/// A figure's spread, with a mark if the figure cannot be believed.
+fn spread(summary: Summary, most: f64) -> String {
+    percent(summary.spread) + if summary.is_noisy(most) { " !" } else { "" }
 }
 
 fn number(value: f64, digits: usize) -> String {

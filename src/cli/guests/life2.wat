@@ -12,7 +12,7 @@
 ;;
 ;; The following tell 127.0.0.1:PORT where they are, by a datagram.
 ;;
-;;   receive  open a socket; COUNT times ask there, and wait for as many DATAGRAMS like the one that asked
+;;   receive  open a socket; COUNT times ask there by 4 bytes, and wait for DATAGRAMS that begin with them
 ;;   serve    open a socket; COUNT times wait for datagrams and send each back
 ;;   sink     open a socket; COUNT times wait for datagrams
 ;;   hold     open COUNT sockets that listen, then wait for ever
@@ -451,7 +451,8 @@
 
     (func $ask (result i32)
       (call $stamp)
-      (if (call $report) (then (return (i32.const 1))))
+      (call $write-letter (global.get $letters) (global.get $payload) (i32.const 4) (global.get $host))
+      (if (call $send-letters (global.get $a) (i32.const 1)) (then (return (i32.const 1))))
       (call $hear-batch (global.get $a)))
 
     ;; Whether a mode's sockets stay open, and the guest with them.

@@ -13,7 +13,7 @@
 ;;
 ;; The following tell 127.0.0.1:PORT where they are, by a datagram.
 ;;
-;;   receive  open a socket; COUNT times ask there, and wait for as many DATAGRAMS like the one that asked
+;;   receive  open a socket; COUNT times ask there by 4 bytes, and wait for DATAGRAMS that begin with them
 ;;   serve    open a socket; COUNT times wait for a datagram and send it back
 ;;   sink     open a socket; COUNT times wait for a datagram
 ;;   hold     open COUNT sockets that listen, then wait for ever
@@ -374,7 +374,8 @@
 
     (func $ask (result i32)
       (call $stamp)
-      (if (call $report) (then (return (i32.const 1))))
+      (if (call $say (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
+        (then (return (i32.const 1))))
       (call $hear-batch (global.get $a)))
 
     ;; Whether a mode's sockets stay open, and the guest with them.

@@ -97,7 +97,9 @@ impl Contest {
         let sample = match contender {
             Contender::Guest(wasi, backend) => {
                 let program = self.program(wasi, backend);
-                Some(runtime.block_on(self.run_guests(program, work, &source))?)
+                let sample = runtime.block_on(self.run_guests(program, work, &source))?;
+                let enters = sample.enters.filter(|_| backend == Backend::Uring);
+                Some(Sample { enters, ..sample })
             }
             Contender::Native(peer) => {
                 let Work { bench, guests, count } = *work;
@@ -105,8 +107,8 @@ impl Contest {
                 peer.run(&setting, count)?
             }
         };
-        let not_theirs = source.end()?;
-        Ok(sample.map(|sample| Sample { cpu: sample.cpu.saturating_sub(not_theirs), ..sample }))
+        let source = source.end()?;
+        Ok(sample.map(|sample| Sample { cpu: sample.cpu.saturating_sub(source), source, ..sample }))
     }
 
     /// Instantiates the guests, then measures how long they run.
@@ -144,12 +146,14 @@ impl Contest {
             ended.push(guest);
         }
         let mut sample = stopwatch.sample();
-        sample.enters = self.enters() - enters;
+        sample.enters = Some(self.enters() - enters);
+        let mut all = 0;
         for guest in ended {
             let (result, suspensions, _store) = guest.map_err(|error| format_err!("{error}"))?;
             result?;
-            sample.suspensions += suspensions;
+            all += suspensions;
         }
+        sample.suspensions = Some(all);
         Ok(sample)
     }
 }

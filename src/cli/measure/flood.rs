@@ -414,7 +414,15 @@ struct Flood {
     stop: Arc<AtomicBool>,
     sent: Arc<AtomicU64>,
     since: Instant,
-    thread: std::thread::JoinHandle<()>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // It cannot panic.
+        let _ = self.thread.take().map(std::thread::JoinHandle::join);
+    }
 }
 
 impl Flood {
@@ -439,16 +447,12 @@ impl Flood {
                 }
             }
         });
-        Ok(Self { stop, sent, since: Instant::now(), thread })
+        Ok(Self { stop, sent, since: Instant::now(), thread: Some(thread) })
     }
 
     /// Ends it; datagrams per second.
     #[expect(clippy::cast_precision_loss, reason = "millions")]
     fn stop(self) -> f64 {
-        let rate = self.sent.load(Ordering::Relaxed) as f64 / self.since.elapsed().as_secs_f64();
-        self.stop.store(true, Ordering::Relaxed);
-        // It cannot panic.
-        let _ = self.thread.join();
-        rate
+        self.sent.load(Ordering::Relaxed) as f64 / self.since.elapsed().as_secs_f64()
     }
 }

@@ -15,7 +15,7 @@ use wasmtime::error::Context;
 
 use super::{Backend, Summary, WasiArg, life};
 
-/// Sockets that one guest holds unless told otherwise, descriptors permitting.
+/// Sockets that one guest holds unless told otherwise, open files permitting.
 pub const SOCKETS_DEFAULT: usize = 10_000;
 
 /// How long a guest may take to open its sockets.

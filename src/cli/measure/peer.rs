@@ -7,8 +7,8 @@ mod on_tokio_uring;
 
 use std::io;
 
-use super::source::Source;
-use super::{Bench, Operation, Sample, Stopwatch};
+use super::source::{REQUEST_BYTES, Source};
+use super::{BYTES_MAX, Bench, Operation, Sample, Stopwatch};
 use crate::Recycle;
 
 /// What a native program is made of.
@@ -43,7 +43,7 @@ impl Peer {
         let stopwatch = Stopwatch::start();
         program.run(count)?;
         let mut sample = stopwatch.sample();
-        sample.enters = program.enters() - enters;
+        sample.enters = program.enters().zip(enters).map(|(after, before)| after - before);
         Ok(Some(sample))
     }
 
@@ -79,14 +79,11 @@ trait Program {
     /// As often for each guest.
     fn run(&mut self, count: usize) -> io::Result<()>;
 
-    /// `io_uring_enter` calls so far, as far as they are known.
-    fn enters(&self) -> u64 {
-        0
+    /// `io_uring_enter` calls so far, if they are counted.
+    fn enters(&self) -> Option<u64> {
+        None
     }
 }
-
-/// Bytes of the longest datagram that a bench sends.
-const BYTES_MAX: usize = 1200;
 
 /// What is sent. The kernel may read it where it lies, and it lies there for ever.
 static ZEROS: [u8; BYTES_MAX] = [0; BYTES_MAX];

@@ -14,7 +14,8 @@ pub struct Row {
     samples: Vec<(Contender, Vec<Sample>)>,
 }
 
-/// Has some work done by each in turn, after one round to warm up. `step` is called before each.
+/// Has some work done by each in turn, after one round to warm up; each round begins with another.
+/// `step` is called after each.
 ///
 /// # Errors
 ///
@@ -29,14 +30,15 @@ pub fn contend(
 ) -> wasmtime::Result<Row> {
     let mut samples: Vec<_> = contenders.iter().map(|one| (*one, Vec::new())).collect();
     for round in 0..=rounds {
-        for (contender, samples) in &mut samples {
-            step();
+        for at in 0..contenders.len() {
+            let (contender, samples) = &mut samples[(at + round) % contenders.len()];
             let sample = contest.run(runtime, *contender, &work).with_context(|| {
                 format!("{} with {} guests, {contender}", work.bench.name, work.guests)
             })?;
             if round > 0 {
                 samples.extend(sample);
             }
+            step();
         }
     }
     samples.retain(|(_, samples)| !samples.is_empty());
@@ -113,17 +115,26 @@ impl Row {
         1.0 / self.per_operation(contender, |sample| sample.wall.as_secs_f64()).median
     }
 
-    /// `io_uring_enter` calls per operation, as far as they are known.
-    #[must_use]
-    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
-    pub fn enters(&self, contender: Contender) -> f64 {
-        self.per_operation(contender, |sample| sample.enters as f64).median
+    /// CPU time, in microseconds per operation, of the thread that sends what is only received.
+    pub(crate) fn source_micros(&self, contender: Contender) -> f64 {
+        self.per_operation(contender, |sample| sample.source.as_secs_f64() * 1e6).median
     }
 
-    /// How often a guest gave its thread away, per operation.
-    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    /// `io_uring_enter` calls per operation; not a number if they are not counted.
+    #[must_use]
+    pub fn enters(&self, contender: Contender) -> f64 {
+        self.count(contender, |sample| sample.enters)
+    }
+
+    /// How often a guest gave its thread away, per operation; not a number if it is none.
     pub(crate) fn suspensions(&self, contender: Contender) -> f64 {
-        self.per_operation(contender, |sample| sample.suspensions as f64).median
+        self.count(contender, |sample| sample.suspensions)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
+    fn count(&self, contender: Contender, of: fn(&Sample) -> Option<u64>) -> f64 {
+        let count = |sample: &Sample| of(sample).map_or(f64::NAN, |count| count as f64);
+        self.per_operation(contender, count).median
     }
 
     /// How many times as fast one is as the other, round by round.

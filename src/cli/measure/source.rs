@@ -1,10 +1,11 @@
-//! Who sends what one-way receivers receive: a thread, whose CPU time is not theirs.
+//! Who sends what one-way receivers receive: a thread of its own.
 //!
-//! A receiver asks by a datagram, and has it back as many times over as a batch has datagrams. So
-//! none has more of them under way than its receive buffer holds, however slow it is.
+//! A receiver asks with a few bytes, and the reply is a batch. So none has more of them under way
+//! than its receive buffer holds, however slow it is. They are sent one system call a batch, and one
+//! by one as far as the kernel is concerned: how many a receiver finds waiting when it looks depends
+//! on how fast it is, as it does for traffic from elsewhere.
 
 use std::io::{self, IoSlice, PipeReader, PipeWriter, pipe};
-use std::mem::take;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::exit;
@@ -12,19 +13,20 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use cpu_time::ThreadTime;
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 
-use super::{Operation, Work};
+use super::{Bench, Operation, Work};
 use crate::cli::say;
 
-/// Receivers that ask one socket: what they ask at once fits a receive buffer of the usual 208 KiB.
-const ASKERS_MAX: usize = 64;
+/// Bytes of a request, which each datagram of the reply begins with.
+pub(super) const REQUEST_BYTES: usize = 4;
 
-/// Bytes of the longest datagram.
-const BYTES_MAX: usize = 1200;
+/// Receivers for each socket: their requests fit a receive buffer of the usual 208 KiB.
+const RECEIVERS_MAX: usize = 64;
 
-/// How long nobody asks before something must have gone wrong.
+/// How long nobody asks, once somebody has, before something must have gone wrong.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where receivers ask.
@@ -36,7 +38,7 @@ pub(super) struct Source {
 struct Running {
     /// Closed, it ends the thread.
     end: PipeWriter,
-    thread: JoinHandle<io::Result<Duration>>,
+    thread: JoinHandle<Duration>,
 }
 
 impl Source {
@@ -45,7 +47,7 @@ impl Source {
         if work.bench.operation != Operation::Receive {
             return Ok(Self { addrs: Vec::new(), running: None });
         }
-        let sockets = (0..work.guests.div_ceil(ASKERS_MAX))
+        let sockets = (0..work.guests.div_ceil(RECEIVERS_MAX))
             .map(|_| {
                 let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
                 socket.set_nonblocking(true)?;
@@ -54,70 +56,74 @@ impl Source {
             .collect::<io::Result<Vec<_>>>()?;
         let addrs = sockets.iter().map(UdpSocket::local_addr).collect::<io::Result<_>>()?;
         let (ended, end) = pipe()?;
-        let copies = work.bench.datagrams;
+        let bench = work.bench;
         let thread = thread::spawn(move || {
             let cpu = ThreadTime::now();
-            serve(&sockets, copies, &ended).inspect_err(|error| {
+            if let Err(error) = serve(&sockets, bench, &ended) {
                 // Whoever waits for datagrams now would wait for ever.
-                say(format_args!("error: the source of datagrams has failed: {error}"));
+                say(format_args!("error: nobody sends datagrams any more: {error}"));
                 exit(1)
-            })?;
-            Ok(cpu.elapsed())
+            }
+            cpu.elapsed()
         });
         Ok(Self { addrs, running: Some(Running { end, thread }) })
     }
 
     /// Whom a receiver asks; port 0 where nobody does.
     pub(super) fn addr(&self, receiver: usize) -> SocketAddr {
-        let addr = self.addrs.get(receiver / ASKERS_MAX);
+        let addr = self.addrs.get(receiver / RECEIVERS_MAX);
         addr.copied().unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 0).into())
     }
 
     /// The CPU time that it has taken.
     pub(super) fn end(mut self) -> io::Result<Duration> {
-        let Some(Running { end, thread }) = take(&mut self.running) else {
+        let Some(Running { end, thread }) = self.running.take() else {
             return Ok(Duration::ZERO);
         };
         drop(end);
-        thread.join().map_err(|_| io::Error::other("the source of datagrams has panicked"))?
+        thread.join().map_err(|_| io::Error::other("the thread that sends datagrams has panicked"))
     }
 }
 
-/// Answers until the pipe is closed.
-fn serve(sockets: &[UdpSocket], copies: usize, ended: &PipeReader) -> io::Result<()> {
+/// Replies until the pipe is closed.
+fn serve(sockets: &[UdpSocket], bench: &Bench, ended: &PipeReader) -> io::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     for (at, socket) in sockets.iter().enumerate() {
         epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, at as u64))?;
     }
     epoll.add(ended, EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
-    let patience = EpollTimeout::try_from(PATIENCE).map_err(io::Error::other)?;
+    let mut patience = EpollTimeout::NONE;
     let mut events = [EpollEvent::empty(); 64];
-    let mut question = [0; BYTES_MAX];
-    let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(copies, None);
+    let mut datagram = vec![0; bench.bytes];
+    let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(bench.datagrams, None);
     loop {
-        let ready = epoll.wait(&mut events, patience)?;
-        if ready == 0 {
-            return Err(io::Error::other("nobody has asked for a long time: a datagram is lost"));
-        }
+        let ready = match epoll.wait(&mut events, patience) {
+            Ok(0) => return Err(io::Error::other("a receiver waits, so a datagram was lost")),
+            Ok(ready) => ready,
+            // A debugger, or a stopped job that goes on.
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
         for event in &events[..ready] {
             let at = usize::try_from(event.data()).map_err(io::Error::other)?;
             let Some(socket) = sockets.get(at) else {
                 return Ok(());
             };
             loop {
-                let (len, asker) = match socket.recv_from(&mut question) {
-                    Ok(asked) => asked,
+                let receiver = match socket.recv_from(&mut datagram[..REQUEST_BYTES]) {
+                    Ok((_, receiver)) => receiver,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),
                 };
-                let answer = vec![[IoSlice::new(&question[..len])]; copies];
-                let to = vec![Some(SockaddrStorage::from(asker)); copies];
+                let reply = vec![[IoSlice::new(&datagram)]; bench.datagrams];
+                let to = vec![Some(SockaddrStorage::from(receiver)); bench.datagrams];
                 let flags = MsgFlags::empty();
-                let sent = sendmmsg(socket.as_raw_fd(), &mut headers, &answer, &to, [], flags)?;
-                if sent.count() != copies {
-                    return Err(io::Error::other("not all of an answer could be sent"));
+                let sent = sendmmsg(socket.as_raw_fd(), &mut headers, &reply, &to, [], flags)?;
+                if sent.count() != bench.datagrams {
+                    return Err(io::Error::other("a part of a reply could not be sent"));
                 }
             }
         }
+        patience = EpollTimeout::try_from(PATIENCE).map_err(io::Error::other)?;
     }
 }

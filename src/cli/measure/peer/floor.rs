@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Wake, Waker};
 
-use super::{Operation, Program, RingArgs, Setting, expect_bytes};
+use super::{Operation, Program, REQUEST_BYTES, RingArgs, Setting, expect_bytes};
 use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::error::Errno;
 use crate::ring::inbox::{Inbox, InboxLimits};
@@ -56,6 +56,17 @@ struct Open {
     inbox: Arc<Inbox>,
 }
 
+impl Open {
+    /// A datagram that has been booked.
+    fn heard(&self) -> io::Result<Option<(Vec<u8>, SocketAddr)>> {
+        match self.inbox.take_first() {
+            (Some(Ok(datagram)), _) => Ok(Some((datagram.payload, datagram.from))),
+            (Some(Err(Errno(errno))), _) => Err(io::Error::from_raw_os_error(errno)),
+            (None, _) => Ok(None),
+        }
+    }
+}
+
 impl Bare {
     fn new(bytes: usize, RingArgs { sockets, recycle }: RingArgs) -> io::Result<Self> {
         let probe::Built { mut ring, room, .. } =
@@ -67,16 +78,20 @@ impl Bare {
 
     /// Brings what was pushed to the kernel, and books what it answers.
     fn enter(&mut self) -> io::Result<()> {
-        loop {
-            let entries = self.ring.ready_to_enter();
-            if entries == 0 {
-                return Ok(());
-            }
-            let taken = self.gate.enter(entries, None)?;
-            self.ring.stats.enters += 1;
-            self.ring.stats.submissions += u64::from(taken);
-            self.ring.complete_all();
+        while self.ring.ready_to_enter() > 0 {
+            self.enter_for(None)?;
         }
+        Ok(())
+    }
+
+    /// Enters once, however little was pushed; told of `completions`, for as many at least.
+    fn enter_for(&mut self, completions: Option<u32>) -> io::Result<()> {
+        let entries = self.ring.ready_to_enter();
+        let taken = self.gate.enter(entries, completions)?;
+        self.ring.stats.enters += 1;
+        self.ring.stats.submissions += u64::from(taken);
+        self.ring.complete_all();
+        Ok(())
     }
 
     fn done(&mut self, key: OpKey) -> io::Result<Done> {
@@ -144,31 +159,12 @@ impl Bare {
     /// The next datagram of a socket, which is on its way over loopback.
     fn hear(&mut self, open: &Open) -> io::Result<(Vec<u8>, SocketAddr)> {
         for _ in 0..LOOKS_MAX {
-            if let Some(datagram) = Self::heard(open)? {
+            if let Some(datagram) = open.heard()? {
                 return Ok(datagram);
             }
-            self.look(0)?;
+            self.enter_for(Some(0))?;
         }
         Err(io::Error::other("a datagram did not arrive"))
-    }
-
-    /// A datagram that was there at the last look.
-    fn heard(open: &Open) -> io::Result<Option<(Vec<u8>, SocketAddr)>> {
-        match open.inbox.take_first() {
-            (Some(Ok(datagram)), _) => Ok(Some((datagram.payload, datagram.from))),
-            (Some(Err(Errno(errno))), _) => Err(io::Error::from_raw_os_error(errno)),
-            (None, _) => Ok(None),
-        }
-    }
-
-    /// Books what has come, once there is so much of it.
-    fn look(&mut self, completions: u32) -> io::Result<()> {
-        let entries = self.ring.ready_to_enter();
-        let taken = self.gate.enter(entries, Some(completions))?;
-        self.ring.stats.enters += 1;
-        self.ring.stats.submissions += u64::from(taken);
-        self.ring.complete_all();
-        Ok(())
     }
 
     fn close(&mut self, slot: SlotIndex) {
@@ -197,8 +193,8 @@ impl Program for Bind {
         bare.enter()
     }
 
-    fn enters(&self) -> u64 {
-        self.bare.ring.stats.enters
+    fn enters(&self) -> Option<u64> {
+        Some(self.bare.ring.stats.enters)
     }
 }
 
@@ -252,8 +248,8 @@ impl Program for Pair {
         bare.enter()
     }
 
-    fn enters(&self) -> u64 {
-        self.bare.ring.stats.enters
+    fn enters(&self) -> Option<u64> {
+        Some(self.bare.ring.stats.enters)
     }
 }
 
@@ -278,8 +274,8 @@ impl Program for Echo {
         (0..count).try_for_each(|_| exchange(&mut self.bare, &self.askers, &self.answerers))
     }
 
-    fn enters(&self) -> u64 {
-        self.bare.ring.stats.enters
+    fn enters(&self) -> Option<u64> {
+        Some(self.bare.ring.stats.enters)
     }
 }
 
@@ -318,8 +314,8 @@ impl Program for Dns {
         bare.enter()
     }
 
-    fn enters(&self) -> u64 {
-        self.bare.ring.stats.enters
+    fn enters(&self) -> Option<u64> {
+        Some(self.bare.ring.stats.enters)
     }
 }
 
@@ -363,8 +359,8 @@ impl Program for Batch {
         Ok(())
     }
 
-    fn enters(&self) -> u64 {
-        self.bare.ring.stats.enters
+    fn enters(&self) -> Option<u64> {
+        Some(self.bare.ring.stats.enters)
     }
 }
 
@@ -373,7 +369,7 @@ struct Receive {
     bare: Bare,
     datagrams: usize,
     receivers: Vec<Receiver>,
-    news: Arc<News>,
+    ready: Arc<Ready>,
 }
 
 struct Receiver {
@@ -383,54 +379,54 @@ struct Receiver {
 }
 
 /// Receivers that something has come for.
-type News = Mutex<Vec<usize>>;
+type Ready = Mutex<Vec<usize>>;
 
-/// Tells of one receiver.
-struct Note {
+/// Makes a receiver ready.
+struct Arrival {
     receiver: usize,
-    news: Arc<News>,
+    ready: Arc<Ready>,
 }
 
-impl Wake for Note {
+impl Wake for Arrival {
     fn wake(self: Arc<Self>) {
-        self.news.lock().unwrap_or_else(PoisonError::into_inner).push(self.receiver);
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner).push(self.receiver);
     }
 }
 
 impl Receive {
     fn new(mut bare: Bare, setting: &Setting<'_>) -> io::Result<Self> {
-        let news = Arc::default();
+        let ready = Arc::default();
         let receivers = bare.open(setting.guests)?.into_iter().enumerate().map(|(at, open)| {
-            let waker = Waker::from(Arc::new(Note { receiver: at, news: Arc::clone(&news) }));
+            let waker = Waker::from(Arc::new(Arrival { receiver: at, ready: Arc::clone(&ready) }));
             open.inbox.wake_on_arrival(&waker);
             Receiver { open, source: setting.source.addr(at), waker }
         });
         let receivers = receivers.collect();
         bare.enter()?;
-        Ok(Self { bare, datagrams: setting.bench.datagrams, receivers, news })
+        Ok(Self { bare, datagrams: setting.bench.datagrams, receivers, ready })
     }
 
     fn ask(&mut self, receivers: &[usize]) -> io::Result<()> {
         let bare = &mut self.bare;
         let asked = receivers.iter().map(|at| {
             let Receiver { open, source, .. } = &self.receivers[*at];
-            bare.send(open.slot, vec![0; bare.bytes], Some(*source))
+            bare.send(open.slot, vec![0; REQUEST_BYTES], Some(*source))
         });
         let asked: Vec<_> = asked.collect();
         bare.enter()?;
         bare.all_done(asked)
     }
 
-    /// Which receivers have been sent something.
-    fn next_news(&mut self) -> io::Result<Vec<usize>> {
+    /// Receivers that are ready, once there is one.
+    fn next_ready(&mut self) -> io::Result<Vec<usize>> {
         let mut wakers = Vec::new();
         self.bare.ring.take_wakers(&mut wakers);
         if wakers.is_empty() {
-            self.bare.look(1)?;
+            self.bare.enter_for(Some(1))?;
             self.bare.ring.take_wakers(&mut wakers);
         }
         wakers.into_iter().for_each(Waker::wake);
-        Ok(std::mem::take(&mut *self.news.lock().unwrap_or_else(PoisonError::into_inner)))
+        Ok(std::mem::take(&mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
@@ -442,9 +438,9 @@ impl Program for Receive {
         while receiving > 0 {
             self.ask(&asking)?;
             asking.clear();
-            for at in self.next_news()? {
+            for at in self.next_ready()? {
                 let Receiver { open, waker, .. } = &self.receivers[at];
-                while let Some((payload, _)) = Bare::heard(open)? {
+                while let Some((payload, _)) = open.heard()? {
                     expect_bytes(payload.len(), self.bare.bytes)?;
                     left[at] -= 1;
                 }
@@ -459,7 +455,7 @@ impl Program for Receive {
         Ok(())
     }
 
-    fn enters(&self) -> u64 {
-        self.bare.ring.stats.enters
+    fn enters(&self) -> Option<u64> {
+        Some(self.bare.ring.stats.enters)
     }
 }

@@ -4,16 +4,14 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrStorage, recvmmsg, sendmmsg,
     socket,
 };
 
-use super::{Operation, Program, Setting, expect_bytes};
-
-/// Bytes of a datagram, where no bench asks for others.
-const BYTES: usize = 64;
+use super::{BYTES_MAX, Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes};
 
 pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
     let Setting { bench, guests, .. } = *setting;
@@ -24,8 +22,8 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
         Operation::Bind6 => {
             Box::new(Lives { guests, life: || bind(Ipv6Addr::LOCALHOST).map(drop) })
         }
-        Operation::Pair => Box::new(Lives { guests, life: pair }),
-        Operation::Dns => Box::new(Dns::new(guests)?),
+        Operation::Pair => Box::new(Lives { guests, life: move || pair(bytes) }),
+        Operation::Dns => Box::new(Dns::new(bytes, guests)?),
         Operation::Echo => Box::new(Echo::new(bytes, guests)?),
         Operation::Batch => Box::new(Batch::new(datagrams, bytes, guests)?),
         Operation::Receive => Box::new(Receive::new(setting)?),
@@ -54,46 +52,57 @@ fn bind(ip: impl Into<std::net::IpAddr>) -> io::Result<UdpSocket> {
     UdpSocket::bind(SocketAddr::new(ip.into(), 0))
 }
 
-fn pair() -> io::Result<()> {
+fn pair(bytes: usize) -> io::Result<()> {
     let (a, b) = (bind(Ipv4Addr::LOCALHOST)?, bind(Ipv4Addr::LOCALHOST)?);
-    let mut bytes = [0; BYTES];
-    a.send_to(&bytes, b.local_addr()?)?;
-    let (len, from) = b.recv_from(&mut bytes)?;
-    b.send_to(&bytes[..len], from)?;
-    a.recv_from(&mut bytes)?;
-    Ok(())
+    let mut buffer = [0; BYTES_MAX];
+    a.send_to(&ZEROS[..bytes], b.local_addr()?)?;
+    let (len, from) = b.recv_from(&mut buffer)?;
+    b.send_to(&buffer[..len], from)?;
+    expect_bytes(a.recv(&mut buffer)?, bytes)
 }
 
 /// A server for each client; a client's life is one question.
 struct Dns {
+    bytes: usize,
     servers: Vec<(UdpSocket, SocketAddr)>,
 }
 
 impl Dns {
-    fn new(guests: usize) -> io::Result<Self> {
+    fn new(bytes: usize, guests: usize) -> io::Result<Self> {
         let server = |_| {
             let socket = bind(Ipv4Addr::LOCALHOST)?;
             let addr = socket.local_addr()?;
             Ok((socket, addr))
         };
-        Ok(Self { servers: (0..guests).map(server).collect::<io::Result<_>>()? })
+        Ok(Self { bytes, servers: (0..guests).map(server).collect::<io::Result<_>>()? })
     }
 }
 
 impl Program for Dns {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let mut bytes = [0; BYTES];
+        let mut buffer = [0; BYTES_MAX];
         for _ in 0..count {
             for (server, addr) in &self.servers {
                 let client = bind(Ipv4Addr::LOCALHOST)?;
                 client.connect(addr)?;
-                client.send(&bytes)?;
-                let (len, from) = server.recv_from(&mut bytes)?;
-                server.send_to(&bytes[..len], from)?;
-                client.recv(&mut bytes)?;
+                client.send(&ZEROS[..self.bytes])?;
+                let (len, from) = server.recv_from(&mut buffer)?;
+                server.send_to(&buffer[..len], from)?;
+                expect_bytes(client.recv(&mut buffer)?, self.bytes)?;
             }
         }
         Ok(())
+    }
+}
+
+/// How many of the events have come, at least one.
+fn wait(epoll: &Epoll, events: &mut [EpollEvent]) -> io::Result<usize> {
+    loop {
+        match epoll.wait(events, EpollTimeout::NONE) {
+            // A debugger, or a stopped job that goes on.
+            Err(Errno::EINTR) => {}
+            ready => return Ok(ready?),
+        }
     }
 }
 
@@ -134,7 +143,7 @@ impl Program for Echo {
         let mut left = count * trips_left.len();
         let mut events = [EpollEvent::empty(); 64];
         while left > 0 {
-            let ready = self.epoll.wait(&mut events, EpollTimeout::NONE)?;
+            let ready = wait(&self.epoll, &mut events)?;
             for event in &events[..ready] {
                 let at = usize::try_from(event.data()).map_err(io::Error::other)?;
                 let (len, from) = self.sockets[at].recv_from(&mut bytes)?;
@@ -225,10 +234,9 @@ impl Receive {
 impl Program for Receive {
     fn run(&mut self, count: usize) -> io::Result<()> {
         let Self { datagrams, bytes, epoll, receivers } = self;
-        let question = vec![0; *bytes];
         let ask = |receiver: usize| {
             let (socket, source) = &receivers[receiver];
-            socket.send_to(&question, source).map(drop)
+            socket.send_to(&[0; REQUEST_BYTES], source).map(drop)
         };
         (0..receivers.len()).try_for_each(ask)?;
         let mut left = vec![count * *datagrams; receivers.len()];
@@ -237,7 +245,7 @@ impl Program for Receive {
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(*datagrams, None);
         let mut events = [EpollEvent::empty(); 64];
         while receiving > 0 {
-            let ready = epoll.wait(&mut events, EpollTimeout::NONE)?;
+            let ready = wait(epoll, &mut events)?;
             for event in &events[..ready] {
                 let at = usize::try_from(event.data()).map_err(io::Error::other)?;
                 let mut incoming: Vec<_> =

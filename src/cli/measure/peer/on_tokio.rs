@@ -8,7 +8,7 @@ use tokio::net::UdpSocket;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::coop::consume_budget;
 
-use super::{BYTES_MAX, Operation, Program, Setting, ZEROS, expect_bytes};
+use super::{BYTES_MAX, Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes};
 
 pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
     let Setting { bench, guests, source, .. } = *setting;
@@ -218,7 +218,7 @@ struct Receive {
 impl Guest for Receive {
     async fn operate(&mut self) -> io::Result<()> {
         let mut buffer = [0; BYTES_MAX];
-        self.socket.send_to(&ZEROS[..self.bytes], self.source).await?;
+        self.socket.send_to(&[0; REQUEST_BYTES], self.source).await?;
         for _ in 0..self.datagrams {
             let (len, _) = self.socket.recv_from(&mut buffer).await?;
             expect_bytes(len, self.bytes)?;

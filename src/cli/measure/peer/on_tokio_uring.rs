@@ -10,7 +10,7 @@ use tokio_uring::Runtime;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::UdpSocket;
 
-use super::{Operation, Program, Setting, ZEROS, expect_bytes};
+use super::{Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes};
 
 /// Completions that the ring has room for at least: tokio-uring's default.
 const COMPLETIONS_MIN: usize = 512;
@@ -245,7 +245,7 @@ struct Receive {
 impl Guest for Receive {
     async fn operate(&mut self) -> io::Result<()> {
         let Self { socket, source, bytes, buffers } = self;
-        socket.send_to(&ZEROS[..*bytes], *source).await.0?;
+        socket.send_to(&ZEROS[..REQUEST_BYTES], *source).await.0?;
         receive_all(socket, *bytes, buffers).await
     }
 }
