@@ -215,7 +215,11 @@ Names, and what one operation is:
 
 Two are no contest in speed:
   flood    the latency of many sockets while another is flooded
-  idle     the memory of a socket that is bound, or waits for datagrams")]
+  idle     the memory of a socket that is bound, or waits for datagrams
+
+wasmtime-wasi takes 64 KiB of memory for each datagram it receives. Whether malloc gives those of a
+batch back to the kernel each time, and the batch costs four times as much, is luck; not with
+MALLOC_TRIM_THRESHOLD_=1073741824 in the environment: then it does not.")]
 pub(crate) struct BenchArgs {
     /// What to measure [default: everything]
     #[arg(value_name = "NAME")]

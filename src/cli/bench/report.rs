@@ -16,6 +16,9 @@ pub(super) const SPREAD_MAX: f64 = 0.15;
 /// The same for ratios of p99, which are loose by nature.
 pub(super) const FLOOD_SPREAD_MAX: f64 = 0.5;
 
+/// What the C library is told about giving memory back (mallopt(3)), for that makes a difference.
+const MALLOC_VARIABLES: &[&str] = &["MALLOC_TRIM_THRESHOLD_"];
+
 /// What was measured.
 pub(super) struct Report {
     rounds: usize,
@@ -56,9 +59,13 @@ impl Machine {
                 &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"],
             )
             .unwrap_or_else(unknown),
-            command: std::env::args()
-                .skip(1)
-                .fold("wasi-uring".to_owned(), |line, arg| format!("{line} {arg}")),
+            command: MALLOC_VARIABLES
+                .iter()
+                .filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?)))
+                .chain(["wasi-uring".to_owned()])
+                .chain(std::env::args().skip(1))
+                .collect::<Vec<_>>()
+                .join(" "),
         }
     }
 }

@@ -233,7 +233,8 @@ async fn receive_all(
     Ok(())
 }
 
-/// One who asks for datagrams, and waits for all of them at once.
+/// One who asks for datagrams, and waits for all of them at once, which is cheaper than one after the
+/// other (50 µs against 70 for a lone guest, 30 against 33 beside 63 more).
 struct Receive {
     socket: UdpSocket,
     source: SocketAddr,
