@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
 use self::report::Report;
-use super::measure::idle::{self, Idle, Idleness};
+use super::measure::idle::{self, Idleness};
 use super::measure::{BENCHES, Backend, Bench, Contender, Contest, Work, contend, flood};
 use super::{BenchArgs, Failure, RuntimeArg, doctor, progress_bar, say};
 
@@ -71,12 +71,14 @@ fn measure(
     }
     drop(runtime);
     if wanted(FLOOD) {
-        report.floods = floods(args, &contest)?;
+        let measured = floods(args, &contest, report);
         tables::floods(&report.floods);
+        measured?;
     }
     if wanted(IDLE) {
-        report.idles = idles(args)?;
+        let measured = idles(args, report);
         tables::idles(&report.idles);
+        measured?;
     }
     Ok(())
 }
@@ -94,6 +96,12 @@ fn check_outputs(args: &BenchArgs) -> wasmtime::Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
     Ok(())
+}
+
+/// A file has what there is so far, whatever ends this; a pipe has it all at the end.
+fn keep_so_far(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
+    let file = args.json.as_ref().filter(|file| file.is_file());
+    file.map_or(Ok(()), |file| report.write_json(file))
 }
 
 fn keep(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
@@ -132,10 +140,7 @@ fn contests(
             let step = || progress.inc(1);
             let row = contend(contest, runtime, &contenders, work, args.rounds.get(), step);
             report.rows.push(row.inspect_err(|_| progress.finish_and_clear())?);
-            // A file has what is there so far, whatever ends this; a pipe has it all at the end.
-            if let Some(file) = args.json.as_ref().filter(|file| file.is_file()) {
-                report.write_json(file)?;
-            }
+            keep_so_far(args, report)?;
         }
     }
     progress.finish_and_clear();
@@ -143,21 +148,21 @@ fn contests(
 }
 
 /// Latency of many sockets while another is flooded.
-fn floods(args: &BenchArgs, contest: &Contest) -> wasmtime::Result<Vec<flood::Figures>> {
+fn floods(args: &BenchArgs, contest: &Contest, report: &mut Report) -> wasmtime::Result<()> {
     let rounds = args.rounds.get();
     let sockets = args.sockets.map_or(flood::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
     let progress = progress_bar(flood::STEPS * rounds * Backend::ALL.len() * args.wasi.len());
-    let mut floods = Vec::new();
     for wasi in &args.wasi {
-        let step = || progress.inc(1);
-        floods.extend(flood::measure(contest, *wasi, sockets, rounds, &step)?);
+        let figures = flood::measure(contest, *wasi, sockets, rounds, &|| progress.inc(1));
+        report.floods.extend(figures.inspect_err(|_| progress.finish_and_clear())?);
+        keep_so_far(args, report)?;
     }
     progress.finish_and_clear();
-    Ok(floods)
+    Ok(())
 }
 
 /// Memory of sockets at rest.
-fn idles(args: &BenchArgs) -> wasmtime::Result<Vec<Idle>> {
+fn idles(args: &BenchArgs, report: &mut Report) -> wasmtime::Result<()> {
     let wanted = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
     let sockets = wanted.min(doctor::sockets_of_stock_max());
     if sockets < wanted {
@@ -167,10 +172,11 @@ fn idles(args: &BenchArgs) -> wasmtime::Result<Vec<Idle>> {
     let kinds = Backend::ALL.len() * Idleness::ALL.len() * args.wasi.len();
     let progress = progress_bar(rounds * kinds);
     let command = std::env::current_exe()?;
-    let mut idles = Vec::new();
     for wasi in &args.wasi {
-        idles.extend(idle::measure(&command, *wasi, sockets, rounds, || progress.inc(1))?);
+        let idle = idle::measure(&command, *wasi, sockets, rounds, || progress.inc(1));
+        report.idles.extend(idle.inspect_err(|_| progress.finish_and_clear())?);
+        keep_so_far(args, report)?;
     }
     progress.finish_and_clear();
-    Ok(idles)
+    Ok(())
 }

@@ -48,7 +48,7 @@ const BAR_LINE: i32 = 22;
 /// Above the first bar of a bench in the overview.
 const BENCH_GAP: i32 = 8;
 /// For the name before a bar: in the overview, and at most elsewhere.
-const OVERVIEW_NAME_ROOM: i32 = 164;
+const OVERVIEW_NAME_ROOM: i32 = 220;
 const NAME_ROOM_MAX: i32 = 150;
 
 /// Benches that open sockets, how many per operation, and what an operation is.
@@ -195,8 +195,13 @@ fn overview(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
     groups.sort_by_key(|(row, _)| (place(row), row.guests));
     let columns = if groups.len() > COLUMN_MAX { 2 } else { 1 };
     let mut halves = Vec::new();
-    let half = groups.len().div_ceil(columns).max(1);
-    for half in groups.chunks_mut(half) {
+    let mut half = groups.len().div_ceil(columns);
+    // A bench's groups stay together.
+    while half > 0 && half < groups.len() && groups[half - 1].0.bench == groups[half].0.bench {
+        half += 1;
+    }
+    let (left, right) = groups.split_at_mut(half);
+    for half in [left, right].into_iter().filter(|half| !half.is_empty()) {
         let mut above = None;
         for (row, lines) in &mut *half {
             lines[0].name = counted(row.guests);

@@ -12,6 +12,9 @@ use super::report::{FLOOD_SPREAD_MAX, SPREAD_MAX};
 
 /// Speed, bench by bench.
 pub(super) fn contests(rows: &[Row]) {
+    if rows.is_empty() {
+        return;
+    }
     let mut guests = table([
         "bench",
         "WASI",
@@ -66,6 +69,9 @@ pub(super) fn contests(rows: &[Row]) {
 
 /// Latency of the others while one socket is flooded.
 pub(super) fn floods(floods: &[flood::Figures]) {
+    if floods.is_empty() {
+        return;
+    }
     let mut table = table([
         "flood",
         "WASI",
@@ -105,12 +111,15 @@ pub(super) fn floods(floods: &[flood::Figures]) {
         "{} sockets answer a paced client; one more is flooded from another thread, by single \
          datagrams or in bulk, or a plain socket is (elsewhere). Medians of the rounds' p99, without \
          the questions held up by other programs that had the guests' CPU.",
-        floods.first().map_or(0, |flood| flood.sockets - 1),
+        floods[0].sockets - 1,
     ));
 }
 
 /// Memory of sockets at rest.
 pub(super) fn idles(idles: &[Idle]) {
+    if idles.is_empty() {
+        return;
+    }
     let mut table = table(["idle", "WASI", "sockets", "process", "kernel", "together", "spread"]);
     for idle in idles {
         let (process, kernel) = (idle.process(), idle.kernel());
@@ -128,7 +137,7 @@ pub(super) fn idles(idles: &[Idle]) {
     print(format_args!(
         "Memory per socket of one guest that holds {}: the process's own, and the growth of the \
          kernel's slab.",
-        idles.first().map_or(0, |idle| idle.sockets),
+        idles[0].sockets,
     ));
 }
 

@@ -3,6 +3,7 @@ use std::{fs, ops::Range};
 
 use super::page::{WIDTH, linear_ticks, log_ticks};
 use super::{Bar, Row, draw};
+use crate::cli::measure::BENCHES;
 
 const NAMES: [&str; 9] = [
     "stock 0.2",
@@ -30,7 +31,8 @@ fn rows(names: &[&str], micros: f64, spread: f64) -> Vec<Row> {
         guests,
         contenders: names.iter().map(bar).collect(),
     };
-    let benches = ["create", "bind", "pair", "dns", "tick", "batch_1", "batch_16", "batch_0"];
+    let odd = ["tick", "batch_0"];
+    let benches: Vec<_> = BENCHES.iter().map(|bench| bench.name).chain(odd).collect();
     benches.iter().flat_map(|bench| [64, 1, 16].map(|guests| row(bench, guests))).collect()
 }
 
@@ -71,6 +73,16 @@ fn every_plot_names_every_contender() {
             );
         }
         assert!(texts.contains(&"Linux <6.18> & \"friends\"".to_owned()), "{file}: caption");
+    }
+}
+
+#[test]
+fn the_overview_has_every_benchs_whole_name_once() {
+    let files = drawn("benches", &rows(&NAMES, 5.0, 0.1));
+    let texts = texts(&files.last().unwrap().1);
+    for bench in BENCHES {
+        let shown = texts.iter().filter(|text| *text == bench.name).count();
+        assert_eq!(shown, 1, "{} in {texts:?}", bench.name);
     }
 }
 
