@@ -18,8 +18,8 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
     let guests = args.guests.get().min(doctor::sockets_of_stock_max() / 2);
     if guests < args.guests.get() {
         say(format_args!(
-            "only {guests} guests: each of wasmtime-wasi's sockets is an open file, and the limit \
-             is {}",
+            "only {guests} guests: the open-files limit is {}, and each of wasmtime-wasi's sockets is \
+             a file",
             doctor::raise_nofile()
         ));
     }

@@ -263,10 +263,10 @@ impl Summary {
     }
 }
 
-/// A spread in percent, if there is one.
+/// A spread in percent; of one value it is not known.
 #[must_use]
 pub fn percent(spread: f64) -> String {
-    if spread.is_finite() { format!("±{:.0}%", spread * 100.0) } else { "–".to_owned() }
+    if spread.is_finite() { format!("±{:.0}%", spread * 100.0) } else { "±?".to_owned() }
 }
 
 #[cfg(test)]
