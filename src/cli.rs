@@ -86,7 +86,7 @@ pub(crate) enum BackendArg {
 pub(crate) enum RuntimeArg {
     /// A tokio current-thread runtime and a ring for each thread
     PerCore,
-    /// One tokio multi-thread runtime, and as many rings, which guests take in turn, as it has workers
+    /// One tokio multi-thread runtime and a ring for each worker, which guests take in turn
     MultiThread,
     /// A tokio-uring runtime and a ring for each thread
     TokioUring,
@@ -217,9 +217,9 @@ Two are no contest in speed:
   flood    the latency of many sockets while another is flooded
   idle     the memory of a socket that is bound, or waits for datagrams
 
-wasmtime-wasi takes 64 KiB of memory for each datagram it receives. Whether malloc gives those of a
-batch back to the kernel each time, and the batch costs four times as much, is luck; not with
-MALLOC_TRIM_THRESHOLD_=1073741824 in the environment: then it does not.")]
+wasmtime-wasi takes 64 KiB of memory for each datagram that a guest of WASI 0.2 receives. malloc may
+give those of a batch back to the kernel each time, which makes the batch four times as dear; with
+MALLOC_TRIM_THRESHOLD_=1073741824 in the environment it keeps them.")]
 pub(crate) struct BenchArgs {
     /// What to measure [default: everything]
     #[arg(value_name = "NAME")]
@@ -228,7 +228,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = WasiArg::ALL)]
     pub(crate) wasi: Vec<WasiArg>,
     /// Guests at once; several values, several rows
-    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,64")]
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,64",
+        value_parser = parse_guests)]
     pub(crate) guests: Vec<NonZeroUsize>,
     /// Rounds per backend
     #[arg(long, value_name = "N", default_value = "7")]

@@ -29,7 +29,7 @@
 //! }
 //!
 //! # fn main() -> wasmtime::Result<()> {
-//! let uring = Uring::builder().sockets(1024).build()?; // one for many guests
+//! let uring = Uring::builder().sockets(1024).build()?; // one for each thread
 //!
 //! let engine = Engine::default();
 //! let mut linker = Linker::<Guest>::new(&engine);

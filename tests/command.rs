@@ -759,21 +759,42 @@ mod measuring {
         figures.as_array().unwrap().iter().filter(|one| one["backend"] == "uring").collect()
     }
 
-    /// A flood of more sockets than there may be open files fails.
+    /// Where there may be 200 open files, a flood of 400 sockets fails.
     #[test]
-    fn what_was_measured_before_a_failure_is_kept_and_nothing_replaces_nothing() {
+    fn a_failure_keeps_what_was_measured_before_and_a_run_without_results_what_another_left() {
         let json = file("kept.json", "");
         let few_files = |args: &[&str]| {
             let args = [&["bench", "--rounds", "1", "--json", arg(&json)], args].concat();
-            wrapped(&["prlimit", "--nofile=200:200"], &args)
+            end(wrapped(&["prlimit", "--nofile=200:200"], &args)).with_code(1)
         };
         let flood = ["flood", "--sockets", "400", "--wasi", "0.2"];
-        end(few_files(&[&["create", "--guests", "1"], &flood[..]].concat())).with_code(1);
+        let ended = few_files(&[&["create", "--guests", "1"], &flood[..]].concat());
+        assert!(ended.stdout.contains("create"), "{ended}");
         let kept = std::fs::read_to_string(&json).unwrap();
         let report: Value = serde_json::from_str(&kept).unwrap();
         assert_eq!(report["results"][0]["bench"], "create", "{report}");
-        end(few_files(&flood)).with_code(1);
+        assert_eq!(report["complete"], false, "{report}");
+        few_files(&flood);
         assert_eq!(std::fs::read_to_string(&json).unwrap(), kept);
+    }
+
+    /// 65 receivers ask at two sockets.
+    #[test]
+    fn a_multi_thread_runtime_is_measured_and_what_is_unknown_is_null() {
+        let options = ["--guests", "65", "--rounds", "1", "--runtime", "multi-thread"];
+        let report = report("multi.json", &[&["bind", "receive"], &options[..]].concat());
+        assert_eq!(report["complete"], true, "{report}");
+        for result in report["results"].as_array().unwrap() {
+            for one in result["contenders"].as_array().unwrap() {
+                let name = one["name"].as_str().unwrap();
+                let is_counted = name.starts_with("uring") || name == "floor";
+                let enters = one["enters_per_operation"].as_f64();
+                assert_eq!(enters.is_some_and(|enters| enters > 0.0), is_counted, "{one}");
+                assert_eq!(enters.is_none(), !is_counted, "{one}");
+                let is_sent_to = one["source_cpu_micros"].as_f64() > Some(0.0);
+                assert_eq!(is_sent_to, result["bench"] == "receive", "{one}");
+            }
+        }
     }
 
     #[test]
@@ -807,18 +828,27 @@ mod measuring {
 
     #[test]
     fn readme_tables_are_made_of_a_runs_json() {
-        let json = file("tables.json", "");
+        let dir = file("tables", "").with_extension("d");
+        std::fs::create_dir_all(&dir).unwrap();
         let readme =
             file("tables.md", "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n");
-        let args = ["bind", "idle", "flood", "--sockets", "50", "--guests", "2", "--rounds", "1"];
-        run(&[&["bench"], &args[..], &["--json", arg(&json)]].concat()).with_code(0);
+        for (name, benches) in [
+            ("results.json", &["bind", "--guests", "2"][..]),
+            ("others.json", &["idle", "flood", "--sockets", "50"]),
+            ("multi-thread.json", &["echo", "--guests", "2", "--runtime", "multi-thread"]),
+        ] {
+            let options = ["--rounds", "1", "--json", arg(&dir.join(name))].map(str::to_owned);
+            let options = options.each_ref().map(String::as_str);
+            run(&[&["bench"], benches, &options].concat()).with_code(0);
+        }
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/bench-table");
-        let made = Command::new(script).args([&json, &readme]).status().unwrap();
+        let made = Command::new(script).args([&dir, &readme]).status().unwrap();
         assert!(made.success(), "{made}");
         let text = std::fs::read_to_string(&readme).unwrap();
         for part in [
             "before\n",
             "| create, bind, drop | 2 | 0.3 | ",
+            "| echo round trip, 64 bytes | 2 | 0.2 | ",
             "| receiving | uring | 0.2 | ",
             "| uring | 0.3 | ",
             "0 of 2940 |",

@@ -11,7 +11,7 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode};
 /// Rounds, and samples that criterion is told.
 pub(crate) const ROUNDS: usize = 10;
 
-/// `cargo test --benches` has each bench run once; `cargo bench` says that it is not that.
+/// `cargo test --benches` and `cargo bench -- --test` have each bench run once.
 pub(crate) fn is_test() -> bool {
     let has = |option| std::env::args().any(|arg| arg == option);
     has("--test") || !has("--bench")

@@ -44,11 +44,15 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
 
     let mut report = Report::new(args.rounds.get());
     let measured = measure(args, runtime, threads, &mut report);
+    report.is_complete = measured.is_ok();
     // What was measured before something failed is kept; and nothing is no reason to forget what
     // another run has left there.
     let kept = if report.is_empty() { Ok(()) } else { keep(args, &report) };
-    measured.and(kept).map_err(Failure::run)?;
-    if report.is_noisy() {
+    measured.map_err(Failure::run)?;
+    kept.map_err(Failure::run)?;
+    if args.rounds == NonZeroUsize::MIN {
+        say("one round has no spread: with more --rounds you see what to believe");
+    } else if report.is_noisy() {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
     }
     Ok(ExitCode::SUCCESS)
@@ -100,8 +104,10 @@ fn check_outputs(args: &BenchArgs) -> wasmtime::Result<()> {
 
 /// A file has what there is so far, whatever ends this; a pipe has it all at the end.
 fn keep_so_far(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
-    let file = args.json.as_ref().filter(|file| file.is_file());
-    file.map_or(Ok(()), |file| report.write_json(file))
+    match &args.json {
+        Some(file) if file.is_file() => report.write_json(file),
+        Some(_) | None => Ok(()),
+    }
 }
 
 fn keep(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
@@ -139,11 +145,10 @@ fn contests(
             let work = Work::round(bench, guests.get());
             let step = || progress.inc(1);
             let row = contend(contest, runtime, &contenders, work, args.rounds.get(), step);
-            report.rows.push(row.inspect_err(|_| progress.finish_and_clear())?);
+            report.rows.push(row?);
             keep_so_far(args, report)?;
         }
     }
-    progress.finish_and_clear();
     Ok(())
 }
 
@@ -154,29 +159,24 @@ fn floods(args: &BenchArgs, contest: &Contest, report: &mut Report) -> wasmtime:
     let progress = progress_bar(flood::STEPS * rounds * Backend::ALL.len() * args.wasi.len());
     for wasi in &args.wasi {
         let figures = flood::measure(contest, *wasi, sockets, rounds, &|| progress.inc(1));
-        report.floods.extend(figures.inspect_err(|_| progress.finish_and_clear())?);
+        report.floods.extend(figures?);
         keep_so_far(args, report)?;
     }
-    progress.finish_and_clear();
     Ok(())
 }
 
 /// Memory of sockets at rest.
 fn idles(args: &BenchArgs, report: &mut Report) -> wasmtime::Result<()> {
     let wanted = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
-    let sockets = wanted.min(doctor::sockets_of_stock_max());
-    if sockets < wanted {
-        say(format_args!("only {sockets} idle sockets: each of stock's is an open file"));
-    }
+    let sockets = doctor::within_open_files(wanted);
     let rounds = args.rounds.get();
     let kinds = Backend::ALL.len() * Idleness::ALL.len() * args.wasi.len();
     let progress = progress_bar(rounds * kinds);
     let command = std::env::current_exe()?;
     for wasi in &args.wasi {
         let idle = idle::measure(&command, *wasi, sockets, rounds, || progress.inc(1));
-        report.idles.extend(idle.inspect_err(|_| progress.finish_and_clear())?);
+        report.idles.extend(idle?);
         keep_so_far(args, report)?;
     }
-    progress.finish_and_clear();
     Ok(())
 }

@@ -9,20 +9,13 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use wasmtime::error::Context;
 
 use super::measure::{Backend, Bench, Contender, Contest, Work, contend, percent};
-use super::{DemoArgs, Failure, WasiArg, doctor, print, progress_bar, say};
+use super::{DemoArgs, Failure, WasiArg, doctor, print, progress_bar};
 
 /// Pairs of sockets that each guest opens per round.
 const PAIRS: usize = 10;
 
 pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
-    let guests = args.guests.get().min(doctor::sockets_of_stock_max() / 2);
-    if guests < args.guests.get() {
-        say(format_args!(
-            "only {guests} guests: the open-files limit is {}, and each of wasmtime-wasi's sockets is \
-             a file",
-            doctor::raise_nofile()
-        ));
-    }
+    let guests = doctor::within_open_files(args.guests.get() * 2) / 2;
     let contest = Contest::new(Recycle::default(), NonZeroUsize::MIN).map_err(Failure::run)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -74,7 +67,7 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
             percent(ratio.spread),
         ));
     }
-    progress.finish_and_clear();
+    drop(progress);
     print(table);
     print(format_args!(
         "The ring is {} (medians of {} rounds).",

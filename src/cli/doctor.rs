@@ -6,7 +6,7 @@ use crate::doctor::{Check, Verdict, examine};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 
-use super::{DoctorArgs, print};
+use super::{DoctorArgs, print, say};
 
 /// Exit code 1 when sockets on the ring do not work here.
 pub(crate) fn doctor(args: &DoctorArgs) -> ExitCode {
@@ -57,16 +57,24 @@ fn json(check: &Check) -> serde_json::Value {
     })
 }
 
-/// Raises the soft open-files limit to the hard one, for tables may not be larger; the limit then.
-/// Sockets that one process can have with wasmtime-wasi, whose each is an open file, beside what else
-/// it has open.
-pub(crate) fn sockets_of_stock_max() -> usize {
-    usize::try_from(raise_nofile().saturating_sub(DESCRIPTORS_SPARE)).unwrap_or(usize::MAX).max(2)
+/// As many of the sockets wanted as wasmtime-wasi can have, whose each is a file; says so if they are
+/// fewer.
+pub(crate) fn within_open_files(wanted: usize) -> usize {
+    let limit = raise_nofile();
+    let most = usize::try_from(limit.saturating_sub(FILES_SPARE)).unwrap_or(usize::MAX).max(2);
+    if wanted > most {
+        say(format_args!(
+            "only {most} sockets instead of {wanted}: the open-files limit is {limit}, and each of \
+             wasmtime-wasi's is a file"
+        ));
+    }
+    wanted.min(most)
 }
 
-const DESCRIPTORS_SPARE: u64 = 64;
+/// What a process has open beside sockets.
+const FILES_SPARE: u64 = 64;
 
-/// As many open files as may be.
+/// Raises the soft open-files limit to the hard one, for tables may not be larger; the limit then.
 pub(crate) fn raise_nofile() -> u64 {
     rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
         tracing::debug!(%error, "the open-files limit cannot be raised");

@@ -58,7 +58,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 /// How guests are spread over threads and rings.
 struct Plan<'a> {
     args: &'a RunArgs,
-    /// Each has a ring; or, of a multi-thread runtime, there are as many rings.
+    /// And rings, one for each.
     threads: usize,
     slots_per_ring: u32,
     sockets_per_guest: u32,

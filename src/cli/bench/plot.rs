@@ -211,6 +211,7 @@ fn overview(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
         }
         halves.push(half.iter_mut().flat_map(|(_, lines)| lines.drain(..)).collect::<Vec<_>>());
     }
+    let columns = halves.len();
     let lines = || halves.iter().flatten();
     let low = lines().map(|line| line.value / (1.0 + line.spread)).fold(0.85, f64::min);
     let high = lines().map(|line| line.value * (1.0 + line.spread)).fold(2.1, f64::max);

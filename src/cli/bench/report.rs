@@ -16,8 +16,8 @@ pub(super) const SPREAD_MAX: f64 = 0.15;
 /// The same for ratios of p99, which are loose by nature.
 pub(super) const FLOOD_SPREAD_MAX: f64 = 0.5;
 
-/// What the C library is told about giving memory back (mallopt(3)), for that makes a difference.
-const MALLOC_VARIABLES: &[&str] = &["MALLOC_TRIM_THRESHOLD_"];
+/// Whether malloc gives memory back (mallopt(3)), which wasmtime-wasi's batches depend on.
+const MALLOC_VARIABLE: &str = "MALLOC_TRIM_THRESHOLD_";
 
 /// What was measured.
 pub(super) struct Report {
@@ -26,6 +26,8 @@ pub(super) struct Report {
     pub(super) rows: Vec<Row>,
     pub(super) floods: Vec<flood::Figures>,
     pub(super) idles: Vec<Idle>,
+    /// Nothing failed, and all is in it.
+    pub(super) is_complete: bool,
 }
 
 /// Where it was measured, and how.
@@ -59,11 +61,12 @@ impl Machine {
                 &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"],
             )
             .unwrap_or_else(unknown),
-            command: MALLOC_VARIABLES
-                .iter()
-                .filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?)))
+            command: std::env::var(MALLOC_VARIABLE)
+                .ok()
+                .map(|value| format!("{MALLOC_VARIABLE}={value}"))
+                .into_iter()
                 .chain(["wasi-uring".to_owned()])
-                .chain(std::env::args().skip(1))
+                .chain(std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()))
                 .collect::<Vec<_>>()
                 .join(" "),
         }
@@ -73,7 +76,8 @@ impl Machine {
 impl Report {
     pub(super) fn new(rounds: usize) -> Self {
         let machine = Machine::here();
-        Self { rounds, machine, rows: Vec::new(), floods: Vec::new(), idles: Vec::new() }
+        let (rows, floods, idles) = (Vec::new(), Vec::new(), Vec::new());
+        Self { rounds, machine, rows, floods, idles, is_complete: false }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -96,6 +100,10 @@ impl Report {
         let Machine { date, kernel, cpu, commit, command } = &self.machine;
         let summary =
             |Summary { median, spread }: Summary| json!({ "median": median, "spread": spread });
+        let judged = |figure: Summary, spread_max: f64| {
+            let Summary { median, spread } = figure;
+            json!({ "median": median, "spread": spread, "noisy": figure.is_noisy(spread_max) })
+        };
         let contender = |row: &Row, one: Contender| {
             json!({
                 "name": one.to_string(),
@@ -110,8 +118,8 @@ impl Report {
             json!({
                 "of": one.to_string(),
                 "to": other.to_string(),
-                "cpu": summary(row.cpu_ratio(one, other)),
-                "wall": summary(row.wall_ratio(one, other)),
+                "cpu": judged(row.cpu_ratio(one, other), SPREAD_MAX),
+                "wall": judged(row.wall_ratio(one, other), SPREAD_MAX),
             })
         };
         let results = self.rows.iter().map(|row| {
@@ -141,8 +149,8 @@ impl Report {
                     "flooded": flooded,
                     "flooded_in_bulk": in_bulk,
                 },
-                "flooded_to_calm": summary(flood.flooded),
-                "flooded_in_bulk_to_calm": summary(flood.flooded_in_bulk),
+                "flooded_to_calm": judged(flood.flooded, FLOOD_SPREAD_MAX),
+                "flooded_in_bulk_to_calm": judged(flood.flooded_in_bulk, FLOOD_SPREAD_MAX),
                 "asked": flood.asked,
                 "lost": flood.lost,
                 "held_up": flood.held_up,
@@ -155,8 +163,8 @@ impl Report {
                 "backend": idle.backend.name(),
                 "idleness": idle.idleness.name(),
                 "sockets": idle.sockets,
-                "process_bytes": summary(idle.process()),
-                "kernel_bytes": summary(idle.kernel()),
+                "process_bytes": judged(idle.process(), SPREAD_MAX),
+                "kernel_bytes": judged(idle.kernel(), SPREAD_MAX),
             })
         });
         json!({
@@ -166,6 +174,7 @@ impl Report {
             "commit": commit,
             "command": command,
             "rounds": self.rounds,
+            "complete": self.is_complete,
             "noisy": self.is_noisy(),
             "results": results.collect::<Vec<_>>(),
             "floods": floods.collect::<Vec<_>>(),
@@ -173,9 +182,19 @@ impl Report {
         })
     }
 
+    /// Replaces a file at once, so that no half of one is left; anything else is written to.
     pub(super) fn write_json(&self, file: &Path) -> wasmtime::Result<()> {
-        let text = serde_json::to_string_pretty(&self.json())?;
-        fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))
+        let text = serde_json::to_string_pretty(&self.json())? + "\n";
+        let write = || {
+            if !file.is_file() {
+                return fs::write(file, &text);
+            }
+            let mut beside = file.as_os_str().to_owned();
+            beside.push(".part");
+            fs::write(&beside, &text)?;
+            fs::rename(&beside, file)
+        };
+        write().with_context(|| format!("cannot write {}", file.display()))
     }
 
     /// Draws pictures into a directory.

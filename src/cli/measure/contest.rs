@@ -97,17 +97,23 @@ impl Contest {
         let sample = match contender {
             Contender::Guest(wasi, backend) => {
                 let program = self.program(wasi, backend);
-                let sample = runtime.block_on(self.run_guests(program, work, &source))?;
-                let enters = sample.enters.filter(|_| backend == Backend::Uring);
-                Some(Sample { enters, ..sample })
+                let sample = runtime.block_on(self.run_guests(program, work, &source));
+                sample.map(|sample| {
+                    Some(Sample {
+                        enters: sample.enters.filter(|_| backend == Backend::Uring),
+                        ..sample
+                    })
+                })
             }
             Contender::Native(peer) => {
                 let Work { bench, guests, count } = *work;
                 let setting = Setting { bench, guests, ring: self.args, source: &source };
-                peer.run(&setting, count)?
+                peer.run(&setting, count).map_err(wasmtime::Error::from)
             }
         };
+        // Its failure is why the others failed.
         let source = source.end()?;
+        let sample = sample?;
         Ok(sample.map(|sample| Sample { cpu: sample.cpu.saturating_sub(source), source, ..sample }))
     }
 

@@ -139,7 +139,10 @@ fn measure_pinned(
 ) -> wasmtime::Result<[Vec<Round>; 2]> {
     let mut measured = [Vec::new(), Vec::new()];
     for round in 0..rounds {
-        for (backend, measured) in Backend::ALL.into_iter().zip(&mut measured) {
+        let backends = Backend::ALL.into_iter().zip(&mut measured);
+        let mut backends: Vec<_> = backends.collect();
+        backends.rotate_left(round % 2);
+        for (backend, measured) in backends {
             // One population at a time, for a thousand guests at rest are still in the way.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let windows = runtime.block_on(async {
@@ -302,7 +305,8 @@ impl Population {
             }
         }
         asking.await.map_err(|error| format_err!("{error}"))??;
-        let flood = flood.map_or(0.0, Flood::stop);
+        let rate = flood.as_ref().map_or(0.0, Flood::rate);
+        drop(flood);
         let lost = asked - latencies.len() - held_up;
         latencies.resize(asked - held_up, PATIENCE);
         latencies.sort();
@@ -310,7 +314,7 @@ impl Population {
             let at = latencies.len().saturating_sub(1) * of_hundred / 100;
             latencies.get(at).copied().unwrap_or(PATIENCE)
         };
-        Ok(Window { p50: quantile(50), p99: quantile(99), asked, lost, held_up, flood })
+        Ok(Window { p50: quantile(50), p99: quantile(99), asked, lost, held_up, flood: rate })
     }
 }
 
@@ -450,9 +454,9 @@ impl Flood {
         Ok(Self { stop, sent, since: Instant::now(), thread: Some(thread) })
     }
 
-    /// Ends it; datagrams per second.
+    /// Datagrams per second.
     #[expect(clippy::cast_precision_loss, reason = "millions")]
-    fn stop(self) -> f64 {
+    fn rate(&self) -> f64 {
         self.sent.load(Ordering::Relaxed) as f64 / self.since.elapsed().as_secs_f64()
     }
 }

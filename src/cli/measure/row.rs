@@ -14,8 +14,9 @@ pub struct Row {
     samples: Vec<(Contender, Vec<Sample>)>,
 }
 
-/// Has some work done by each in turn, after one round to warm up; each round begins with another.
-/// `step` is called after each.
+/// Has some work done by each in turn, after one round to warm up. Each round begins with another,
+/// and every other one goes backwards, so that nobody always follows the same. `step` is called after
+/// each.
 ///
 /// # Errors
 ///
@@ -31,6 +32,7 @@ pub fn contend(
     let mut samples: Vec<_> = contenders.iter().map(|one| (*one, Vec::new())).collect();
     for round in 0..=rounds {
         for at in 0..contenders.len() {
+            let at = if round % 2 == 0 { at } else { contenders.len() - 1 - at };
             let (contender, samples) = &mut samples[(at + round) % contenders.len()];
             let sample = contest.run(runtime, *contender, &work).with_context(|| {
                 format!("{} with {} guests, {contender}", work.bench.name, work.guests)

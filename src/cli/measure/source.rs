@@ -1,14 +1,14 @@
 //! Who sends what one-way receivers receive: a thread of its own.
 //!
-//! A receiver asks with a few bytes, and the reply is a batch. So none has more of them under way
-//! than its receive buffer holds, however slow it is. They are sent one system call a batch, and one
-//! by one as far as the kernel is concerned: how many a receiver finds waiting when it looks depends
-//! on how fast it is, as it does for traffic from elsewhere.
+//! A receiver asks with a few bytes, and the reply is a batch of datagrams. So none has more of them
+//! under way than its receive buffer holds, however slow it is. The batch is one sendmmsg(2), within
+//! which the kernel delivers one datagram after the other: how many a receiver finds waiting depends
+//! on how fast it is, as with traffic from elsewhere.
 
+use std::collections::HashMap;
 use std::io::{self, IoSlice, PipeReader, PipeWriter, pipe};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::process::exit;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,7 +18,6 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 
 use super::{Bench, Operation, Work};
-use crate::cli::say;
 
 /// Bytes of a request, which each datagram of the reply begins with.
 pub(super) const REQUEST_BYTES: usize = 4;
@@ -38,7 +37,7 @@ pub(super) struct Source {
 struct Running {
     /// Closed, it ends the thread.
     end: PipeWriter,
-    thread: JoinHandle<Duration>,
+    thread: JoinHandle<io::Result<Duration>>,
 }
 
 impl Source {
@@ -59,12 +58,15 @@ impl Source {
         let bench = work.bench;
         let thread = thread::spawn(move || {
             let cpu = ThreadTime::now();
-            if let Err(error) = serve(&sockets, bench, &ended) {
-                // Whoever waits for datagrams now would wait for ever.
-                say(format_args!("error: nobody sends datagrams any more: {error}"));
-                exit(1)
+            let mut asked = HashMap::new();
+            let served = serve(&sockets, bench, &ended, &mut asked);
+            if served.is_err() {
+                // Whoever still waits is not to wait for ever: this is no datagram of theirs.
+                for (receiver, at) in asked {
+                    let _ = sockets[at].send_to(&[], receiver);
+                }
             }
-            cpu.elapsed()
+            served.map(|()| cpu.elapsed())
         });
         Ok(Self { addrs, running: Some(Running { end, thread }) })
     }
@@ -81,12 +83,19 @@ impl Source {
             return Ok(Duration::ZERO);
         };
         drop(end);
-        thread.join().map_err(|_| io::Error::other("the thread that sends datagrams has panicked"))
+        thread
+            .join()
+            .map_err(|_| io::Error::other("the thread that sends datagrams has panicked"))?
     }
 }
 
-/// Replies until the pipe is closed.
-fn serve(sockets: &[UdpSocket], bench: &Bench, ended: &PipeReader) -> io::Result<()> {
+/// Replies until the pipe is closed; notes who has asked at which socket.
+fn serve(
+    sockets: &[UdpSocket],
+    bench: &Bench,
+    ended: &PipeReader,
+    asked: &mut HashMap<SocketAddr, usize>,
+) -> io::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     for (at, socket) in sockets.iter().enumerate() {
         epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, at as u64))?;
@@ -98,7 +107,7 @@ fn serve(sockets: &[UdpSocket], bench: &Bench, ended: &PipeReader) -> io::Result
     let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(bench.datagrams, None);
     loop {
         let ready = match epoll.wait(&mut events, patience) {
-            Ok(0) => return Err(io::Error::other("a receiver waits, so a datagram was lost")),
+            Ok(0) => return Err(io::Error::other("a receiver waits in vain: a datagram was lost")),
             Ok(ready) => ready,
             // A debugger, or a stopped job that goes on.
             Err(Errno::EINTR) => continue,
@@ -115,6 +124,7 @@ fn serve(sockets: &[UdpSocket], bench: &Bench, ended: &PipeReader) -> io::Result
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),
                 };
+                asked.insert(receiver, at);
                 let reply = vec![[IoSlice::new(&datagram)]; bench.datagrams];
                 let to = vec![Some(SockaddrStorage::from(receiver)); bench.datagrams];
                 let flags = MsgFlags::empty();
