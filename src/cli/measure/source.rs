@@ -25,7 +25,7 @@ pub(super) const REQUEST_BYTES: usize = 4;
 /// Receivers for each socket: their requests fit a receive buffer of the usual 208 KiB.
 const RECEIVERS_MAX: usize = 64;
 
-/// How long nobody asks, once somebody has, before something must have gone wrong.
+/// Longer than anybody's turn takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where receivers ask.
@@ -59,12 +59,13 @@ impl Source {
         let thread = thread::spawn(move || {
             let cpu = ThreadTime::now();
             let mut asked = HashMap::new();
-            let served = serve(&sockets, bench, &ended, &mut asked);
+            let served = serve(&sockets, Reply::of(bench), &ended, &mut asked);
             if served.is_err() {
-                // Whoever still waits is not to wait for ever: this is no datagram of theirs.
-                for (receiver, at) in asked {
-                    let _ = sockets[at].send_to(&[], receiver);
+                // Whoever waits, or asks yet, is not to wait for ever: this is no datagram of theirs.
+                for (receiver, at) in &asked {
+                    let _ = sockets[*at].send_to(&[], receiver);
                 }
+                let _ = serve(&sockets, Reply::REFUSAL, &ended, &mut asked);
             }
             served.map(|()| cpu.elapsed())
         });
@@ -89,10 +90,28 @@ impl Source {
     }
 }
 
+/// What is sent to whoever asks.
+#[derive(Clone, Copy)]
+struct Reply {
+    bytes: usize,
+    datagrams: usize,
+    /// How long nobody asks, once somebody has, before a datagram must have been lost.
+    patience: Option<Duration>,
+}
+
+impl Reply {
+    /// Shorter than any datagram that is waited for, so that the receiver fails.
+    const REFUSAL: Self = Self { bytes: 0, datagrams: 1, patience: None };
+
+    fn of(bench: &Bench) -> Self {
+        Self { bytes: bench.bytes, datagrams: bench.datagrams, patience: Some(PATIENCE) }
+    }
+}
+
 /// Replies until the pipe is closed; notes who has asked at which socket.
 fn serve(
     sockets: &[UdpSocket],
-    bench: &Bench,
+    reply: Reply,
     ended: &PipeReader,
     asked: &mut HashMap<SocketAddr, usize>,
 ) -> io::Result<()> {
@@ -103,8 +122,8 @@ fn serve(
     epoll.add(ended, EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
     let mut patience = EpollTimeout::NONE;
     let mut events = [EpollEvent::empty(); 64];
-    let mut datagram = vec![0; bench.bytes];
-    let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(bench.datagrams, None);
+    let mut datagram = vec![0; reply.bytes.max(REQUEST_BYTES)];
+    let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(reply.datagrams, None);
     loop {
         let ready = match epoll.wait(&mut events, patience) {
             Ok(0) => return Err(io::Error::other("a receiver waits in vain: a datagram was lost")),
@@ -125,15 +144,17 @@ fn serve(
                     Err(error) => return Err(error),
                 };
                 asked.insert(receiver, at);
-                let reply = vec![[IoSlice::new(&datagram)]; bench.datagrams];
-                let to = vec![Some(SockaddrStorage::from(receiver)); bench.datagrams];
+                let datagrams = vec![[IoSlice::new(&datagram[..reply.bytes])]; reply.datagrams];
+                let to = vec![Some(SockaddrStorage::from(receiver)); reply.datagrams];
                 let flags = MsgFlags::empty();
-                let sent = sendmmsg(socket.as_raw_fd(), &mut headers, &reply, &to, [], flags)?;
-                if sent.count() != bench.datagrams {
+                let sent = sendmmsg(socket.as_raw_fd(), &mut headers, &datagrams, &to, [], flags)?;
+                if sent.count() != reply.datagrams {
                     return Err(io::Error::other("a part of a reply could not be sent"));
                 }
             }
         }
-        patience = EpollTimeout::try_from(PATIENCE).map_err(io::Error::other)?;
+        if let Some(time) = reply.patience {
+            patience = EpollTimeout::try_from(time).map_err(io::Error::other)?;
+        }
     }
 }
