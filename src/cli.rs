@@ -18,6 +18,8 @@ use std::time::Duration;
 use crate::Recycle;
 use crate::limits::SOCKETS_MAX;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use comfy_table::Table;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// How a command ends if it does not end well.
@@ -324,6 +326,12 @@ pub(crate) fn say(message: impl Display) {
 pub(crate) fn print(message: impl Display) {
     use std::io::Write;
     let _ = writeln!(std::io::stdout(), "{message}");
+}
+
+pub(crate) fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_FULL_CONDENSED).set_header(header);
+    table
 }
 
 /// Of so many steps.

@@ -4,12 +4,10 @@ use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use crate::Recycle;
-use comfy_table::Table;
-use comfy_table::presets::UTF8_FULL_CONDENSED;
 use wasmtime::error::Context;
 
 use super::measure::{Backend, Bench, Contender, Contest, Work, contend, percent};
-use super::{DemoArgs, Failure, WasiArg, doctor, print, progress_bar};
+use super::{DemoArgs, Failure, WasiArg, doctor, print, progress_bar, table};
 
 /// Pairs of sockets that each guest opens per round.
 const PAIRS: usize = 10;
@@ -29,14 +27,8 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
         args.rounds,
     ));
     let progress = progress_bar((args.rounds.get() + 1) * 2 * WasiArg::ALL.len());
-    let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header([
-        "WASI",
-        "backend",
-        "sockets per second",
-        "CPU µs per socket",
-        "enters per socket",
-    ]);
+    let mut table =
+        table(["WASI", "backend", "sockets per second", "CPU µs per socket", "enters per socket"]);
     let mut verdicts = Vec::new();
     let bench = Bench::named("pair").expect("one of BENCHES");
     for wasi in WasiArg::ALL {

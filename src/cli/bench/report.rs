@@ -86,10 +86,10 @@ impl Report {
 
     /// Whether some figure cannot be believed.
     pub(super) fn is_noisy(&self) -> bool {
-        let ratios = self.rows.iter().flat_map(|row| {
-            let compared = row.contenders().filter_map(|one| Some((one, row.stock_of(one)?)));
-            compared.map(|(one, stock)| row.cpu_ratio(one, stock))
-        });
+        let ratios = self
+            .rows
+            .iter()
+            .flat_map(|row| row.duels().map(|(one, stock)| row.cpu_ratio(one, stock)));
         let idles = self.idles.iter().flat_map(|idle| [idle.process(), idle.kernel()]);
         let floods = self.floods.iter().flat_map(|one| [one.flooded, one.flooded_in_bulk]);
         ratios.chain(idles).any(|figure| figure.is_noisy(SPREAD_MAX))

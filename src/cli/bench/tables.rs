@@ -1,13 +1,10 @@
 //! What a run of the benches has shown, as tables.
 
-use comfy_table::Table;
-use comfy_table::presets::UTF8_FULL_CONDENSED;
-
 use super::super::measure::idle::Idle;
 use super::super::measure::{
     Contender, FLOOR, Row, STD, Summary, TOKIO, TOKIO_URING, flood, percent,
 };
-use super::super::print;
+use super::super::{print, table};
 use super::report::{FLOOD_SPREAD_MAX, SPREAD_MAX};
 
 /// Speed, bench by bench.
@@ -30,8 +27,7 @@ pub(super) fn contests(rows: &[Row]) {
         "spread",
     ]);
     for row in rows {
-        let compared = row.contenders().filter_map(|one| Some((one, row.stock_of(one)?)));
-        for (uring, stock) in compared {
+        for (uring, stock) in row.duels() {
             let ratio = row.cpu_ratio(uring, stock);
             guests.add_row([
                 row.work().bench.name.to_owned(),
@@ -139,12 +135,6 @@ pub(super) fn idles(idles: &[Idle]) {
          kernel's slab.",
         idles[0].sockets,
     ));
-}
-
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header(header);
-    table
 }
 
 /// A figure's spread, with a mark if the figure cannot be believed.

@@ -328,8 +328,8 @@
         (br_if $unsent (local.get $count))
         (i32.const 0)))
 
-    (func $say (param $peer i32) (param $data i32) (param $to i32) (result i32)
-      (call $write-letter (global.get $letters) (local.get $data) (global.get $bytes) (local.get $to))
+    (func $say (param $peer i32) (param $data i32) (param $bytes i32) (param $to i32) (result i32)
+      (call $write-letter (global.get $letters) (local.get $data) (local.get $bytes) (local.get $to))
       (call $send-letters (local.get $peer) (i32.const 1)))
 
     (func $wait-incoming (param $peer i32)
@@ -369,10 +369,11 @@
       (local $letter i32)
       (call $stamp)
       (block $failed
-        (br_if $failed (call $say (global.get $a) (global.get $payload) (local.get $to)))
+        (br_if $failed (call $say (global.get $a) (global.get $payload) (global.get $bytes) (local.get $to)))
         (br_if $failed (i32.eqz (local.tee $letter (call $hear-one (global.get $b)))))
         (br_if $failed (call $say
-          (global.get $b) (i32.load (local.get $letter)) (i32.add (local.get $letter) (i32.const 8))))
+          (global.get $b) (i32.load (local.get $letter)) (global.get $bytes)
+          (i32.add (local.get $letter) (i32.const 8))))
         (br_if $failed (i32.eqz (local.tee $letter (call $hear-one (global.get $a)))))
         ;; The answer must come from b: port, then IPv4 address.
         (br_if $failed (i32.ne (i32.load16_u offset=12 (local.get $letter)) (i32.load16_u offset=16 (global.get $b))))
@@ -388,7 +389,7 @@
 
     ;; Tells the host where a is.
     (func $report (result i32)
-      (call $say (global.get $a) (global.get $payload) (global.get $host)))
+      (call $say (global.get $a) (global.get $payload) (global.get $bytes) (global.get $host)))
 
     (func $open-reported (result i32)
       (if (call $open (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
@@ -403,10 +404,10 @@
       (if (i32.eqz (local.get $answering)) (then (return (i32.const 0))))
       (local.set $letter (i32.load offset=4 (global.get $answer)))
       (loop $next
-        (call $write-letter (global.get $letters)
+        (if (call $say (global.get $a)
           (i32.load (local.get $letter)) (i32.load offset=4 (local.get $letter))
           (i32.add (local.get $letter) (i32.const 8)))
-        (if (call $send-letters (global.get $a) (i32.const 1)) (then (return (i32.const 1))))
+          (then (return (i32.const 1))))
         (local.set $letter (i32.add (local.get $letter) (i32.const 40)))
         (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
       (i32.const 0))
@@ -451,8 +452,8 @@
 
     (func $ask (result i32)
       (call $stamp)
-      (call $write-letter (global.get $letters) (global.get $payload) (i32.const 4) (global.get $host))
-      (if (call $send-letters (global.get $a) (i32.const 1)) (then (return (i32.const 1))))
+      (if (call $say (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
+        (then (return (i32.const 1))))
       (call $hear-batch (global.get $a)))
 
     ;; Whether a mode's sockets stay open, and the guest with them.

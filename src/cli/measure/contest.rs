@@ -96,14 +96,7 @@ impl Contest {
         let source = Source::start(work)?;
         let sample = match contender {
             Contender::Guest(wasi, backend) => {
-                let program = self.program(wasi, backend);
-                let sample = runtime.block_on(self.run_guests(program, work, &source));
-                sample.map(|sample| {
-                    Some(Sample {
-                        enters: sample.enters.filter(|_| backend == Backend::Uring),
-                        ..sample
-                    })
-                })
+                runtime.block_on(self.run_guests(wasi, backend, work, &source)).map(Some)
             }
             Contender::Native(peer) => {
                 let Work { bench, guests, count } = *work;
@@ -120,10 +113,12 @@ impl Contest {
     /// Instantiates the guests, then measures how long they run.
     async fn run_guests(
         &self,
-        program: &Arc<Program>,
+        wasi: WasiArg,
+        backend: Backend,
         work: &Work,
         source: &Source,
     ) -> wasmtime::Result<Sample> {
+        let program = self.program(wasi, backend);
         let net = Net::new(NetArg::Loopback);
         let Bench { operation, bytes, datagrams, .. } = work.bench;
         let mut guests = Vec::new();
@@ -152,7 +147,7 @@ impl Contest {
             ended.push(guest);
         }
         let mut sample = stopwatch.sample();
-        sample.enters = Some(self.enters() - enters);
+        sample.enters = (backend == Backend::Uring).then(|| self.enters() - enters);
         let mut all = 0;
         for guest in ended {
             let (result, suspensions, _store) = guest.map_err(|error| format_err!("{error}"))?;

@@ -86,6 +86,41 @@ impl Idle {
     pub(crate) fn kernel(&self) -> Summary {
         Summary::of(self.rounds.iter().map(|taken| taken.kernel))
     }
+
+    /// What a socket takes of a guest that has so many: theirs less those of a guest with one.
+    fn per_socket(&self, command: &Path) -> wasmtime::Result<Taken> {
+        let (one, many) = (self.hold(command, 1)?, self.hold(command, self.sockets)?);
+        #[expect(clippy::cast_precision_loss, reason = "thousands")]
+        let others = (self.sockets - 1) as f64;
+        Ok(Taken {
+            process: (many.process - one.process) / others,
+            kernel: (many.kernel - one.kernel) / others,
+        })
+    }
+
+    /// What a process with so many sockets takes.
+    fn hold(&self, command: &Path, sockets: usize) -> wasmtime::Result<Taken> {
+        let host = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        host.set_read_timeout(Some(PATIENCE))?;
+        let kernel_before = settled_slab()?;
+        let mut child = Holder(
+            Command::new(command)
+                .args(["run", "--threads", "1", "--backend", self.backend.name()])
+                .args(["--sockets", &sockets.to_string(), "/dev/stdin", self.idleness.mode()])
+                .args([sockets.to_string(), host.local_addr()?.port().to_string()])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .spawn()?,
+        );
+        child.0.stdin.take().context("no stdin")?.write_all(life(self.wasi).as_bytes())?;
+        if host.recv_from(&mut [0; 64]).is_err() {
+            bail!("{} guest with {sockets} sockets did not get ready", self.backend.name());
+        }
+        let status = format!("/proc/{}/status", child.0.id());
+        let (process, kernel) =
+            (proc_bytes(&status, "RssAnon")?, proc_bytes("/proc/meminfo", "Slab")?);
+        Ok(Taken { process, kernel: kernel - kernel_before })
+    }
 }
 
 /// Measures both backends in turn. `command` is `wasi-uring`; `step` is called after each.
@@ -106,59 +141,13 @@ pub fn measure(
         idle.extend(Backend::ALL.map(none));
     }
     for _ in 0..rounds {
-        for Idle { backend, idleness, rounds, .. } in &mut idle {
-            rounds.push(per_socket(command, wasi, *backend, *idleness, sockets)?);
+        for one in &mut idle {
+            let taken = one.per_socket(command)?;
+            one.rounds.push(taken);
             step();
         }
     }
     Ok(idle)
-}
-
-/// What a socket takes of a guest that has so many: theirs less those of a guest with one.
-fn per_socket(
-    command: &Path,
-    wasi: WasiArg,
-    backend: Backend,
-    idleness: Idleness,
-    sockets: usize,
-) -> wasmtime::Result<Taken> {
-    let hold = |sockets| hold(command, wasi, backend, idleness, sockets);
-    let (one, many) = (hold(1)?, hold(sockets)?);
-    #[expect(clippy::cast_precision_loss, reason = "thousands")]
-    let others = (sockets - 1) as f64;
-    Ok(Taken {
-        process: (many.process - one.process) / others,
-        kernel: (many.kernel - one.kernel) / others,
-    })
-}
-
-/// What a process with so many sockets takes.
-fn hold(
-    command: &Path,
-    wasi: WasiArg,
-    backend: Backend,
-    idleness: Idleness,
-    sockets: usize,
-) -> wasmtime::Result<Taken> {
-    let host = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    host.set_read_timeout(Some(PATIENCE))?;
-    let kernel_before = settled_slab()?;
-    let mut child = Holder(
-        Command::new(command)
-            .args(["run", "--threads", "1", "--backend", backend.name()])
-            .args(["--sockets", &sockets.to_string(), "/dev/stdin", idleness.mode()])
-            .args([sockets.to_string(), host.local_addr()?.port().to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()?,
-    );
-    child.0.stdin.take().context("no stdin")?.write_all(life(wasi).as_bytes())?;
-    if host.recv_from(&mut [0; 64]).is_err() {
-        bail!("{} guest with {sockets} sockets did not get ready", backend.name());
-    }
-    let status = format!("/proc/{}/status", child.0.id());
-    let (process, kernel) = (proc_bytes(&status, "RssAnon")?, proc_bytes("/proc/meminfo", "Slab")?);
-    Ok(Taken { process, kernel: kernel - kernel_before })
 }
 
 /// The kernel's slab, once it has taken down what ended before: a ring goes after its process.

@@ -7,7 +7,9 @@ mod on_tokio_uring;
 
 use std::io;
 
-use super::source::{REQUEST_BYTES, Source};
+use tokio::task::JoinHandle;
+
+use super::source::{REQUEST_BYTES, Source, wait};
 use super::{BYTES_MAX, Bench, Operation, Sample, Stopwatch};
 use crate::Recycle;
 
@@ -94,4 +96,25 @@ fn expect_bytes(received: usize, sent: usize) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::other(format!("{received} of a datagram's {sent} bytes")))
+}
+
+/// So many guests, prepared one after the other.
+async fn prepare_all<G>(
+    guests: usize,
+    guest: impl AsyncFn(usize) -> io::Result<G>,
+) -> io::Result<Vec<G>> {
+    let mut prepared = Vec::with_capacity(guests);
+    for at in 0..guests {
+        prepared.push(guest(at).await?);
+    }
+    Ok(prepared)
+}
+
+/// Waits for the guests of some tasks, which come back so that taking them down is not measured.
+async fn join_all<G>(tasks: Vec<JoinHandle<io::Result<G>>>) -> io::Result<Vec<G>> {
+    let mut guests = Vec::with_capacity(tasks.len());
+    for task in tasks {
+        guests.push(task.await??);
+    }
+    Ok(guests)
 }

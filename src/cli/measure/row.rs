@@ -65,6 +65,11 @@ impl Row {
         Some(Contender::Guest(wasi, Backend::Stock)).filter(|stock| self.took_part(*stock))
     }
 
+    /// Guests on the ring, each with the same on stock.
+    pub(crate) fn duels(&self) -> impl Iterator<Item = (Contender, Contender)> {
+        self.contenders().filter_map(|one| Some((one, self.stock_of(one)?)))
+    }
+
     /// Those who took part whom one is compared with: stock, std and the floor, if it is a guest on
     /// the ring; else nobody.
     pub fn yardsticks(&self, one: Contender) -> impl Iterator<Item = Contender> {

@@ -125,13 +125,10 @@ fn serve(
     let mut datagram = vec![0; reply.bytes.max(REQUEST_BYTES)];
     let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(reply.datagrams, None);
     loop {
-        let ready = match epoll.wait(&mut events, patience) {
-            Ok(0) => return Err(io::Error::other("a receiver waits in vain: a datagram was lost")),
-            Ok(ready) => ready,
-            // A debugger, or a stopped job that goes on.
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(errno.into()),
-        };
+        let ready = wait(&epoll, &mut events, patience)?;
+        if ready == 0 {
+            return Err(io::Error::other("a receiver waits in vain: a datagram was lost"));
+        }
         for event in &events[..ready] {
             let at = usize::try_from(event.data()).map_err(io::Error::other)?;
             let Some(socket) = sockets.get(at) else {
@@ -155,6 +152,21 @@ fn serve(
         }
         if let Some(time) = reply.patience {
             patience = EpollTimeout::try_from(time).map_err(io::Error::other)?;
+        }
+    }
+}
+
+/// How many of the events have come; none once patience is at its end.
+pub(super) fn wait(
+    epoll: &Epoll,
+    events: &mut [EpollEvent],
+    patience: EpollTimeout,
+) -> io::Result<usize> {
+    loop {
+        match epoll.wait(events, patience) {
+            // A debugger, or a stopped job that goes on.
+            Err(Errno::EINTR) => {}
+            ready => return Ok(ready?),
         }
     }
 }

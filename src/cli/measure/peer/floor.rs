@@ -78,15 +78,22 @@ impl Bare {
 
     /// Brings what was pushed to the kernel, and books what it answers.
     fn enter(&mut self) -> io::Result<()> {
-        while self.ring.ready_to_enter() > 0 {
-            self.enter_for(None)?;
+        loop {
+            let entries = self.ring.ready_to_enter();
+            if entries == 0 {
+                return Ok(());
+            }
+            self.enter_with(entries, None)?;
         }
-        Ok(())
     }
 
-    /// Enters once, however little was pushed; told of `completions`, for as many at least.
-    fn enter_for(&mut self, completions: Option<u32>) -> io::Result<()> {
+    /// The same once, however little was pushed, and for as many completions at least.
+    fn enter_for(&mut self, completions: u32) -> io::Result<()> {
         let entries = self.ring.ready_to_enter();
+        self.enter_with(entries, Some(completions))
+    }
+
+    fn enter_with(&mut self, entries: u32, completions: Option<u32>) -> io::Result<()> {
         let taken = match self.gate.enter(entries, completions) {
             // A debugger, or a stopped job that goes on.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -166,7 +173,7 @@ impl Bare {
             if let Some(datagram) = open.heard()? {
                 return Ok(datagram);
             }
-            self.enter_for(Some(0))?;
+            self.enter_for(0)?;
         }
         Err(io::Error::other("a datagram did not arrive"))
     }
@@ -426,7 +433,7 @@ impl Receive {
         let mut wakers = Vec::new();
         self.bare.ring.take_wakers(&mut wakers);
         if wakers.is_empty() {
-            self.bare.enter_for(Some(1))?;
+            self.bare.enter_for(1)?;
             self.bare.ring.take_wakers(&mut wakers);
         }
         wakers.into_iter().for_each(Waker::wake);

@@ -4,14 +4,13 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrStorage, recvmmsg, sendmmsg,
     socket,
 };
 
-use super::{BYTES_MAX, Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes};
+use super::{BYTES_MAX, Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes, wait};
 
 pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
     let Setting { bench, guests, .. } = *setting;
@@ -95,17 +94,6 @@ impl Program for Dns {
     }
 }
 
-/// How many of the events have come, at least one.
-fn wait(epoll: &Epoll, events: &mut [EpollEvent]) -> io::Result<usize> {
-    loop {
-        match epoll.wait(events, EpollTimeout::NONE) {
-            // A debugger, or a stopped job that goes on.
-            Err(Errno::EINTR) => {}
-            ready => return Ok(ready?),
-        }
-    }
-}
-
 /// Pairs of sockets behind one epoll, as an event loop has them.
 struct Echo {
     bytes: usize,
@@ -143,7 +131,7 @@ impl Program for Echo {
         let mut left = count * trips_left.len();
         let mut events = [EpollEvent::empty(); 64];
         while left > 0 {
-            let ready = wait(&self.epoll, &mut events)?;
+            let ready = wait(&self.epoll, &mut events, EpollTimeout::NONE)?;
             for event in &events[..ready] {
                 let at = usize::try_from(event.data()).map_err(io::Error::other)?;
                 let (len, from) = self.sockets[at].recv_from(&mut bytes)?;
@@ -245,7 +233,7 @@ impl Program for Receive {
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(*datagrams, None);
         let mut events = [EpollEvent::empty(); 64];
         while receiving > 0 {
-            let ready = wait(epoll, &mut events)?;
+            let ready = wait(epoll, &mut events, EpollTimeout::NONE)?;
             for event in &events[..ready] {
                 let at = usize::try_from(event.data()).map_err(io::Error::other)?;
                 let mut incoming: Vec<_> =

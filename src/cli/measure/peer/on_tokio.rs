@@ -8,7 +8,10 @@ use tokio::net::UdpSocket;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::coop::consume_budget;
 
-use super::{BYTES_MAX, Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes};
+use super::{
+    BYTES_MAX, Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes, join_all,
+    prepare_all,
+};
 
 pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
     let Setting { bench, guests, source, .. } = *setting;
@@ -33,13 +36,7 @@ fn prepare<G: Guest>(
     guest: impl AsyncFn(usize) -> io::Result<G>,
 ) -> io::Result<Box<dyn Program>> {
     let runtime = Builder::new_current_thread().enable_io().build()?;
-    let guests = runtime.block_on(async {
-        let mut ready = Vec::with_capacity(guests);
-        for at in 0..guests {
-            ready.push(guest(at).await?);
-        }
-        io::Result::Ok(ready)
-    })?;
+    let guests = runtime.block_on(prepare_all(guests, guest))?;
     Ok(Box::new(Tasks { guests, runtime }))
 }
 
@@ -63,14 +60,10 @@ impl<G: Guest> Program for Tasks<G> {
                     for _ in 0..count {
                         guest.operate().await?;
                     }
-                    // It comes back, so that taking it down is not measured.
                     io::Result::Ok(guest)
                 })
             };
-            let tasks: Vec<_> = guests.drain(..).map(run).collect();
-            for task in tasks {
-                guests.push(task.await??);
-            }
+            *guests = join_all(guests.drain(..).map(run).collect()).await?;
             Ok(())
         })
     }

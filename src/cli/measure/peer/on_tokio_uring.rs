@@ -10,7 +10,9 @@ use tokio_uring::Runtime;
 use tokio_uring::buf::BoundedBuf;
 use tokio_uring::net::UdpSocket;
 
-use super::{Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes};
+use super::{
+    Operation, Program, REQUEST_BYTES, Setting, ZEROS, expect_bytes, join_all, prepare_all,
+};
 
 /// Completions that the ring has room for at least: tokio-uring's default.
 const COMPLETIONS_MIN: usize = 512;
@@ -50,13 +52,7 @@ fn prepare<G: Guest>(
     let mut ring = tokio_uring::uring_builder();
     ring.setup_cqsize(u32::try_from(completions).map_err(io::Error::other)?);
     let runtime = Runtime::new(tokio_uring::builder().uring_builder(&ring))?;
-    let guests = runtime.block_on(async {
-        let mut ready = Vec::with_capacity(setting.guests);
-        for at in 0..setting.guests {
-            ready.push(guest(at).await?);
-        }
-        io::Result::Ok(ready)
-    })?;
+    let guests = runtime.block_on(prepare_all(setting.guests, guest))?;
     Ok(Box::new(Tasks { guests, runtime }))
 }
 
@@ -80,14 +76,10 @@ impl<G: Guest> Program for Tasks<G> {
                     for _ in 0..count {
                         guest.operate().await?;
                     }
-                    // It comes back, so that taking it down is not measured.
                     io::Result::Ok(guest)
                 })
             };
-            let tasks: Vec<_> = guests.drain(..).map(run).collect();
-            for task in tasks {
-                guests.push(task.await??);
-            }
+            *guests = join_all(guests.drain(..).map(run).collect()).await?;
             Ok(())
         })
     }
