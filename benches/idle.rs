@@ -8,8 +8,8 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use figures::{ROUNDS, Unit, criterion, group, is_test, tell};
-use wasi_uring::cli::measure::idle::{Idleness, SOCKETS_DEFAULT, Taken, measure};
-use wasi_uring::cli::measure::{Backend, WasiArg};
+use wasi_uring_cli::measure::idle::{Idleness, SOCKETS_DEFAULT, Taken, measure};
+use wasi_uring_cli::measure::{Backend, WasiArg};
 
 /// Where `cargo test --benches` has each bench run once.
 const SOCKETS_IN_TESTS: usize = 100;

@@ -1,58 +1,61 @@
-//! One guest's share of a ring: its policy, its quota, its name.
+//! What a host configures and provides for each guest: its [`UdpCtx`], and the [`UdpView`] by which
+//! the linker functions find it in a store.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::task::yield_now;
+use wasmtime::component::{HasData, ResourceTable};
 
 use crate::datagram::Family;
-use crate::driver::{Guest, Uring};
 use crate::error::ErrorCode;
-use crate::first_poll;
-use crate::limits::{GUEST_SOCKETS_DEFAULT, TURN_DATAGRAMS};
-use crate::policy::{Policy, SocketAddrUse};
-use crate::ring::slots::Room;
+use crate::limits::GUEST_SOCKETS_DEFAULT;
 use crate::socket::UdpSocket;
+use crate::socket::guest::GuestCtx;
+use crate::socket::policy::{Policy, SocketAddrUse};
+use crate::uring::Uring;
+
+/// What a store's data must provide: its guest's [`UdpCtx`] and resource table.
+pub trait UdpView: Send {
+    /// Both, borrowed together.
+    fn udp(&mut self) -> UdpCtxView<'_>;
+}
+
+/// What [`UdpView`] provides.
+#[derive(Debug)]
+pub struct UdpCtxView<'a> {
+    /// The guest's UDP configuration and ring.
+    pub ctx: &'a mut UdpCtx,
+    /// The guest's resources, the same table as [`WasiView`](wasmtime_wasi::WasiView)'s.
+    pub table: &'a mut ResourceTable,
+}
+
+/// Names, for the bindings, the data their methods are implemented for.
+pub(crate) struct Udp;
+
+impl HasData for Udp {
+    type Data<'a> = UdpCtxView<'a>;
+}
 
 /// The UDP configuration of one guest. Make one per store, as one makes a
 /// [`WasiCtx`](wasmtime_wasi::WasiCtx).
 #[derive(Debug)]
 pub struct UdpCtx(Arc<GuestCtx>);
 
-/// What a guest's sockets share.
-#[derive(Debug)]
-pub(crate) struct GuestCtx {
-    pub(crate) uring: Uring,
-    pub(crate) guest: Guest,
-    pub(crate) policy: Policy,
-    pub(crate) quota: Arc<Room>,
-    pub(crate) turn: Turn,
-}
-
-/// What a guest has had since it last suspended: one that always finds datagrams never does by
-/// itself.
-#[derive(Debug, Default)]
-pub(crate) struct Turn {
-    datagrams: AtomicUsize,
-}
-
-impl Turn {
-    pub(crate) fn begin(&self) {
-        self.datagrams.store(0, Ordering::Relaxed);
-    }
-
-    pub(crate) fn count(&self, datagrams: usize) {
-        self.datagrams.fetch_add(datagrams, Ordering::Relaxed);
-    }
-
-    pub(crate) async fn give_up_if_over(&self) {
-        if self.datagrams.load(Ordering::Relaxed) >= TURN_DATAGRAMS {
-            first_poll::over().await;
-            // Not only behind the others that are ready: also behind a look at who else is.
-            yield_now().await;
-            self.begin();
+impl UdpCtx {
+    /// Starts configuring a guest of this ring.
+    ///
+    /// Without [`allow`](UdpCtxBuilder::allow) the guest has no UDP: `access-denied` is the answer
+    /// to its creating a socket.
+    pub fn builder(uring: &Uring) -> UdpCtxBuilder {
+        UdpCtxBuilder {
+            uring: uring.clone(),
+            policy: Policy::default(),
+            sockets_max: GUEST_SOCKETS_DEFAULT,
         }
+    }
+
+    pub(crate) fn new_socket(&self, family: Family) -> Result<UdpSocket, ErrorCode> {
+        UdpSocket::new(&self.0, family)
     }
 }
 
@@ -65,41 +68,16 @@ pub struct UdpCtxBuilder {
     sockets_max: u32,
 }
 
-impl Drop for GuestCtx {
-    /// The guest and all its sockets are gone; the runtime that would close them may be, too.
-    fn drop(&mut self) {
-        self.uring.carry_out_now();
-    }
-}
-
-impl UdpCtx {
-    /// Starts configuring a guest of this ring.
-    ///
-    /// Without [`allow`](UdpCtxBuilder::allow) the guest has no UDP: to create a socket answers
-    /// `access-denied`.
-    pub fn builder(uring: &Uring) -> UdpCtxBuilder {
-        UdpCtxBuilder {
-            uring: uring.clone(),
-            policy: Policy::default(),
-            sockets_max: GUEST_SOCKETS_DEFAULT,
-        }
-    }
-
-    pub(crate) fn new_socket(&mut self, family: Family) -> Result<UdpSocket, ErrorCode> {
-        UdpSocket::new(&mut self.0, family)
-    }
-}
-
 impl UdpCtxBuilder {
-    /// Lets the guest have UDP sockets, and asks `allow` about every address before it is used;
-    /// `false` answers `access-denied`, or drops the datagram on receipt.
+    /// Lets the guest have UDP sockets, and calls `allow` with every address before it is used;
+    /// `false` answers `access-denied`, or drops the datagram on receipt. Without it UDP is refused.
     ///
     /// The check sees what wasmtime-wasi's
     /// [`socket_addr_check`](wasmtime_wasi::WasiCtxBuilder::socket_addr_check) sees: `UdpBind` with
     /// the address to bind (unspecified, with port 0, where WASI 0.3 binds by itself), `UdpSend` and
     /// `UdpReceive` with the peer to connect to, `UdpSend` with every datagram's destination, and
-    /// `UdpReceive` with every datagram's sender. It runs inside the guest's call, so it should
-    /// decide and not wait.
+    /// `UdpReceive` with every datagram's sender. It runs inside the guest's call, on the guest's
+    /// thread, so it should decide and not wait. No lock of the ring is held meanwhile.
     pub fn allow(
         mut self,
         allow: impl Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync + 'static,
@@ -109,7 +87,11 @@ impl UdpCtxBuilder {
     }
 
     /// Sockets the guest may hold at once; the next answers `new-socket-limit` (WASI 0.3:
-    /// `other(some("new-socket-limit"))`). By default [`GUEST_SOCKETS_DEFAULT`].
+    /// `other(some("new-socket-limit"))`). Any number, by default [`GUEST_SOCKETS_DEFAULT`]; 0 lets
+    /// the guest create none.
+    ///
+    /// The sockets of all guests of a ring together are bounded by its table
+    /// ([`UringBuilder::sockets`](crate::UringBuilder::sockets)), whatever the sum of these.
     pub fn sockets_max(mut self, sockets_max: u32) -> Self {
         self.sockets_max = sockets_max;
         self
@@ -118,12 +100,10 @@ impl UdpCtxBuilder {
     /// The finished configuration.
     #[must_use]
     pub fn build(self) -> UdpCtx {
-        UdpCtx(Arc::new(GuestCtx {
-            uring: self.uring,
-            guest: Guest::new(),
-            policy: self.policy,
-            quota: Room::new(self.sockets_max),
-            turn: Turn::default(),
-        }))
+        UdpCtx(Arc::new(GuestCtx::new(
+            Arc::clone(self.uring.driver()),
+            self.policy,
+            self.sockets_max,
+        )))
     }
 }

@@ -173,7 +173,7 @@ pub(crate) struct GsoMessage {
 
 // SAFETY: the pointers are only read by the kernel, whichever thread hands them over; they stay
 // good because the operation table keeps message and datagrams together
-// (`messages_that_find_no_room_leave_although_their_socket_is_dropped`).
+// (`messages_deferred_by_a_full_send_buffer_leave_although_their_socket_is_dropped`).
 #[expect(unsafe_code, reason = "msghdr and iovec hold raw pointers")]
 unsafe impl Send for GsoMessage {}
 
@@ -411,7 +411,7 @@ mod tests {
         prop_oneof![4 => usual, 1 => 0..5000_usize]
     }
 
-    /// Nobody, and peers that differ in one field each.
+    /// No peer, and peers that differ in one field each.
     fn peers() -> [Option<SocketAddr>; 6] {
         let six = |flowinfo, scope_id| {
             Some(SocketAddrV6::new([0xfe80, 0, 0, 0, 0, 0, 0, 1].into(), 1, flowinfo, scope_id))

@@ -6,10 +6,13 @@
 use io_uring::Probe;
 
 use crate::error::KERNEL_MIN;
-use crate::limits::{KEPT_SOCKETS_DEFAULT, SOCKETS_DEFAULT};
-use crate::ring::recycle::{Fitness, Soundness};
-use crate::ring::{probe, trial};
-use crate::{SetupError, Uring};
+use crate::error::SetupError;
+use crate::limits::{CACHED_SOCKETS_DEFAULT, SOCKETS_DEFAULT};
+use crate::ring::kernel_defaults::Defaults;
+use crate::ring::op::OPERATIONS;
+use crate::ring::recycle::self_test::{self, FamilySupport, Support};
+use crate::ring::setup;
+use crate::uring::Uring;
 
 /// One requirement and how it was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +81,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
 
 fn sysctl() -> Check {
     let name = "kernel.io_uring_disabled";
-    match probe::io_uring_disabled() {
+    match setup::io_uring_disabled() {
         Some(0) => Check::good(name, "0: allowed"),
         None => Check::good(name, "no such sysctl: allowed"),
         Some(1) => Check::bad(
@@ -94,7 +97,7 @@ fn sysctl() -> Check {
 }
 
 fn seccomp() -> Check {
-    if probe::seccomp_is_filtering() {
+    if setup::seccomp_is_filtering() {
         return Check::bad(
             "seccomp",
             Verdict::Limited,
@@ -107,7 +110,7 @@ fn seccomp() -> Check {
 }
 
 fn operations() -> Vec<Check> {
-    let io = match probe::set_up() {
+    let io = match setup::set_up() {
         Ok(io) => io,
         Err(error) => return vec![missing("io_uring_setup", &error)],
     };
@@ -118,7 +121,7 @@ fn operations() -> Vec<Check> {
         checks.push(missing("io_uring_register", &error));
         return checks;
     }
-    checks.extend(probe::OPERATIONS.iter().map(|(name, code, since)| {
+    checks.extend(OPERATIONS.iter().map(|(name, code, since)| {
         if supported.is_supported(*code) {
             return Check::good(name, "supported");
         }
@@ -129,8 +132,8 @@ fn operations() -> Vec<Check> {
 
 fn nofile() -> Check {
     let name = "RLIMIT_NOFILE";
-    let limit = probe::soft_limit(libc::RLIMIT_NOFILE);
-    let found = format!("{limit}: tables of up to {limit} sockets, kept ones included");
+    let limit = setup::soft_limit(libc::RLIMIT_NOFILE);
+    let found = format!("{limit}: tables of up to {limit} sockets, cached ones included");
     if limit >= u64::from(SOCKETS_DEFAULT) {
         return Check::good(name, found);
     }
@@ -146,7 +149,7 @@ const MEMLOCK_BYTES_SAFE: u64 = 1 << 20;
 
 fn memlock() -> Check {
     let name = "RLIMIT_MEMLOCK";
-    match probe::soft_limit(libc::RLIMIT_MEMLOCK) {
+    match setup::soft_limit(libc::RLIMIT_MEMLOCK) {
         libc::RLIM_INFINITY => Check::good(name, "unlimited"),
         limit if limit >= MEMLOCK_BYTES_SAFE => Check::good(name, format!("{limit} bytes")),
         limit => Check::bad(
@@ -159,11 +162,11 @@ fn memlock() -> Check {
 }
 
 fn families() -> Check {
-    match probe::Defaults::probe() {
-        Ok(probe::Defaults { v4: Some(_), v6: Some(_) }) => {
+    match Defaults::query() {
+        Ok(Defaults { v4: Some(_), v6: Some(_) }) => {
             Check::good("address families", "IPv4 and IPv6")
         }
-        Ok(probe::Defaults { v4, v6 }) => {
+        Ok(Defaults { v4, v6 }) => {
             let found = match (v4, v6) {
                 (Some(_), _) => "IPv4 only",
                 (None, Some(_)) => "IPv6 only",
@@ -178,20 +181,23 @@ fn families() -> Check {
 
 fn recycling() -> Check {
     let name = "recycling of closed sockets";
-    let Soundness { v4, v6 } = trial::soundness();
-    let is_limited = [&v4, &v6].iter().any(|fitness| matches!(fitness, Fitness::Unsound(_)));
-    let found = [("IPv4", v4), ("IPv6", v6)].map(|(family, fitness)| match fitness {
-        Fitness::Sound { also_connected: true } => format!("{family}: sound"),
-        Fitness::Sound { also_connected: false } => format!("{family}: sound unless connected"),
-        Fitness::Unsound(reason) => format!("{family}: off, {reason}"),
-        Fitness::Absent => format!("{family}: no such family"),
+    let Support { v4, v6 } = self_test::support();
+    let is_limited =
+        [&v4, &v6].iter().any(|support| matches!(support, FamilySupport::Unsupported(_)));
+    let found = [("IPv4", v4), ("IPv6", v6)].map(|(family, support)| match support {
+        FamilySupport::Works { also_connected: true } => format!("{family}: works"),
+        FamilySupport::Works { also_connected: false } => {
+            format!("{family}: works, unless connected")
+        }
+        FamilySupport::Unsupported(reason) => format!("{family}: off, {reason}"),
+        FamilySupport::NoFamily => format!("{family}: no such family"),
     });
     let found = found.join("; ");
-    let limit = probe::soft_limit(libc::RLIMIT_NOFILE);
+    let limit = setup::soft_limit(libc::RLIMIT_NOFILE);
     if limit <= u64::from(SOCKETS_DEFAULT) {
         let found =
-            format!("{found}; but a table of {SOCKETS_DEFAULT} leaves no room for kept ones");
-        let remedy = format!("raise RLIMIT_NOFILE to {}", SOCKETS_DEFAULT + KEPT_SOCKETS_DEFAULT);
+            format!("{found}; but a table of {SOCKETS_DEFAULT} leaves no room for cached ones");
+        let remedy = format!("raise RLIMIT_NOFILE to {}", SOCKETS_DEFAULT + CACHED_SOCKETS_DEFAULT);
         return Check::bad(name, Verdict::Limited, found, remedy);
     }
     if !is_limited {
@@ -203,7 +209,7 @@ fn recycling() -> Check {
 
 fn ring() -> Check {
     let name = "a ring with its table and buffers";
-    let sockets = u32::try_from(probe::soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
+    let sockets = u32::try_from(setup::soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
     let sockets = sockets.min(SOCKETS_DEFAULT);
     match Uring::builder().sockets(sockets).build() {
         Ok(_) => Check::good(name, format!("built, with {sockets} slots")),
@@ -233,7 +239,7 @@ mod tests {
     #[test]
     fn this_machine_passes_its_own_examination() {
         let checks = examine();
-        assert!(checks.len() > probe::OPERATIONS.len());
+        assert!(checks.len() > OPERATIONS.len());
         for check in checks {
             assert_ne!(check.verdict, Verdict::Missing, "{check:?}");
         }

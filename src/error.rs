@@ -1,4 +1,5 @@
-//! What can go wrong: [`SetupError`] for the host that builds a ring, [`ErrorCode`] for the guest.
+//! What can go wrong: [`SetupError`] for the host that builds a ring, [`ErrorCode`] for the guest,
+//! and the one table from the kernel's errnos to it.
 
 use std::io;
 
@@ -30,8 +31,9 @@ pub(crate) enum ErrorCode {
 pub(crate) struct Errno(pub(crate) i32);
 
 impl From<Errno> for ErrorCode {
-    /// The one errno table; wasmtime-wasi 48's (`sockets/mod.rs`), and `new-socket-limit` where
-    /// the system's own limits are reached, which WASI 0.2 has a name for.
+    /// The one errno table: wasmtime-wasi 48's (`sockets/mod.rs`), and `new-socket-limit` where the
+    /// system's own limits are reached, which WASI 0.2 has a name for. It traces, so it is not to be
+    /// called under a lock.
     fn from(Errno(errno): Errno) -> Self {
         match errno {
             libc::EPERM | libc::EACCES => Self::AccessDenied,
@@ -66,8 +68,8 @@ impl From<Errno> for ErrorCode {
     }
 }
 
-/// Why a ring could not be built, and what to change. `wasi-uring doctor` shows the same for
-/// every requirement at once.
+/// Why a ring could not be built, and what to change. `wasi-uring doctor` checks every requirement
+/// and shows the same for each.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SetupError {
@@ -84,7 +86,7 @@ pub enum SetupError {
          set it to 0, or with 1 add this process to the group in kernel.io_uring_group"
     )]
     DisabledBySysctl {
-        /// What `/proc/sys/kernel/io_uring_disabled` says: 1 or 2.
+        /// The content of `/proc/sys/kernel/io_uring_disabled`: 1 or 2.
         value: u8,
     },
 
@@ -94,7 +96,7 @@ pub enum SetupError {
          default; allow io_uring_setup, io_uring_enter and io_uring_register in the profile"
     )]
     DeniedBySeccomp {
-        /// The errno the filter answered with.
+        /// The errno the filter returned.
         errno: io::Error,
     },
 
@@ -120,7 +122,7 @@ pub enum SetupError {
          raise it (`ulimit -n {sockets}`, LimitNOFILE=, setrlimit) or ask for fewer sockets"
     )]
     TableBeyondNofile {
-        /// Slots that were asked for.
+        /// Slots the builder was given.
         sockets: u32,
         /// The soft `RLIMIT_NOFILE`.
         limit: u64,
@@ -141,7 +143,7 @@ pub enum SetupError {
     OutOfRange {
         /// The builder's method.
         option: &'static str,
-        /// What was given.
+        /// The value it was given.
         value: u64,
         /// Smallest accepted value.
         min: u64,
@@ -152,9 +154,9 @@ pub enum SetupError {
     /// Any other failure of a set-up step.
     #[error("{step} failed: {errno}")]
     Io {
-        /// What was attempted.
+        /// The step.
         step: &'static str,
-        /// What the kernel said.
+        /// The kernel's errno.
         errno: io::Error,
     },
 }

@@ -47,67 +47,108 @@
 //!
 //! Guests run as before, with Wasmtime's async calls on any tokio runtime that has I/O enabled.
 //!
-//! # Where a datagram goes
+//! # A datagram's path
 //!
-//! From a guest: [`p2`] or [`p3`] hands the call's data to `socket`, which checks each datagram and asks
-//! `policy`; the payloads move into an operation of the `ring`, where those of one size to one
-//! peer become one message (GSO, `UDP_SEGMENT`); the `driver` brings its entries to the kernel
-//! together with those of other guests. What a path or a device does not take in one message is
-//! sent apart, at once and from then on.
+//! From a guest: [`p2`] or [`p3`] hands the call's data to `socket::send`, which checks each datagram
+//! against WASI's rules and the guest's policy. The payloads move into an operation (`ring::op`,
+//! `ring::send`), where those of one size to one peer become one message (GSO, `UDP_SEGMENT`), and the
+//! operation moves into `ring::op_table`: from there on the kernel may read its memory. `ring::queues`
+//! takes its entries, and the `driver` submits them together with those of other guests. What a path or
+//! a device does not take in one message is sent apart, at once and from then on.
 //!
-//! To a guest: the kernel fills one of the ring's shared buffers and posts a completion; the ring
-//! copies each payload into memory of its own size, queues it in the socket's inbox and gives the
-//! buffer back; `socket` asks the policy about the sender when the guest takes it, and Wasmtime
-//! copies it into the guest. A socket that is seen to receive in bursts is handed equal datagrams
-//! of one sender in one message (GRO, `UDP_GRO`), which is split before it is queued.
+//! To a guest: the kernel fills one of `ring::buffers` and posts a completion. `ring::receive` copies
+//! each payload into memory of its own size, queues it in the socket's `ring::receive_queue` and gives
+//! the buffer back. `socket::receive` checks the policy for the sender when the guest takes it, and
+//! Wasmtime copies it into the guest. The kernel hands a socket that was seen to receive in bursts equal
+//! datagrams of one sender in one message (GRO, `UDP_GRO`), which is split before it is queued.
 //!
-//! # Where datagrams can be lost, and who is served when
+//! A bind: `socket::bind` → `driver` → `ring` (a slot) → `ring::op` (`write`) → `ring::queues` → the
+//! kernel; and back: `ring::queues` → `ring` → `ring::op` (`complete`) → `ring::op_table` →
+//! `driver::in_flight`, which `finish-bind` polls.
 //!
-//! A full inbox pauses its receive; what comes then waits in the kernel's receive buffer, and what
-//! that cannot hold the kernel drops. So a flood costs the flooded socket alone: no buffer of the
-//! ring is held by anybody for longer than it takes to copy. A guest that always finds datagrams
-//! lets all others have their turn after every 32, and so does, now and then, one that asks
-//! without end. [`Stats`] tells what was withheld or lost, and why.
+//! # Where datagrams can be lost, and which guest runs when
+//!
+//! A full receive queue pauses its receive: what comes then waits in the kernel's receive buffer, and
+//! what that cannot hold the kernel drops. So a flood costs the flooded socket alone, because a buffer
+//! of the ring is ours for no longer than it takes to copy. A guest that always finds datagrams yields
+//! to the other tasks of its thread after every 32, and so does, now and then, one that calls again and
+//! again. [`Stats`] counts what was withheld or lost, by reason.
 //!
 //! # Where a closed socket goes
 //!
 //! A kernel socket costs more to make and to free than the rest of a short life. One that its guest
 //! has only bound to port 0, connected, sent and received with is unbound instead of closed, and is
-//! the next guest's that binds to port 0; its table slot is its own all the while. In between no
-//! packet finds it any more, an RCU grace period lets those through that had found it before, and
-//! what they and the former owner have left is drained. `ring::recycle` has the rules,
-//! `ring::trial` tries them on the running kernel before a ring relies on them,
-//! [`UringBuilder::recycle`] sets limits or turns it off, and [`Stats`] counts.
+//! cached for the next guest that binds to port 0; it keeps its slot all the while. `ring::recycle`
+//! has the rules, `ring::recycle::self_test` tests them on the running kernel before a ring relies on
+//! them, [`UringBuilder::recycle`] sets limits or turns it off, and [`Stats`] counts.
 //!
-//! | module | its one job |
+//! # Glossary
+//!
+//! - *slot*: an entry of the ring's fixed-file table, which holds a socket without a file descriptor
+//!   (a direct descriptor);
+//! - *queue* entries: put them into the submission queue; *flush*: count them for the kernel; *submit*:
+//!   `io_uring_enter`; *reap*: take completions from the completion queue;
+//! - *in flight*: from the operation's storing in the table until its last completion; *detached*: in
+//!   flight without a caller;
+//! - *driver*: the rules and the lock by which threads share a ring; *reaper* and *flusher*: its two
+//!   tasks in each runtime;
+//! - *deferred*: a bind by number that waits for closes before it; *paused*: a receive whose queue is
+//!   full; *coalesced*: sent with other datagrams in one message;
+//! - *recycled*: a socket that had another owner; *cached*: one between two owners; *taint*: what the
+//!   last owner has left in it;
+//! - *budget*: datagrams that a guest may take before it yields; *quota*: sockets that a guest or a
+//!   ring may have open at once.
+//!
+//! # The map
+//!
+//! Each file imports only from those below it; `scripts/check-layers` has the floors and checks them.
+//!
+//! | file | its one job |
 //! |---|---|
-//! | [`p2`], [`p3`] | WASI 0.2 and 0.3: one thin function per WIT method; the linker functions |
-//! | `view` | what both need of a store; the socket as a resource |
-//! | `ctx` | one guest's share: policy, quota, ring |
-//! | `socket` | a socket's life cycle, options, sending and receiving |
-//! | `policy` | address checks, before any operation |
-//! | `driver` | who enters the kernel and when; the [`Uring`] handle; the reaper |
-//! | `ring` | queues, operations and their memory, slots, recycled sockets, buffers, set-up |
-//! | `datagram` | socket addresses, control data and messages as bytes |
-//! | `cli` | the command |
+//! | [`p2`], [`p3`] | WASI 0.2 and 0.3: the linker functions, and where answers differ from stock's |
+//! | `p2::host`, `p3::host` | one thin function per WIT method |
+//! | `p2::bindings`, `p3::bindings` | what `bindgen!` makes of the WIT, and the resources' types |
 //! | [`doctor`] | what this kernel and these limits allow |
-//! | `stats` | what went through a ring |
-//! | [`limits`] | every bound, and how they relate |
-//! | `first_poll` | what is peculiar to how Wasmtime polls concurrent calls |
+//! | `bare` | feature `bare`: a ring without WASI, the floor of the benches |
+//! | `ctx` | what a host configures per guest ([`UdpCtx`]) and provides per store ([`UdpView`]) |
+//! | `resource` | the socket in a resource table |
+//! | `socket::{bind, connect, options, send, receive}` | what guests do with a socket |
+//! | `socket` | a guest's socket: its state, create, addresses, drop |
+//! | `socket::guest` | what a guest's sockets share: driver, policy, quota, budget |
+//! | `socket::policy` | address checks, before any operation |
+//! | `uring` | what a host holds: [`Uring`] and its builder |
+//! | `driver` | what sockets call; the order of the locks |
+//! | `driver::in_flight` | the future of an operation |
+//! | `driver::flush` | waiting until entries are in the kernel |
+//! | `driver::tasks` | each runtime's reaper and flusher; `driver::runtimes`: their wakers |
+//! | `driver::enter` | one thread calls `io_uring_enter` for all |
+//! | `driver::batching` | every rule of sharing and fairness |
+//! | `driver::first_poll` | Wasmtime's first poll of a concurrent call |
+//! | `driver::lock` | a lock, and what runs after the unlock |
+//! | `ring::setup` | builds a ring, and names what is missing |
+//! | `ring` | submit, flush, complete |
+//! | `ring::recycle` | the cache of closed sockets: its door; `pool`, `taint`, `rcu`, `self_test` behind it |
+//! | `ring::op_table` | who may touch an operation's memory |
+//! | `ring::slots` | whose each slot is |
+//! | `ring::receive` | from the kernel's buffers to the sockets' queues |
+//! | `ring::op` | each operation: its entries, and what their completions come to |
+//! | `ring::send` | which datagrams become one message |
+//! | `ring::port_order` | binds by number wait for closes |
+//! | `ring::queues` | the submission and the completion queue |
+//! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
+//! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets |
+//! | `datagram` | socket addresses, control data and messages as bytes |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
-//!
-//! Dependencies point down the path of a datagram, and of the library's modules only the first two
-//! know Wasmtime's linker and tables.
+//! | [`limits`] | every bound, and how they relate |
+//! | `stats` | a ring's counters |
 
 #![cfg_attr(
     not(all(feature = "p2", feature = "p3")),
     allow(dead_code, reason = "each version of WASI uses its part of what both share")
 )]
 
-/// The command, and what its benches share with those of criterion. Nothing for embedders.
-#[cfg(feature = "cli")]
-#[doc(hidden)]
-pub mod cli;
+#[cfg(feature = "bare")]
+pub mod bare;
 pub mod doctor;
 pub mod limits;
 #[cfg(feature = "p2")]
@@ -119,22 +160,18 @@ mod ctx;
 mod datagram;
 mod driver;
 mod error;
-mod first_poll;
-mod policy;
+mod resource;
 mod ring;
 mod socket;
 mod stats;
-#[cfg(any(feature = "p2", feature = "p3"))]
-mod view;
+mod uring;
 
-pub use ctx::{UdpCtx, UdpCtxBuilder};
-pub use driver::{Uring, UringBuilder};
+pub use ctx::{UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
 pub use error::{KERNEL_MIN, SetupError};
-pub use policy::SocketAddrUse;
-pub use ring::recycle::Recycle;
+pub use ring::recycle::pool::Recycle;
+pub use socket::policy::SocketAddrUse;
 pub use stats::{ClosedInstead, Stats};
-#[cfg(any(feature = "p2", feature = "p3"))]
-pub use view::{UdpCtxView, UdpView};
+pub use uring::{Uring, UringBuilder};
 
 /// The README's example is compiled with the tests.
 #[cfg(all(doctest, feature = "p2", feature = "p3"))]

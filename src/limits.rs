@@ -11,7 +11,7 @@ pub const SOCKETS_MAX: u32 = 1 << 20;
 /// Sockets one guest may hold unless its [`UdpCtxBuilder`](crate::UdpCtxBuilder) says otherwise.
 pub const GUEST_SOCKETS_DEFAULT: u32 = 1024;
 
-/// Submission queue entries. A batch of 64 guests' binds fits; what does not waits in a backlog.
+/// Submission queue entries. The binds of 64 guests fit; a chain that does not waits in a backlog.
 pub(crate) const SQ_ENTRIES: u32 = 512;
 
 /// Completion queue entries: every submission of a full queue and all that the buffers can hold.
@@ -35,12 +35,12 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 /// Datagrams per `send` or `receive`, the number wasmtime-wasi permits.
 pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
 
-/// Sends of WASI 0.3 that one socket may have on their way at once; the others wait for one of them.
-/// Few, for the kernel tries all that wait for room whenever there is some for one.
+/// Sends of WASI 0.3 that one socket may have in flight; the others wait for one of them. Few, because
+/// the kernel tries all that wait for send buffer whenever there is some for one.
 pub(crate) const SENDS_MAX: u32 = 16;
 
-/// Datagrams a guest may take without waiting before other guests of its thread have their turn.
-pub(crate) const TURN_DATAGRAMS: usize = 32;
+/// Datagrams a guest may take without suspending before it yields to the other guests of its thread.
+pub(crate) const BUDGET_DATAGRAMS: usize = 32;
 
 /// Bytes after which one `receive` returns what it has, as wasmtime-wasi's `MAX_READ_SIZE_ALLOC`.
 pub(crate) const RECEIVE_BYTES_MAX: usize = 64 * 1024;
@@ -48,8 +48,8 @@ pub(crate) const RECEIVE_BYTES_MAX: usize = 64 * 1024;
 /// Entries of the longest linked chain: a full `send`. (A bind needs 6.)
 pub(crate) const CHAIN_ENTRIES_MAX: usize = BATCH_DATAGRAMS_MAX;
 
-/// Buffers shared by all receiving sockets of a ring. Few, because they stay in the cache, and
-/// each goes home as soon as its completion is seen.
+/// Buffers shared by all receiving sockets of a ring. Few, so that they stay in the processor's
+/// cache; each goes back to the kernel as soon as its completion is reaped.
 pub(crate) const BUFFERS: u16 = 128;
 
 /// Virtual size of one buffer; demand paging keeps the memory of small datagrams at 4 KiB.
@@ -64,59 +64,59 @@ pub(crate) const NAME_BYTES: usize = 28;
 /// Room for one control message with a value of up to eight bytes.
 pub(crate) const CONTROL_BYTES: usize = 24;
 
-/// Sends of a socket for which a refusal of datagrams in company is remembered.
+/// Sends of a socket for which a refusal of coalesced datagrams is remembered.
 pub(crate) const GSO_REFUSAL_SENDS: u16 = 1000;
 
 /// Attempts at one `send`, each of which ends with a refusal or with its thread.
 pub(crate) const SEND_ATTEMPTS_MAX: u32 = 64;
 
-/// Datagrams waiting in an inbox from which on its socket is one that receives in bursts, and is
-/// told to take equal ones in one message (`UDP_GRO`). The others are spared the operation.
+/// Datagrams waiting in a receive queue from which on its socket is one that receives in bursts, and
+/// gets GRO (`UDP_GRO`). The others are spared the operation.
 pub(crate) const BURST_DATAGRAMS: usize = 4;
 
-/// Datagrams queued for one socket before its receive is disarmed.
-pub const INBOX_DATAGRAMS_DEFAULT: usize = 64;
+/// Datagrams queued for one socket before its receive is paused.
+pub const QUEUE_DATAGRAMS_DEFAULT: usize = 64;
 
-/// Bytes queued for one socket before its receive is disarmed.
-pub const INBOX_BYTES_DEFAULT: usize = 256 * 1024;
+/// Bytes queued for one socket before its receive is paused.
+pub const QUEUE_BYTES_DEFAULT: usize = 256 * 1024;
 
-/// Shortest interval at which a ring looks for sockets that nobody needs.
+/// Shortest interval at which a ring looks for cached sockets that no bind has needed.
 pub(crate) const IDLE_MIN: Duration = Duration::from_millis(1);
 
-/// Closed sockets kept for new owners unless the builder says otherwise: in quarantine, and warm.
-pub const KEPT_SOCKETS_DEFAULT: u32 = 8192;
+/// Closed sockets cached for new owners unless the builder says otherwise: in quarantine, and ready.
+pub const CACHED_SOCKETS_DEFAULT: u32 = 8192;
 
-/// Kept sockets that are drained, and closed, per enter.
-pub(crate) const TEND_BATCH: usize = 64;
+/// Cached sockets that are drained, and closed, per tick.
+pub(crate) const TICK_BATCH: usize = 64;
 
-/// Sockets of a kind that are warm, as long as some are kept: for as many guests that bind at once.
-pub(crate) const WARM_MIN: usize = 128;
+/// Sockets of a kind that are ready, as long as some are cached: for as many guests that bind at once.
+pub(crate) const READY_MIN: usize = 128;
 
-/// Kernel memory of unread datagrams that a socket may be kept with, and so what a guest can leave
+/// Kernel memory of unread datagrams that a socket may be cached with, and so what a guest can leave
 /// behind of a flood: with 8192 sockets in quarantine 32 MiB.
-pub(crate) const KEPT_BYTES_MAX: u32 = 4096;
+pub(crate) const CACHED_BYTES_MAX: u32 = 4096;
 
-/// Things received and dropped before a kept socket is closed instead.
+/// Datagrams and errors drained before a cached socket is closed instead.
 pub(crate) const DRAINS_MAX: u32 = 64;
 
-/// Looks at a full table or quota, while another thread is in the kernel, before a socket is
+/// Retries at a full table or quota, while another thread is in the kernel, before a socket is
 /// refused.
-pub(crate) const FULL_ROOM_LOOKS_MAX: u32 = 1000;
+pub(crate) const QUOTA_RETRIES_MAX: u32 = 1000;
 
 /// Completions taken from the queue at a time.
 pub(crate) const COMPLETIONS_BATCH: usize = 64;
 
-/// Guests taking turns beyond which a shared enter costs more than it saves: each turn finds the
-/// cache cold. (With 500 guests 9 µs became 14 per echo round trip, with 4,500 28.)
-pub(crate) const CROWD_GUESTS_MAX: u64 = 128;
+/// Guests that share an enter. With more, a guest that has yielded finds its cache cold, which costs
+/// more than it saves. (With 500 guests 9 µs became 14 per echo round trip, with 4,500 28.)
+pub(crate) const BATCH_GUESTS_MAX: u64 = 128;
 
-/// Enters that a guest of such a crowd makes for itself before it lets others push again.
-pub(crate) const SPREE_FLUSHES: u32 = 32;
+/// Enters that guests make without a yield, once one has yielded to more than `BATCH_GUESTS_MAX`.
+pub(crate) const DIRECT_SUBMITS: u32 = 32;
 
-/// Payload bytes pushed since the last enter after which a guest does not wait for others to push.
-pub(crate) const FLUSH_BYTES: usize = 16 * 1024;
+/// Payload bytes queued since the last enter from which on a guest enters without a yield.
+pub(crate) const BATCH_BYTES_MAX: usize = 16 * 1024;
 
-/// Rounds that one caller enters the kernel for others before the reaper takes over.
+/// Rounds that one thread enters the kernel for all guests before the reapers take over.
 pub(crate) const COMBINE_ROUNDS_MAX: u32 = 16;
 
 /// Rounds without progress that teardown waits for the kernel to give memory back before it

@@ -1,7 +1,7 @@
 //! WASI 0.3: UDP on the ring, and all else as wasmtime-wasi has it.
 //!
 //! A guest that calls [`p3`](self)'s functions pays for what Wasmtime needs to run its calls
-//! concurrently. An engine whose guests are all of WASI 0.2 should spare them that:
+//! concurrently. An engine whose guests are all of WASI 0.2 should spare them that cost:
 //! [`Config::concurrency_support`](wasmtime::Config::concurrency_support)`(false)`.
 //!
 //! # Where the answers differ from wasmtime-wasi 48
@@ -13,46 +13,23 @@
 //! |---|---|---|---|
 //! | `create`, and what binds | `other(none)` when the process has no descriptors left | `other(some("new-socket-limit"))` when the table or the guest's quota is full | WASI 0.3 has no code for it |
 //! | `connect`, `send` of an unbound socket | when no port is left `other(none)`, and `send` waits | `address-in-use` | WIT names this code |
-//! | `send` of a connected socket that waits for room | goes to the peer the socket has by then | to the one it had | that is whom the guest meant |
-//! | `send` | all that wait for room wait in the kernel | at most 16 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
-//! | `send`, cancelled | was not sent | may have been, if room came just then | the kernel may be quicker than the cancel |
-//! | `send`s that wait for room | leave in the order of the calls, most often | in any order | they wait in the kernel, each by itself |
+//! | `send` of a connected socket that waits for send buffer | goes to the peer the socket has by then | to the one it had at the call | the guest meant that one |
+//! | `send` | all that wait for send buffer wait in the kernel | at most 16 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
+//! | `send`, cancelled | was not sent | may have been sent, if send buffer was freed just then | the kernel may be quicker than the cancel |
+//! | `send`s that wait for send buffer | leave in the order of the calls, most often | in any order | they wait in the kernel, each by itself |
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |
 //! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
 
+mod bindings;
 mod host;
 
 use wasmtime::component::Linker;
 use wasmtime_wasi::WasiView;
 
-use crate::view::{Udp, UdpView};
-
-pub use self::host::UdpSocket;
-
-mod bindings {
-    wasmtime::component::bindgen!({
-        path: "src/p3/udp.wit",
-        interfaces: "import wasi:sockets/types@0.3.0;",
-        imports: {
-            // What may wait for the ring while it holds the store; `send` and `receive`, which WIT
-            // declares async, wait beside it. All else answers from memory.
-            "wasi:sockets/types.[method]udp-socket.bind": async | trappable,
-            "wasi:sockets/types.[method]udp-socket.connect": async | trappable,
-            "wasi:sockets/types.[method]udp-socket.disconnect": async | trappable,
-            "wasi:sockets/types.[method]udp-socket.get-local-address": async | trappable,
-            "wasi:sockets/types.[method]udp-socket.set-unicast-hop-limit": async | trappable,
-            "wasi:sockets/types.[method]udp-socket.set-receive-buffer-size": async | trappable,
-            "wasi:sockets/types.[method]udp-socket.set-send-buffer-size": async | trappable,
-            default: trappable,
-        },
-        with: {
-            "wasi:sockets/shared": wasmtime_wasi::p3::bindings::sockets::types,
-            "wasi:sockets/types.udp-socket": super::UdpSocket,
-        },
-    });
-}
-
 use self::bindings::wasi::sockets::types;
+use crate::ctx::{Udp, UdpView};
+
+pub use self::bindings::UdpSocket;
 
 /// Adds all of WASI 0.3, UDP on the ring: takes the place of
 /// [`wasmtime_wasi::p3::add_to_linker`]. A linker, and a store, can have WASI 0.2 as well.
@@ -63,8 +40,8 @@ use self::bindings::wasi::sockets::types;
 /// [`concurrency_support`](wasmtime::Config::concurrency_support).
 pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     wasmtime_wasi::p3::add_to_linker(linker)?;
-    // UDP shares an interface with TCP, so ours is put over theirs. A linker does not tell whether
-    // it allows that; only one that does not refuses, and is left as it was.
+    // UDP shares an interface with TCP, so this crate's shadows wasmtime-wasi's. Whether a linker
+    // allows shadowing cannot be read. If it does not, it refuses, and is left as it was.
     if add_udp_to_linker(linker).is_err() {
         linker.allow_shadowing(true);
         let added = add_udp_to_linker(linker);

@@ -1,753 +1,561 @@
-//! The ring: submission and completion queues, and the books of what the kernel holds.
+//! The ring: submit, flush, complete.
 //!
-//! Everything here runs under the driver's lock, except [`Gate::enter`]. An operation is stored in
-//! the [`OpTable`] before its entries are pushed; a completion is booked there (or moved into its
-//! socket's [`Inbox`]) and the wakers of those concerned are collected, never called from here.
+//! Everything here runs under the driver's lock, except [`Enter::enter`]. An operation is stored in
+//! the operation table, then its entries are queued, and `flush` counts what the driver is to bring
+//! to the kernel. `reap` takes the completions: a message goes to its socket's [`ReceiveQueue`],
+//! an operation's result to the table. The wakers of the tasks concerned are collected and not
+//! called here, and what must be logged is collected too.
 
-pub(crate) mod arrivals;
-mod buffers;
-mod grace;
-pub(crate) mod inbox;
+pub(crate) mod buffers;
+pub(crate) mod eventfd;
+pub(crate) mod kernel_defaults;
 pub(crate) mod op;
-pub(crate) mod probe;
+pub(crate) mod op_table;
+mod port_order;
+pub(crate) mod queues;
+pub(crate) mod quota;
+mod receive;
+pub(crate) mod receive_queue;
 pub(crate) mod recycle;
 pub(crate) mod send;
-pub(crate) mod slots;
-pub(crate) mod table;
+pub(crate) mod setup;
+mod slots;
 #[cfg(test)]
 mod tests;
-pub(crate) mod trial;
 
-use std::collections::VecDeque;
-use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 use std::task::Waker;
 
 use io_uring::squeue::Entry;
-use io_uring::types::{CancelBuilder, Timespec};
-use io_uring::{IoUring, cqueue};
 
-use self::buffers::{BufferId, BufferRing};
-use self::grace::{Grace, News};
-use self::inbox::{Datagram, Inbox};
-use self::op::{BindOp, Op, SocketMemory, SocketOption};
-use self::recycle::{Drained, Recycler, Unfit};
-use self::slots::{Ending, Holds, Opened, Receive, Room, SlotIndex, SlotState, SlotTable};
-use self::table::{Ended, OpKey, OpTable, Outcome};
-use crate::datagram::{parse_received, receive_header};
-use crate::error::Errno;
+use self::buffers::BufferRing;
+use self::op::{BindOp, Books, Completed, Op, OpResult, Output, SocketMemory, SocketOption};
+use self::op_table::{Ended, Leftover, OpTable, Registered};
+use self::port_order::PortOrder;
+use self::queues::{Completion, EMPTY_BATCH, Enter, OpKey, Queues, SlotIndex};
+use self::quota::Quota;
+use self::receive::{Delivered, Receives};
+use self::receive_queue::ReceiveQueue;
+use self::recycle::taint::Reason;
+use self::recycle::{Next, Recycler};
+use self::slots::{Receive, Releasing, SlotState, SlotTable};
 use crate::limits::{
-    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, KEPT_BYTES_MAX,
-    TEARDOWN_ROUNDS_MAX, TEND_BATCH,
+    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX,
 };
 use crate::stats::Stats;
 
-/// The door to the kernel, usable without the driver's lock.
-#[derive(Clone)]
-pub(crate) struct Gate(Arc<IoUring>);
-
-impl Gate {
-    /// Submits `entries` entries and returns how many the kernel took. Told of `completions`, it
-    /// also brings those kept aside for want of room, and blocks the thread until as many are there.
-    #[expect(unsafe_code, reason = "io_uring_enter(2)")]
-    pub(crate) fn enter(&self, entries: u32, completions: Option<u32>) -> io::Result<u32> {
-        // IORING_ENTER_GETEVENTS.
-        let (flags, completions) = (u32::from(completions.is_some()), completions.unwrap_or(0));
-        // SAFETY: no argument is passed that the kernel would read or write; the memory that the
-        // entries point to is kept by the operation table until their last completion
-        // (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`).
-        let taken = unsafe {
-            self.0.submitter().enter::<libc::sigset_t>(entries, completions, flags, None)
-        }?;
-        Ok(u32::try_from(taken).unwrap_or(u32::MAX))
-    }
-}
-
-/// What came of an operation, for its caller.
-pub(crate) struct Done {
-    pub(crate) error: Option<Errno>,
-    /// Datagrams that a `send` got into the kernel.
-    pub(crate) sent: u64,
-    /// What FIXED_FD_INSTALL has made.
-    pub(crate) descriptor: Option<OwnedFd>,
-}
-
-/// A completion queue entry.
-#[derive(Clone, Copy, Debug)]
-struct Completion {
-    user_data: u64,
-    result: i32,
-    flags: u32,
-}
-
-/// A bind to a port by number, which must not overtake the closes pushed before it.
-struct Held {
-    key: OpKey,
-    closes_before: u64,
-}
-
 pub(crate) struct Ring {
-    io: Arc<IoUring>,
+    queues: Queues,
     ops: OpTable,
     slots: SlotTable,
-    grace: Grace,
-    /// `None` once leaked.
-    buffers: Option<BufferRing>,
-    /// What every receive is armed with; boxed, for the kernel reads it by address.
-    receive_header: Box<libc::msghdr>,
-    /// Chains that did not fit the submission queue, in order.
-    backlog: VecDeque<Vec<Entry>>,
-    held: VecDeque<Held>,
+    /// The sockets that guests may have open at once.
+    quota: Arc<Quota>,
+    ports: PortOrder,
+    recycler: Recycler,
+    receives: Receives,
+    /// Empty between calls; its memory is reused.
     chain: Vec<Entry>,
-    /// Entries pushed so far, the backlog's included.
-    pushed: u64,
-    /// Nobody is left who could want anything.
-    is_ending: bool,
-    /// Payload bytes pushed since everything was last handed to the kernel.
+    /// As `chain`.
+    recycling: Vec<(SlotIndex, Op)>,
+    /// Payload bytes queued since the last flush.
     unsent_bytes: usize,
+    /// The ring is being dropped.
+    is_ending: bool,
     wakers: Vec<Waker>,
     pub(crate) stats: Stats,
 }
 
-// SAFETY: the only field that is not Send by itself is the header's null pointers.
-#[expect(unsafe_code, reason = "msghdr holds raw pointers")]
-unsafe impl Send for Ring {}
-
 impl Ring {
-    fn new(
-        io: IoUring,
-        buffers: BufferRing,
-        room: Arc<Room>,
-        recycler: Recycler,
-        grace: Grace,
-    ) -> Self {
+    fn new(queues: Queues, buffers: BufferRing, quota: Arc<Quota>, recycler: Recycler) -> Self {
         Self {
-            io: Arc::new(io),
+            queues,
             ops: OpTable::default(),
-            slots: SlotTable::new(room, recycler),
-            grace,
-            buffers: Some(buffers),
-            receive_header: Box::new(receive_header()),
-            backlog: VecDeque::new(),
-            held: VecDeque::new(),
+            slots: SlotTable::new(quota.capacity() + recycler.slots()),
+            quota,
+            ports: PortOrder::default(),
+            recycler,
+            receives: Receives::new(buffers),
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
-            pushed: 0,
-            is_ending: false,
+            recycling: Vec::new(),
             unsent_bytes: 0,
+            is_ending: false,
             wakers: Vec::new(),
             stats: Stats::default(),
         }
     }
 
-    pub(crate) fn gate(&self) -> Gate {
-        Gate(Arc::clone(&self.io))
+    pub(crate) fn enter(&self) -> Enter {
+        self.queues.enter()
     }
 
-    // ---- slots ------------------------------------------------------------------------------
+    // ---- submit -----------------------------------------------------------------------------
 
-    /// The owner of a slot is gone: cancels its receive, closes or unbinds its socket, and gives
-    /// the slot away or keeps the socket once the last completion of both has come.
-    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Room>, unread: u64) {
-        self.stats.dropped_at_close += unread;
-        let (ops, slots) = (&mut self.ops, &mut self.slots);
-        self.held.retain(|held| {
-            let mine = ops.find(held.key.user_data()).is_some_and(|(_, other, _)| other == slot);
-            if mine {
-                ops.withdraw(held.key);
-                // Of an open slot, so nothing follows.
-                let _ = slots.end(slot, false);
-            }
-            !mine
-        });
-        match self.slots.state(slot) {
-            SlotState::Free
-            | SlotState::Closing { .. }
-            | SlotState::Kept { .. }
-            | SlotState::GivenUp => return,
-            SlotState::Open { receive: Receive::Armed(key) } => {
-                // In the same submission as the CLOSE, which else would answer 0 and free nothing.
-                let cancel = op::cancel(key.user_data());
-                self.push_chain(&[cancel]);
-            }
-            // Of a bind that was held the kernel knows nothing; the CLOSE of its empty slot then
-            // answers EBADF, which is as good.
-            SlotState::Open { .. } => {}
-        }
-        if let Some(ending) = self.slots.close(slot, quota) {
-            self.push_ending(slot, ending);
-        }
+    /// Submits an operation that a caller will wait for.
+    pub(crate) fn submit(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+        let op = self.prepare(slot, op);
+        let key = self.ops.insert(op, slot);
+        self.queue(key);
+        key
     }
 
-    fn push_ending(&mut self, slot: SlotIndex, ending: Ending) {
-        if ending == Ending::Unbind {
-            self.submit_unclaimed(slot, Op::Unbind(Box::new(SocketMemory::unknown())));
-            return;
-        }
-        if self.slots.takes_bursts(slot) {
-            self.submit_unclaimed(slot, Op::CountDrops(Box::new(SocketMemory::unknown())));
-        }
-        self.submit_unclaimed(slot, Op::Close);
+    fn submit_detached(&mut self, slot: SlotIndex, op: Op) -> OpKey {
+        let op = self.prepare(slot, op);
+        let key = self.ops.insert_detached(op, slot);
+        self.queue(key);
+        key
     }
 
-    // ---- recycling --------------------------------------------------------------------------
-
-    /// Moves kept sockets on: into a grace period, out of it, and out of the way.
-    fn tend(&mut self) {
-        match self.grace.take_news() {
-            Some(News::Over) => self.slots.end_grace(),
-            Some(News::Time) => self.slots.recycler.idle(),
-            Some(News::Failed) => self.slots.recycler.turn_off("there are no grace periods"),
-            None => {}
-        }
-        self.begin_grace();
-        let recycler = &self.slots.recycler;
-        if recycler.is_empty() {
-            return;
-        }
-        self.grace.set_timer(recycler.limits().idle);
-        for _ in 0..TEND_BATCH {
-            let Some(slot) = self.slots.recycler.next_to_drain() else { break };
-            self.drain(slot);
-        }
-        for _ in 0..TEND_BATCH {
-            let Some(slot) = self.slots.recycler.next_surplus() else { break };
-            self.give_up(slot);
-        }
-    }
-
-    fn begin_grace(&mut self) {
-        if self.slots.recycler.begin_grace() {
-            self.grace.begin();
-        }
-    }
-
-    /// Whether there is something that `tend` has not heard of.
-    pub(crate) fn has_news(&self) -> bool {
-        self.grace.has_news()
-    }
-
-    /// Whether `tend` would push more.
-    pub(crate) fn has_kept_work(&self) -> bool {
-        self.slots.recycler.has_work()
-    }
-
-    fn drain(&mut self, slot: SlotIndex) {
-        let ask = self.slots.history(slot).may_be_sending();
-        let memory = ask.then(|| Box::new(SocketMemory::unknown()));
-        self.submit_unclaimed(slot, Op::Drain(memory));
-    }
-
-    fn drained(&mut self, slot: SlotIndex, is_empty: bool) {
-        match self.slots.drained(slot, is_empty) {
-            Drained::Again => self.drain(slot),
-            Drained::Warm => {}
-            Drained::Close => self.give_up(slot),
-        }
-    }
-
-    /// Closes as many sockets as are kept now, bit by bit.
-    pub(crate) fn close_kept(&mut self) {
-        self.slots.recycler.give_up(Unfit::Idle);
-    }
-
-    fn give_up(&mut self, slot: SlotIndex) {
-        self.slots.give_up(slot);
-        self.push_ending(slot, Ending::Close);
-    }
-
-    // ---- submissions ------------------------------------------------------------------------
-
-    /// Pushes an operation that somebody will wait for.
-    pub(crate) fn submit(&mut self, slot: SlotIndex, mut op: Op) -> OpKey {
+    fn prepare(&mut self, slot: SlotIndex, mut op: Op) -> Op {
+        let slot = self.slots.get(slot);
         if let Op::Send(send) = &mut op {
-            send.plan(self.slots.segment_max(slot));
+            send.plan(slot.segment_limit.of_next_send());
             self.unsent_bytes += send.bytes();
         }
-        self.record(slot, &op);
-        self.slots.begin(slot, matches!(op, Op::Send(_)));
-        let key = self.ops.insert(op, slot);
-        self.push(key);
-        key
+        op.mark(&mut slot.taint);
+        op
     }
 
-    /// Tells a slot's history of an operation that leaves something in its socket.
-    fn record(&mut self, slot: SlotIndex, op: &Op) {
-        let history = self.slots.history(slot);
-        match op {
-            Op::Send(_) => history.send(),
-            Op::Connect(_) => history.connect(),
-            Op::SetOption(_) => history.spoil(Unfit::Options),
-            // `submit_bind` does so itself, for one that is held, too.
-            Op::Bind(_)
-            | Op::Receive(_)
-            | Op::Install
-            | Op::CountDrops(_)
-            | Op::Unbind(_)
-            | Op::Drain(_)
-            | Op::Close => {}
-        }
+    /// Queues the entries of an operation in the table: from here on its memory is the kernel's.
+    fn queue(&mut self, key: OpKey) {
+        let Some((slot, op)) = self.ops.find(key) else { return };
+        self.chain.clear();
+        op.write(slot, key.user_data(), self.receives.header(), &mut self.chain);
+        self.queues.queue(&self.chain);
     }
 
-    fn submit_unclaimed(&mut self, slot: SlotIndex, op: Op) -> OpKey {
-        self.record(slot, &op);
-        let key = self.ops.insert_unclaimed(op, slot);
-        self.slots.begin(slot, false);
-        self.push(key);
-        key
+    fn cancel_op(&mut self, key: OpKey) {
+        self.queues.queue(&[op::cancel(key)]);
     }
 
-    /// Pushes the chain that makes and binds a socket which has its place in the room, in the slot
-    /// it has or is given now. A bind to a port by number is held until the closes pushed before it
-    /// are done: they may be giving up that very port.
+    /// Submits the chain that makes and binds a socket, for which the caller has taken a unit of the
+    /// ring's quota, in the slot that it has or gets now. A bind to a port by number is deferred
+    /// while closes go on that may be giving up that very port.
     pub(crate) fn submit_bind(
         &mut self,
         slot: Option<SlotIndex>,
         mut bind: Box<BindOp>,
     ) -> (SlotIndex, OpKey) {
-        let (names_port, is_addressed) = (bind.addr.port() != 0, bind.is_addressed());
-        let slot = slot.unwrap_or_else(|| {
-            let reused = (!names_port && !bind.sets_options()).then(|| bind.sets_source());
-            let Opened { slot, holds } = self.slots.open(bind.family, reused);
-            bind.is_recycled = holds == Holds::Warm;
-            if holds == Holds::Evicted {
-                // If SOCKET failed, BIND would go on with what it has not replaced.
-                self.submit_unclaimed(slot, Op::Close);
-            }
-            slot
-        });
-        let history = self.slots.history(slot);
-        history.bind(is_addressed);
-        if names_port {
-            history.spoil(Unfit::NamedPort);
-        }
-        if bind.sets_options() {
-            history.spoil(Unfit::Options);
-        }
+        let slot = slot.unwrap_or_else(|| self.slot_for(&mut bind));
+        let is_deferred = bind.names_port() && self.ports.is_closing();
         let op = Op::Bind(bind);
-        let closes_before = self.slots.closes().next();
-        if !names_port || self.slots.closes().all_finished_before(closes_before) {
+        if !is_deferred {
             return (slot, self.submit(slot, op));
         }
+        let op = self.prepare(slot, op);
         let key = self.ops.insert(op, slot);
-        self.slots.begin(slot, false);
-        self.held.push_back(Held { key, closes_before });
+        self.ports.defer(key, slot);
         (slot, key)
     }
 
-    /// Arms the slot's receive unless that has been done.
-    pub(crate) fn arm(&mut self, slot: SlotIndex, inbox: &Arc<Inbox>) {
-        if matches!(self.slots.state(slot), SlotState::Open { receive: Receive::Idle }) {
-            let key = self.submit_unclaimed(slot, Op::Receive(Arc::clone(inbox)));
-            *self.slots.state(slot) = SlotState::Open { receive: Receive::Armed(key) };
-        }
-    }
-
-    /// Lets a paused receive go on.
-    pub(crate) fn resume(&mut self, slot: SlotIndex) {
-        if let SlotState::Open { receive } = self.slots.state(slot)
-            && let Receive::Full(inbox) = receive
+    /// A slot for a new owner: with a recycled socket, if one is as good for this bind as a new one;
+    /// else a free one, or a cached one whose socket goes. There is one, because cached sockets that
+    /// are not in a pool have slots beside the quota's.
+    fn slot_for(&mut self, bind: &mut BindOp) -> SlotIndex {
+        if let Some(sets_source) = bind.recyclable()
+            && let Some(slot) = self.recycler.acquire(bind.family, sets_source)
         {
-            let inbox = Arc::clone(inbox);
-            *receive = Receive::Idle;
+            bind.is_recycled = true;
+            self.slots.take_cached(slot);
+            return slot;
+        }
+        if let Some(slot) = self.slots.take_free(bind.family) {
+            return slot;
+        }
+        let slot = self.recycler.evict().expect("the quota leaves a slot");
+        self.slots.take_evicted(slot, bind.family);
+        // If SOCKET failed, BIND would go on with the socket that it has not replaced.
+        self.submit_detached(slot, Op::Close);
+        slot
+    }
+
+    /// Ends a `send` of one message whose caller is gone, if it still waits for buffer space.
+    pub(crate) fn cancel_send(&mut self, key: OpKey) {
+        if let Some(send) = self.ops.send_mut(key) {
+            debug_assert_eq!(send.messages(), 1, "a cancel ends one entry");
+            send.cancel();
+            self.cancel_op(key);
+        }
+    }
+
+    // ---- receives ---------------------------------------------------------------------------
+
+    /// Arms a socket's receive into this queue, unless it is armed.
+    pub(crate) fn arm(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
+        let owned = self.slots.get(slot);
+        if owned.is_owned() && owned.receive.is_none() {
+            let key = self.submit_detached(slot, Op::Receive(Arc::clone(queue)));
+            self.slots.get(slot).receive = Some(Receive { key, is_cancelled: false });
+        }
+    }
+
+    /// Arms a receive again whose queue was paused and is no longer. If its cancel is still on its
+    /// way, `end_receive` will.
+    pub(crate) fn resume(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
+        let owned = self.slots.get(slot);
+        if owned.is_owned() && owned.receive.is_none() {
             self.stats.rearms += 1;
-            self.arm(slot, &inbox);
+            self.arm(slot, queue);
         }
     }
 
-    fn push(&mut self, key: OpKey) {
-        let Some((_, slot, op)) = self.ops.find(key.user_data()) else { return };
-        let mut chain = std::mem::take(&mut self.chain);
-        op.write(slot, key.user_data(), &raw const *self.receive_header, &mut chain);
-        self.push_chain(&chain);
-        chain.clear();
-        self.chain = chain;
-    }
-
-    /// Pushes entries that must stay together, in order with all others.
-    fn push_chain(&mut self, chain: &[Entry]) {
-        self.pushed += chain.len() as u64;
-        if !self.backlog.is_empty() || !self.try_push(chain) {
-            self.backlog.push_back(chain.to_vec());
-        }
-    }
-
-    #[expect(unsafe_code, reason = "the submission queue")]
-    fn try_push(&mut self, chain: &[Entry]) -> bool {
-        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-        let mut queue = unsafe { self.io.submission_shared() };
-        // SAFETY: what the entries point to is kept by the operation table until their last
-        // completion (`an_abandoned_operation_keeps_its_memory_until_the_last_completion`), and the
-        // receive header by the ring.
-        unsafe { queue.push_multiple(chain) }.is_ok()
-    }
-
-    /// Moves what waits into the submission queue, and returns how many entries are in it.
-    #[expect(unsafe_code, reason = "the submission queue")]
-    pub(crate) fn ready_to_enter(&mut self) -> u32 {
-        if !self.is_ending {
-            self.tend();
-        }
-        while let Some(chain) = self.backlog.pop_front() {
-            if !self.try_push(&chain) {
-                self.backlog.push_front(chain);
-                break;
+    fn complete_receive(&mut self, key: OpKey, slot: SlotIndex, completion: Completion) {
+        let Some((_, Op::Receive(queue))) = self.ops.find(key) else { return };
+        let queue = Arc::clone(queue);
+        let pushed = match self.receives.deliver(completion, &queue, &mut self.stats) {
+            Delivered::Message(pushed) => {
+                if pushed.queued >= BURST_DATAGRAMS {
+                    self.enable_gro(slot);
+                }
+                Some(pushed)
+            }
+            Delivered::Error(pushed) => {
+                self.slots.get(slot).taint.mark(Reason::Error);
+                Some(pushed)
+            }
+            Delivered::Nothing => None,
+        };
+        if let Some(pushed) = pushed {
+            self.wakers.extend(pushed.waker);
+            if pushed.pauses {
+                self.stats.pauses += 1;
+                if completion.has_more() {
+                    self.cancel_receive(slot);
+                }
             }
         }
-        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-        let queue = unsafe { self.io.submission_shared() };
-        self.unsent_bytes = 0;
-        u32::try_from(queue.len()).unwrap_or(u32::MAX)
+        if !completion.has_more() {
+            self.end_receive(key, slot, &queue);
+        }
     }
 
-    /// Payload bytes that wait for an enter.
+    /// A receive has had its last completion. Zero-length datagrams, pending errors, an empty buffer
+    /// ring, an overflow and the exit of its thread all end it. What follows waits in the kernel
+    /// until it is armed again.
+    fn end_receive(&mut self, key: OpKey, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
+        let owned = self.slots.get(slot);
+        let is_wanted = owned.is_owned() && !self.is_ending && !queue.is_paused();
+        if is_wanted && owned.receive.is_some_and(|receive| !receive.is_cancelled) {
+            self.stats.rearms += 1;
+            self.ops.restart(key);
+            return self.queue(key);
+        }
+        owned.receive = None;
+        if !owned.is_owned() {
+            self.stats.dropped_at_close += queue.discard();
+        }
+        self.end(key, slot, Ok(Output::Done));
+        if is_wanted {
+            // Its guest had taken enough while the cancel was on its way. A new operation, because a
+            // cancel that came late must not end the next receive.
+            self.resume(slot, queue);
+        }
+    }
+
+    fn cancel_receive(&mut self, slot: SlotIndex) {
+        if let Some(receive) = &mut self.slots.get(slot).receive
+            && !receive.is_cancelled
+        {
+            receive.is_cancelled = true;
+            let key = receive.key;
+            self.cancel_op(key);
+        }
+    }
+
+    /// Has the kernel hand over equal datagrams of one sender in one message from now on.
+    fn enable_gro(&mut self, slot: SlotIndex) {
+        let owned = self.slots.get(slot);
+        if owned.is_owned() && !owned.has_gro {
+            owned.has_gro = true;
+            self.submit_detached(slot, Op::SetOption(Box::new(SocketOption::GRO)));
+        }
+    }
+
+    // ---- closes -----------------------------------------------------------------------------
+
+    /// A guest has dropped a socket: cancels its receive, and closes or unbinds the socket once no
+    /// send waits for buffer space. After the last completion the slot is free, or its socket is
+    /// cached. `unread`: datagrams that the guest has left in its queue.
+    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Quota>, unread: u64) {
+        self.stats.dropped_at_close += unread;
+        // A bind that was deferred the kernel does not know. The CLOSE of its empty slot then
+        // answers EBADF, which is as good.
+        if let Some(key) = self.ports.withdraw(slot) {
+            self.ops.withdraw(key);
+        }
+        let owned = self.slots.get(slot);
+        if !owned.is_owned() {
+            return;
+        }
+        let (taint, is_receiving) = (owned.taint, owned.receive.is_some());
+        // Together with the CLOSE, which else would answer 0 and free nothing.
+        self.cancel_receive(slot);
+        let is_busy = self.ops.in_flight(slot).all > u32::from(is_receiving);
+        let close = self.ports.begin_close();
+        let mut releasing = Releasing { close, is_submitted: false, quota: None };
+        if let Some(unbind) = self.recycler.release(slot, taint, is_busy) {
+            releasing.is_submitted = true;
+            quota.put_back();
+            self.slots.get(slot).state = SlotState::Releasing(releasing);
+            self.submit_detached(slot, unbind);
+        } else {
+            // A unit of the guest's quota is the slot's until the CLOSE is submitted.
+            releasing.quota = Some(Arc::clone(quota));
+            self.slots.get(slot).state = SlotState::Releasing(releasing);
+            self.submit_close_after_sends(slot);
+        }
+    }
+
+    /// Submits the CLOSE of a socket that its guest has dropped, once no send is in flight.
+    fn submit_close_after_sends(&mut self, slot: SlotIndex) {
+        let in_flight = self.ops.in_flight(slot);
+        let SlotState::Releasing(releasing) = &mut self.slots.get(slot).state else { return };
+        if in_flight.sends > 0 {
+            if in_flight.all == in_flight.sends {
+                // They may wait for ever: a bind by number does not wait for them.
+                self.ports.end_close(releasing.close);
+            }
+            return;
+        }
+        releasing.is_submitted = true;
+        if let Some(quota) = releasing.quota.take() {
+            quota.put_back();
+        }
+        self.submit_close(slot);
+    }
+
+    fn submit_close(&mut self, slot: SlotIndex) {
+        if self.slots.get(slot).has_gro {
+            self.submit_detached(slot, Op::CountDrops(Box::new(SocketMemory::unknown())));
+        }
+        self.submit_detached(slot, Op::Close);
+    }
+
+    /// An operation on a slot has ended: moves on a socket that no guest owns, and then the binds
+    /// that were deferred behind it.
+    fn advance(&mut self, slot: SlotIndex, result: &OpResult) {
+        match &self.slots.get(slot).state {
+            SlotState::Free | SlotState::Owned => return,
+            SlotState::Releasing(releasing) if !releasing.is_submitted => {
+                self.submit_close_after_sends(slot);
+            }
+            SlotState::Releasing(_) | SlotState::Cached => {
+                if self.ops.in_flight(slot).all == 0 {
+                    self.conclude(slot, result);
+                }
+            }
+        }
+        while let Some(key) = self.ports.take_due() {
+            self.queue(key);
+        }
+    }
+
+    /// No operation is in flight on a slot that no guest owns.
+    fn conclude(&mut self, slot: SlotIndex, result: &OpResult) {
+        let taint = self.slots.get(slot).taint;
+        match self.recycler.completed(slot, taint, result) {
+            Next::Submit(op) => {
+                self.submit_detached(slot, op);
+            }
+            Next::Refuse => self.submit_close(slot),
+            Next::Keep => self.end_release(slot),
+            Next::Free => {
+                self.end_release(slot);
+                self.slots.free(slot);
+            }
+        }
+    }
+
+    /// The socket has given up its port, and the guest its unit of the ring's quota.
+    fn end_release(&mut self, slot: SlotIndex) {
+        let state = std::mem::replace(&mut self.slots.get(slot).state, SlotState::Cached);
+        if let SlotState::Releasing(releasing) = state {
+            self.ports.end_close(releasing.close);
+            self.quota.put_back();
+        }
+    }
+
+    // ---- recycling --------------------------------------------------------------------------
+
+    /// Closes the sockets that are cached now, bit by bit.
+    pub(crate) fn close_cached(&mut self) {
+        self.recycler.close_all();
+    }
+
+    /// Whether something has happened that the next flush takes note of.
+    pub(crate) fn has_event(&self) -> bool {
+        self.recycler.has_event()
+    }
+
+    /// Whether the next flush submits operations on cached sockets.
+    pub(crate) fn has_cached_work(&self) -> bool {
+        self.recycler.has_work()
+    }
+
+    fn tick(&mut self) {
+        let mut ops = std::mem::take(&mut self.recycling);
+        self.recycler.tick(&mut ops);
+        for (slot, op) in ops.drain(..) {
+            self.submit_detached(slot, op);
+        }
+        self.recycling = ops;
+    }
+
+    // ---- flush ------------------------------------------------------------------------------
+
+    /// Readies what was queued, and returns how many entries the next `io_uring_enter` is to submit.
+    pub(crate) fn flush(&mut self) -> u32 {
+        if !self.is_ending {
+            self.tick();
+        }
+        self.unsent_bytes = 0;
+        self.queues.flush()
+    }
+
+    /// Payload bytes that wait for a flush.
     pub(crate) fn unsent_bytes(&self) -> usize {
         self.unsent_bytes
     }
 
-    /// Whether completions are kept aside because their queue was full.
-    #[expect(unsafe_code, reason = "the submission queue's flags")]
-    pub(crate) fn has_overflow(&mut self) -> bool {
-        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-        unsafe { self.io.submission_shared() }.cq_overflow()
-    }
-
-    /// Whether completions wait for the thread that armed a receive to enter the kernel.
-    #[expect(unsafe_code, reason = "the submission queue's flags")]
-    pub(crate) fn has_task_work(&mut self) -> bool {
-        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-        unsafe { self.io.submission_shared() }.taskrun()
-    }
-
-    /// Entries pushed so far; an operation has reached the kernel when `submitted` is as large.
-    pub(crate) fn pushed(&self) -> u64 {
-        self.pushed
+    /// Entries queued so far: an operation has reached the kernel when `submitted` is as large.
+    pub(crate) fn queued(&self) -> u64 {
+        self.queues.queued()
     }
 
     pub(crate) fn submitted(&self) -> u64 {
         self.stats.submissions
     }
 
-    // ---- completions ------------------------------------------------------------------------
+    pub(crate) fn has_overflow(&mut self) -> bool {
+        self.queues.has_overflow()
+    }
 
-    /// Books every completion that has come.
-    #[expect(unsafe_code, reason = "the completion queue")]
-    pub(crate) fn complete_all(&mut self) {
-        let mut batch = [const { MaybeUninit::uninit() }; COMPLETIONS_BATCH];
-        // Bounded, for a flood fills the queue as fast as it is emptied; `listen` tells of the rest.
+    pub(crate) fn has_task_work(&mut self) -> bool {
+        self.queues.has_task_work()
+    }
+
+    pub(crate) fn enable_notifications(&mut self) -> bool {
+        self.queues.enable_notifications()
+    }
+
+    pub(crate) fn disable_notifications(&mut self) {
+        self.queues.disable_notifications();
+    }
+
+    // ---- complete ---------------------------------------------------------------------------
+
+    /// Takes every completion that has come.
+    pub(crate) fn reap(&mut self) {
+        let mut batch = EMPTY_BATCH;
+        // Bounded, because a flood fills the queue as fast as it is emptied; what is left makes
+        // `enable_notifications` answer `true`.
         for _ in 0..CQ_ENTRIES as usize / COMPLETIONS_BATCH {
-            // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-            let mut queue = unsafe { self.io.completion_shared() };
-            let batch = queue.fill(&mut batch);
-            drop(queue);
+            let entries = self.queues.reap(&mut batch);
             let pauses = self.stats.pauses;
-            for entry in &*batch {
-                self.complete(Completion {
-                    user_data: entry.user_data(),
-                    result: entry.result(),
-                    flags: entry.flags(),
-                });
+            for entry in entries {
+                self.complete(Completion::from(entry));
             }
-            // A receive that is to pause must be cancelled before more of it is taken.
-            if batch.len() < COMPLETIONS_BATCH || self.stats.pauses > pauses {
+            // The cancel of a receive that pauses must reach the kernel before more is taken.
+            if entries.len() < COMPLETIONS_BATCH || self.stats.pauses > pauses {
                 break;
             }
         }
         if !self.is_ending {
-            // What is unbound now need not wait for the next enter.
-            self.begin_grace();
+            // For the sockets unbound just now, which need not wait for the next flush.
+            self.recycler.begin_grace();
         }
     }
 
     fn complete(&mut self, completion: Completion) {
         self.stats.completions += 1;
-        let Completion { user_data, result, flags } = completion;
-        if let Some(target) = op::cancelled_by(user_data) {
-            // Only failures complete. If the target has not ended, the cancel came while it was
-            // between two waits: once more, for without a receive's end its slot is lost.
+        if let Some(target) = completion.cancel_target() {
+            // Only a cancel's failure completes. If its target has not ended, the cancel came while
+            // that was between two waits: once more, because without a receive's end its slot is
+            // lost.
             if self.ops.find(target).is_some() {
-                self.push_chain(&[op::cancel(target)]);
+                self.cancel_op(target);
             }
             return;
         }
-        let Some((key, slot, op)) = self.ops.find(user_data) else {
-            // Nobody's; a buffer it names is ours again all the same.
-            if let (Some(id), Some(buffers)) = (cqueue::buffer_select(flags), &mut self.buffers) {
-                buffers.publish(BufferId(id));
-            }
-            return;
+        let key = OpKey::from_user_data(completion.user_data);
+        let Some((key, (slot, op))) = key.and_then(|key| Some((key, self.ops.find(key)?))) else {
+            // Of no operation; a buffer that it names is ours again all the same.
+            return self.receives.put_back(completion);
         };
-        if let Op::Receive(inbox) = op {
-            let inbox = Arc::clone(inbox);
-            return self.complete_receive(key, slot, &inbox, completion);
+        if matches!(op, Op::Receive(_)) {
+            return self.complete_receive(key, slot, completion);
         }
-        let Some((op, outcome)) = self.ops.count(key, result) else { return };
-        if let Op::Bind(bind) = op
-            && bind.is_recycled
-        {
-            self.slots.recycler.taken(outcome.error.is_none());
-            if outcome.error.is_some() && matches!(self.slots.state(slot), SlotState::Open { .. }) {
-                // An error is never the former owner's: a new socket, in the same slot, shall tell.
-                bind.is_recycled = false;
-                self.slots.replace(slot, bind.family, bind.is_addressed());
+        let Some(outcome) = self.ops.count(key, completion.result) else { return };
+        // The last completion: the operation's memory is ours again.
+        let Some((slot, op)) = self.ops.find(key) else { return };
+        let entry = self.slots.get(slot);
+        let mut books = Books {
+            is_owned: entry.is_owned(),
+            is_ending: self.is_ending,
+            stats: &mut self.stats,
+            taint: &mut entry.taint,
+            segment_limit: &mut entry.segment_limit,
+        };
+        match op.complete(outcome, &mut books) {
+            Completed::Retry => {
                 self.ops.restart(key);
-                return self.push(key);
+                self.queue(key);
             }
+            Completed::Ended(result) => self.end(key, slot, result),
         }
-        if let Op::Send(send) = op {
-            let attempt = send.settle(outcome.succeeded as usize, outcome.error);
-            if let Some(segment_max) = attempt.segment_max {
-                self.slots.limit_segments(slot, segment_max);
-                self.stats.gso_refusals += 1;
-            }
-            if attempt.again && !self.is_ending {
-                send.plan(self.slots.segment_max(slot));
-                self.ops.restart(key);
-                return self.push(key);
-            }
-            self.stats.datagrams_sent += send.sent();
-            self.stats.datagrams_coalesced += send.coalesced();
-            self.stats.bytes_sent += outcome.sum;
-        }
-        let is_send = matches!(op, Op::Send(_));
-        let is_drain = matches!(op, Op::Drain(_));
-        if let Op::Unbind(memory) = op
-            && memory.unread() > KEPT_BYTES_MAX
-        {
-            self.slots.history(slot).spoil(Unfit::Unread);
-        }
-        if let Op::Unbind(memory) | Op::Drain(Some(memory)) = op
-            && memory.is_all_sent()
-        {
-            self.slots.history(slot).has_sent_all();
-        }
-        let error = outcome.error;
-        if error.is_some() && !is_drain {
-            self.slots.history(slot).spoil(Unfit::Error);
-        }
-        self.end(slot, is_send);
-        if is_drain {
-            self.drained(slot, error == Some(Errno(libc::EAGAIN)));
-        }
-        self.finish(key);
     }
 
-    /// Ends an operation that had its last completion.
-    fn finish(&mut self, key: OpKey) {
-        match self.ops.end(key) {
-            Some(Ended::Fetchable(waker)) => self.wakers.extend(waker),
-            Some(Ended::Unclaimed(op, outcome)) => drop(self.done(&op, outcome)),
+    fn end(&mut self, key: OpKey, slot: SlotIndex, result: OpResult) {
+        match self.ops.end(key, result) {
+            Some(Ended::Awaited(waker)) => {
+                self.wakers.extend(waker);
+                self.advance(slot, &Ok(Output::Done));
+            }
+            Some(Ended::Detached(result)) => self.advance(slot, &result),
             None => {}
         }
     }
 
-    fn end(&mut self, slot: SlotIndex, is_send: bool) {
-        if let Some(ending) = self.slots.end(slot, is_send) {
-            self.push_ending(slot, ending);
-        }
-        while let Some(held) = self.held.pop_front() {
-            if !self.slots.closes().all_finished_before(held.closes_before) {
-                self.held.push_front(held);
-                break;
-            }
-            self.push(held.key);
-        }
+    // ---- callers ----------------------------------------------------------------------------
+
+    /// Takes the result of an operation that is done.
+    pub(crate) fn take_result(&mut self, key: OpKey) -> Option<OpResult> {
+        self.ops.take_result(key)
     }
 
-    /// Takes what an operation left behind. Called once for each that was fetched or that nobody
-    /// will fetch; a descriptor that nobody wants closes itself
-    /// (`descriptors_are_not_left_behind_by_calls_given_up`).
-    #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
-    fn done(&mut self, op: &Op, outcome: Outcome) -> Done {
-        let sent = if let Op::Send(send) = op { send.sent() } else { 0 };
-        if let Op::CountDrops(memory) = op
-            && outcome.succeeded == 1
-        {
-            self.stats.dropped_by_kernel += u64::from(memory.drops());
-        }
-        let installed = matches!(op, Op::Install) && outcome.succeeded == 1;
-        let descriptor = installed.then(|| {
-            let fd: RawFd = outcome.value.cast_signed();
-            // SAFETY: FIXED_FD_INSTALL has just made this descriptor for us alone, and the
-            // operation has left the table, so this happens once.
-            unsafe { OwnedFd::from_raw_fd(fd) }
-        });
-        Done { error: outcome.error, sent, descriptor }
+    /// Registers the task that the end of an operation is to wake.
+    pub(crate) fn register(&mut self, key: OpKey, waker: Waker) -> Registered {
+        self.ops.register(key, waker)
     }
 
-    fn complete_receive(
-        &mut self,
-        key: OpKey,
-        slot: SlotIndex,
-        inbox: &Arc<Inbox>,
-        Completion { result, flags, .. }: Completion,
-    ) {
-        if let Some(id) = cqueue::buffer_select(flags) {
-            self.deliver(slot, BufferId(id), result, inbox);
-        } else if result < 0 {
-            match -result {
-                // No buffer was free (they are by the time it is armed again), or it was
-                // cancelled: by us, or because the thread that armed it has exited.
-                libc::ENOBUFS | libc::ECANCELED => {}
-                errno => {
-                    self.slots.history(slot).spoil(Unfit::Error);
-                    self.wakers.extend(inbox.push_error(Errno(errno)));
-                }
-            }
-        }
-        let full = inbox.pause_if_full();
-        if cqueue::more(flags) {
-            if let SlotState::Open { receive } = self.slots.state(slot)
-                && full
-                && matches!(receive, Receive::Armed(_))
-            {
-                *receive = Receive::Pausing;
-                self.stats.pauses += 1;
-                self.push_chain(&[op::cancel(key.user_data())]);
-            }
-            return;
-        }
-        // The receive has ended. Zero-length datagrams, pending errors, empty buffer rings and
-        // overflows all end it; the datagrams that follow wait in the kernel until it is armed.
-        let is_ending = self.is_ending;
-        match self.slots.state(slot) {
-            // Nobody closes what is open now: armed again, it would be cancelled again, for ever.
-            _ if is_ending => {}
-            SlotState::Open { receive } if full => {
-                if !matches!(receive, Receive::Pausing) {
-                    self.stats.pauses += 1;
-                }
-                *receive = Receive::Full(Arc::clone(inbox));
-            }
-            SlotState::Open { receive } => {
-                *receive = Receive::Armed(key);
-                self.stats.rearms += 1;
-                return self.push(key);
-            }
-            SlotState::Closing { .. } => self.stats.dropped_at_close += inbox.discard(),
-            // Its receive has ended before.
-            SlotState::Free | SlotState::Kept { .. } | SlotState::GivenUp => {}
-        }
-        self.end(slot, false);
-        self.finish(key);
-        // The guest may have drained the inbox while the cancel was on its way.
-        if inbox.resume_if_drained() {
-            self.resume(slot);
-        }
+    /// The caller of an operation is gone; the operation goes on.
+    pub(crate) fn detach(&mut self, key: OpKey) -> Leftover {
+        self.ops.detach(key)
     }
 
-    /// Moves what a buffer holds to the inbox, each datagram into memory of its own size, and
-    /// sends the buffer home.
-    fn deliver(&mut self, slot: SlotIndex, id: BufferId, result: i32, inbox: &Inbox) {
-        let Some(buffers) = &mut self.buffers else { return };
-        let received = usize::try_from(result)
-            .ok()
-            .and_then(|len| buffers.filled(id, len))
-            .and_then(parse_received);
-        let mut queued = 0;
-        if let Some(received) = received {
-            let payloads = received.payloads();
-            let count = payloads.len() as u64;
-            self.stats.datagrams_received += count;
-            self.stats.datagrams_split += if count > 1 { count } else { 0 };
-            self.stats.bytes_received += received.bytes() as u64;
-            let from = received.from;
-            let arrived =
-                inbox.push(payloads.map(|payload| Datagram { payload: payload.to_vec(), from }));
-            queued = arrived.queued;
-            self.wakers.extend(arrived.waker);
-        } else if result >= 0 {
-            self.stats.dropped_malformed += 1;
-        }
-        buffers.publish(id);
-        if queued >= BURST_DATAGRAMS {
-            self.take_bursts(slot);
-        }
+    /// The wakers of the tasks whose operations have ended, for the driver to wake without its lock.
+    pub(crate) fn take_wakers(&mut self) -> impl Iterator<Item = Waker> {
+        self.wakers.drain(..)
     }
 
-    /// Has the kernel hand over equal datagrams of one sender in one message, from now on.
-    fn take_bursts(&mut self, slot: SlotIndex) {
-        if matches!(self.slots.state(slot), SlotState::Open { .. }) && self.slots.mark_bursts(slot)
-        {
-            let on = SocketOption { level: libc::SOL_UDP, name: libc::UDP_GRO, value: 1 };
-            self.submit_unclaimed(slot, Op::SetOption(Box::new(on)));
-        }
-    }
-
-    /// Wakers of those whose completions were booked.
-    pub(crate) fn take_wakers(&mut self, into: &mut Vec<Waker>) {
-        into.append(&mut self.wakers);
-    }
-
-    /// The wakers of everybody who waits.
+    /// The wakers of all tasks that wait.
     pub(crate) fn take_all_wakers(&mut self) -> Vec<Waker> {
         let mut wakers = self.ops.take_wakers();
         wakers.append(&mut self.wakers);
         wakers
     }
 
-    /// From now on an arrival signals the eventfd; `true` if one came before that took effect.
-    #[expect(unsafe_code, reason = "the completion queue's flags")]
-    pub(crate) fn listen(&mut self) -> bool {
-        {
-            // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-            let queue = unsafe { self.io.completion_shared() };
-            queue.enable_eventfd();
-        }
-        // Between our flag and our look at the tail, as the kernel fences between its own two.
-        fence(Ordering::SeqCst);
-        // SAFETY: as above; the first queue is gone.
-        !unsafe { self.io.completion_shared() }.is_empty()
-    }
-
-    /// While somebody is about to look anyway, arrivals need not signal.
-    #[expect(unsafe_code, reason = "the completion queue's flags")]
-    pub(crate) fn stop_listening(&mut self) {
-        // SAFETY: `&mut self` is the only way to the queue, so no second one exists.
-        unsafe { self.io.completion_shared() }.disable_eventfd();
-    }
-
-    // ---- callers ----------------------------------------------------------------------------
-
-    /// What came of an operation that is done; else remembers whom to wake, if told.
-    pub(crate) fn fetch(&mut self, key: OpKey, waker: Option<&Waker>) -> Option<Done> {
-        let (op, outcome) = self.ops.fetch(key, waker)?;
-        Some(self.done(&op, outcome))
-    }
-
-    /// Whether an operation is done; else remembers whom to wake.
-    pub(crate) fn is_done(&mut self, key: OpKey, waker: &Waker) -> bool {
-        self.ops.is_done(key, waker)
-    }
-
-    pub(crate) fn abandon(&mut self, key: OpKey) {
-        if let Some((op, outcome)) = self.ops.abandon(key) {
-            drop(self.done(&op, outcome));
-        }
-    }
-
-    /// Takes a `send` of one message back if it still waits for room.
-    pub(crate) fn cancel(&mut self, key: OpKey) {
-        if let Some(send) = self.ops.send_mut(key) {
-            debug_assert_eq!(send.messages(), 1, "a cancel ends one entry");
-            send.cancel();
-            self.push_chain(&[op::cancel(key.user_data())]);
-        }
+    /// Something to log, for the driver to do so without its lock.
+    pub(crate) fn take_warning(&mut self) -> Option<&'static str> {
+        self.recycler.take_warning()
     }
 
     pub(crate) fn snapshot(&self) -> Stats {
-        let room = self.slots.room();
-        let recycler = &self.slots.recycler;
-        Stats {
-            sockets_created: room.created(),
-            sockets_open: room.taken(),
-            sockets_recycled: recycler.recycled(),
-            sockets_kept: recycler.kept(),
-            closed_instead: recycler.closed_instead(),
-            ..self.stats
-        }
+        let mut stats = self.stats;
+        stats.sockets_created = self.quota.taken();
+        stats.sockets_open = self.quota.in_use();
+        stats.sockets_cached = self.recycler.len();
+        stats.closed_instead += self.recycler.closed_instead();
+        stats
     }
 }
 
@@ -756,30 +564,25 @@ impl Drop for Ring {
     /// what it does not let go of.
     fn drop(&mut self) {
         self.is_ending = true;
-        let gate = self.gate();
-        let bound = Timespec::new().nsec(1_000_000);
+        let kernel = self.enter();
         let mut idle = 0;
         while idle < TEARDOWN_ROUNDS_MAX {
             let (submitted, completed) = (self.submitted(), self.stats.completions);
-            let entries = self.ready_to_enter();
-            if let Ok(taken) = gate.enter(entries, Some(0)) {
+            let entries = self.flush();
+            if let Ok(taken) = kernel.enter(entries, Some(0)) {
                 self.stats.submissions += u64::from(taken);
             }
-            self.complete_all();
-            if self.ops.is_quiet() && self.backlog.is_empty() {
+            self.reap();
+            if self.ops.is_quiet() && !self.queues.has_backlog() {
                 return;
             }
-            // NotFound: nothing was left to cancel, so its completions are in the queue.
-            let _ = self.io.submitter().register_sync_cancel(Some(bound), CancelBuilder::any());
+            self.queues.cancel_all();
             if (submitted, completed) == (self.submitted(), self.stats.completions) {
                 idle += 1;
             }
         }
         tracing::warn!("io_uring operations did not end in time; their memory is leaked");
         std::mem::forget(std::mem::take(&mut self.ops));
-        std::mem::forget(std::mem::replace(&mut self.receive_header, Box::new(receive_header())));
-        if let Some(buffers) = self.buffers.take() {
-            buffers.leak();
-        }
+        self.receives.leak();
     }
 }

@@ -2,7 +2,7 @@
 
 /// A snapshot of a ring's counters, by [`Uring::stats`](crate::Uring::stats).
 ///
-/// All are totals since the ring was built, except `sockets_open` and `sockets_kept`.
+/// All are totals since the ring was built, except `sockets_open` and `sockets_cached`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -19,13 +19,13 @@ pub struct Stats {
     /// Sockets that were another guest's (or the same one's) before:
     /// [`UringBuilder::recycle`](crate::UringBuilder::recycle).
     pub sockets_recycled: u64,
-    /// Closed sockets kept for new owners now, in quarantine or warm.
-    pub sockets_kept: u64,
-    /// Sockets that were closed for good although the ring recycles.
+    /// Closed sockets cached for new owners now, in any stage.
+    pub sockets_cached: u64,
+    /// Sockets that were closed for good although the ring recycles, by reason.
     pub closed_instead: ClosedInstead,
     /// Datagrams the kernel took from guests.
     pub datagrams_sent: u64,
-    /// Those of them that travelled with others of their size in one message (`UDP_SEGMENT`).
+    /// Those of them that were coalesced with others of their size in one message (`UDP_SEGMENT`).
     pub datagrams_coalesced: u64,
     /// Messages of several datagrams that the kernel refused and took apart: the datagrams were
     /// larger than the path's MTU, or the device computes no checksums.
@@ -51,8 +51,8 @@ pub struct Stats {
     pub dropped_at_close: u64,
     /// Datagrams (or several in one message) that the kernel dropped because a socket's receive
     /// buffer was full (`SO_MEMINFO`). Asked when the socket is closed, and only if it was seen to
-    /// receive in bursts: what a socket lost that nobody ever received from is not in here,
-    /// unless it was recycled and a later owner's was asked.
+    /// receive in bursts: what a socket lost that no guest received from is not in here, unless
+    /// it was recycled and a later owner's drops were counted.
     pub dropped_by_kernel: u64,
     /// Messages that could not be read: cut, or without an IP sender.
     pub dropped_malformed: u64,
@@ -68,7 +68,7 @@ impl std::ops::AddAssign for Stats {
             sockets_created,
             sockets_open,
             sockets_recycled,
-            sockets_kept,
+            sockets_cached,
             closed_instead,
             datagrams_sent,
             datagrams_coalesced,
@@ -91,7 +91,7 @@ impl std::ops::AddAssign for Stats {
         self.sockets_created += sockets_created;
         self.sockets_open += sockets_open;
         self.sockets_recycled += sockets_recycled;
-        self.sockets_kept += sockets_kept;
+        self.sockets_cached += sockets_cached;
         self.closed_instead += closed_instead;
         self.datagrams_sent += datagrams_sent;
         self.datagrams_coalesced += datagrams_coalesced;
@@ -110,7 +110,7 @@ impl std::ops::AddAssign for Stats {
     }
 }
 
-/// Why sockets were closed for good and not kept for new owners.
+/// Why sockets were closed for good and not cached for new owners.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClosedInstead {
@@ -122,7 +122,7 @@ pub struct ClosedInstead {
     pub connected: u64,
     /// An operation had failed: a refused send, an unreachable peer, a bind to a foreign address.
     pub error: u64,
-    /// An operation was still going on when the guest dropped the socket.
+    /// An operation was in flight when the guest dropped the socket.
     pub busy: u64,
     /// [`Recycle`](crate::Recycle)'s limits were reached, or the slot was needed.
     pub no_room: u64,
@@ -130,7 +130,8 @@ pub struct ClosedInstead {
     pub unread: u64,
     /// It did not behave on the way: it could not be unbound, or not be drained.
     pub unclean: u64,
-    /// Nobody wanted it for a while, or the ring was [drained](crate::Uring::drain).
+    /// No bind has needed it for a while, or the host [closed](crate::Uring::close_cached) what was
+    /// cached.
     pub idle: u64,
 }
 

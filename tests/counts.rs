@@ -2,17 +2,36 @@
 //! suspensions, enters and submissions. The built-in guest does it so many times and so many more;
 //! the difference is what is counted, so starting and ending are not.
 
-#![cfg(feature = "cli")]
-
 mod common;
+
+use std::future::poll_fn;
+use std::pin::pin;
 
 use allocation_counter::{AllocationInfo, measure};
 use common::{Backend, Setup, host, within};
 use wasi_uring::Stats;
-use wasi_uring::cli::measure::{WasiArg, counting_suspensions, life};
 use wasmtime::component::{Component, Linker};
 use wasmtime::{Config, Engine, Store};
 use wasmtime_wasi::{p2, p3};
+
+/// The version of WASI that the guest is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wasi {
+    P2,
+    P3,
+}
+
+impl Wasi {
+    const ALL: [Self; 2] = [Self::P2, Self::P3];
+
+    /// The command's built-in guest.
+    fn guest(self) -> &'static str {
+        match self {
+            Self::P2 => include_str!("../src/cli/guests/life2.wat"),
+            Self::P3 => include_str!("../src/cli/guests/life3.wat"),
+        }
+    }
+}
 
 /// What one operation costs.
 #[derive(Clone, Copy, Debug)]
@@ -35,24 +54,24 @@ struct Run {
 const BYTES: usize = 64;
 const BATCH: usize = 16;
 
-fn run(backend: Backend, wasi: WasiArg, mode: &str, count: usize, bytes: usize) -> Run {
-    let engine = Engine::new(Config::new().concurrency_support(wasi == WasiArg::P3)).unwrap();
-    let component = Component::new(&engine, life(wasi)).unwrap();
-    // There is nobody at port 0; none of these modes asks there.
+fn run(backend: Backend, wasi: Wasi, mode: &str, count: usize, bytes: usize) -> Run {
+    let engine = Engine::new(Config::new().concurrency_support(wasi == Wasi::P3)).unwrap();
+    let component = Component::new(&engine, wasi.guest()).unwrap();
+    // None of these modes sends to the port.
     let numbers = [count, 0, bytes, BATCH].map(|number| number.to_string());
     let args = [mode.to_owned()].into_iter().chain(numbers).collect();
     let (uring, mut linker, mut store) = host(&engine, backend, Setup { args, ..Setup::default() });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut suspensions = 0;
     let memory = match wasi {
-        WasiArg::P2 => {
+        Wasi::P2 => {
             let command = runtime
                 .block_on(p2::bindings::Command::instantiate_async(&mut store, &component, &linker))
                 .unwrap();
             let ended = async { command.wasi_cli_run().call_run(&mut store).await };
             measure(|| suspensions = runtime.block_on(suspensions_of(ended)))
         }
-        WasiArg::P3 => {
+        Wasi::P3 => {
             add_p3(backend, &mut linker);
             let command = runtime
                 .block_on(p3::bindings::Command::instantiate_async(&mut store, &component, &linker))
@@ -81,8 +100,14 @@ async fn run_p3(
 
 /// How often a guest that must end well was not ready before.
 async fn suspensions_of(guest: impl Future<Output = wasmtime::Result<Result<(), ()>>>) -> u64 {
-    let (ended, suspensions) = within(counting_suspensions(guest)).await;
-    ended.unwrap().unwrap();
+    let mut guest = pin!(guest);
+    let mut suspensions = 0;
+    let counting = poll_fn(|cx| {
+        let poll = guest.as_mut().poll(cx);
+        suspensions += u64::from(poll.is_pending());
+        poll
+    });
+    within(counting).await.unwrap().unwrap();
     suspensions
 }
 
@@ -90,7 +115,7 @@ const FEW: usize = 100;
 const MANY: usize = 612;
 
 #[expect(clippy::cast_precision_loss, reason = "thousands")]
-fn cost(backend: Backend, wasi: WasiArg, mode: &str, bytes: usize) -> Cost {
+fn cost(backend: Backend, wasi: Wasi, mode: &str, bytes: usize) -> Cost {
     let (few, many) = (run(backend, wasi, mode, FEW, bytes), run(backend, wasi, mode, MANY, bytes));
     let per_operation = |few: u64, many: u64| (many as f64 - few as f64) / (MANY - FEW) as f64;
     let cost = Cost {
@@ -105,7 +130,7 @@ fn cost(backend: Backend, wasi: WasiArg, mode: &str, bytes: usize) -> Cost {
 }
 
 /// No more than this; a tenth more where sockets are recycled or not, as the kernel has time.
-fn costs_at_most(mode: &str, wasi: WasiArg, most: Cost) {
+fn costs_at_most(mode: &str, wasi: Wasi, most: Cost) {
     let stock = cost(Backend::Stock, wasi, mode, BYTES);
     let ring = cost(Backend::Uring, wasi, mode, BYTES);
     for (what, ring, most) in [
@@ -124,17 +149,17 @@ fn costs_at_most(mode: &str, wasi: WasiArg, most: Cost) {
 fn creating_a_socket_allocates_its_memory_and_asks_nobody() {
     let nothing =
         Cost { allocations: 0.0, bytes: 0.0, suspensions: 0.0, enters: 0.0, submissions: 0.0 };
-    costs_at_most("create", WasiArg::P2, Cost { allocations: 1.0, bytes: 200.0, ..nothing });
+    costs_at_most("create", Wasi::P2, Cost { allocations: 1.0, bytes: 200.0, ..nothing });
     // One is Wasmtime's, which has a task for each call.
-    costs_at_most("create", WasiArg::P3, Cost { allocations: 2.0, bytes: 320.0, ..nothing });
+    costs_at_most("create", Wasi::P3, Cost { allocations: 2.0, bytes: 320.0, ..nothing });
 }
 
 #[test]
-fn a_life_of_a_lone_guest_is_one_enter() {
+fn a_cycle_of_a_lone_guest_is_one_enter() {
     let most =
         Cost { allocations: 8.8, bytes: 1200.0, suspensions: 0.02, enters: 1.01, submissions: 4.4 };
-    costs_at_most("bind", WasiArg::P2, most);
-    costs_at_most("bind", WasiArg::P3, most);
+    costs_at_most("bind", Wasi::P2, most);
+    costs_at_most("bind", Wasi::P3, most);
 }
 
 #[test]
@@ -147,8 +172,8 @@ fn an_echo_of_a_lone_guest_is_two_enters_and_seldom_suspends() {
         enters: 2.02,
         submissions: 2.02,
     };
-    costs_at_most("echo", WasiArg::P2, most);
-    costs_at_most("echo", WasiArg::P3, most);
+    costs_at_most("echo", Wasi::P2, most);
+    costs_at_most("echo", Wasi::P3, most);
 }
 
 #[test]
@@ -160,8 +185,8 @@ fn a_question_of_a_fresh_socket_is_five_enters() {
         enters: 5.05,
         submissions: 10.2,
     };
-    costs_at_most("dns", WasiArg::P2, most);
-    costs_at_most("dns", WasiArg::P3, most);
+    costs_at_most("dns", Wasi::P2, most);
+    costs_at_most("dns", Wasi::P3, most);
 }
 
 #[test]
@@ -173,7 +198,7 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
         enters: 1.02,
         submissions: 1.02,
     };
-    costs_at_most("batch", WasiArg::P2, most);
+    costs_at_most("batch", Wasi::P2, most);
     let each = Cost {
         allocations: 262.0,
         bytes: 33_000.0,
@@ -181,7 +206,7 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
         enters: 16.1,
         submissions: 16.1,
     };
-    costs_at_most("batch", WasiArg::P3, each);
+    costs_at_most("batch", Wasi::P3, each);
 }
 
 /// Between a guest's memory and the kernel a payload lies in one allocation on its way out, and in
@@ -191,7 +216,7 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
 #[test]
 fn a_payload_lies_in_one_allocation_each_way() {
     const LONG: usize = 1200;
-    for wasi in WasiArg::ALL {
+    for wasi in Wasi::ALL {
         for (mode, datagrams) in [("echo", 2), ("batch", BATCH)] {
             let [short, long] = [BYTES, LONG].map(|bytes| cost(Backend::Uring, wasi, mode, bytes));
             #[expect(clippy::cast_precision_loss, reason = "thousands")]

@@ -26,7 +26,7 @@ async fn exchange(rig: &mut Rig, a: Endpoint, b: Endpoint, n: u32) {
     }
 }
 
-// ---- nobody starves -----------------------------------------------------------------------------
+// ---- no guest starves ----------------------------------------------------------------------------
 
 #[test]
 fn a_guest_that_takes_every_slot_does_not_disturb_another() {
@@ -70,7 +70,7 @@ impl Flood {
             let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
             while !stopped.load(Ordering::Relaxed) {
                 for target in &targets {
-                    // It may be refused or find no room; it goes on all the same.
+                    // Refused, or the send buffer full: the flood goes on.
                     let _ = native.send_to(&[0xff; 1000], target);
                 }
             }
@@ -87,7 +87,7 @@ impl Drop for Flood {
 }
 
 #[test]
-fn a_flood_that_nobody_reads_costs_another_guest_no_datagram() {
+fn a_flood_that_no_guest_reads_costs_another_guest_no_datagram() {
     block_on(async {
         let uring = uring();
         let (mut flooded, mut calm) = (Rig::on_ring(&uring).await, Rig::on_ring(&uring).await);
@@ -135,7 +135,7 @@ fn a_flood_that_is_read_costs_another_guest_no_datagram() {
 }
 
 #[test]
-fn a_guest_that_always_finds_datagrams_lets_others_take_their_turns() {
+fn a_guest_that_always_finds_datagrams_yields_to_others() {
     block_on(async {
         let mut rig = Rig::on_ring(&uring()).await;
         let target = rig.endpoint(LOOPBACK).await;
@@ -153,9 +153,9 @@ fn a_guest_that_always_finds_datagrams_lets_others_take_their_turns() {
     });
 }
 
-/// Kills: a loop over what the guest may not see.
+/// Kills: a receive that loops over datagrams of refused senders without spending the budget.
 #[test]
-fn a_flood_that_the_policy_refuses_lets_others_take_their_turns() {
+fn a_flood_that_the_policy_refuses_yields_to_others() {
     block_on(async {
         let (refused, refused_addr) = native::socket(Ipv4Addr::LOCALHOST);
         let uring = uring();
@@ -179,7 +179,7 @@ fn a_flood_that_the_policy_refuses_lets_others_take_their_turns() {
 }
 
 #[test]
-fn a_guest_that_asks_without_end_lets_others_take_their_turns() {
+fn a_guest_that_polls_an_empty_queue_without_end_yields_to_others() {
     block_on(async {
         let mut rig = Rig::on_ring(&uring()).await;
         let target = rig.endpoint(LOOPBACK).await;
@@ -189,11 +189,11 @@ fn a_guest_that_asks_without_end_lets_others_take_their_turns() {
             }
         };
         let steps = steps_beside(asking).await;
-        assert!(steps >= 2000 / 200, "{steps} steps while a guest asked 2000 times");
+        assert!(steps >= 2000 / 200, "{steps} steps while a guest received nothing 2000 times");
     });
 }
 
-/// A datagram for each of more sockets than the ring has buffers, before anybody looks.
+/// A datagram for each of more sockets than the ring has buffers, before the ring reaps any.
 #[test]
 fn a_burst_beyond_the_rings_buffers_reaches_every_socket() {
     block_on(async {
@@ -288,12 +288,12 @@ fn options_and_peer_of_a_former_owner_do_not_reach_the_next() {
             let endpoint = next.endpoint((own_ip(), 0)).await;
             assert_eq!(next.remote(endpoint.socket).await, Err(ErrorCode::InvalidState));
             assert_eq!(next.hop_limit(endpoint.socket).await, Ok(hops));
-            let told = (
+            let inherited = (
                 next.receive_buffer(endpoint.socket).await,
                 next.send_buffer(endpoint.socket).await,
             );
-            assert_eq!(told, buffers);
-            // The kernel's view: time to live on the wire, and room for what no small buffer holds.
+            assert_eq!(inherited, buffers);
+            // The kernel's view: the time to live on the wire, and buffers larger than the former owner's.
             next.send_one(endpoint.outgoing, b"x", Some(to)).await.unwrap();
             assert_eq!(native::receive_with_ttl(&witness).1, i32::from(hops));
             for _ in 0..50 {
@@ -335,10 +335,10 @@ fn a_pending_error_of_a_former_owner_does_not_reach_the_next() {
     });
 }
 
-// ---- guests that go away ------------------------------------------------------------------------
+// ---- guests that are dropped---------------------------------------------------------------------
 
 /// Polls a call until it waits, and drops it.
-async fn give_up(call: impl Future<Output: std::fmt::Debug>) {
+async fn drop_waiting(call: impl Future<Output: std::fmt::Debug>) {
     tokio::select! {
         biased;
         answer = call => panic!("{answer:?} without waiting"),
@@ -346,8 +346,8 @@ async fn give_up(call: impl Future<Output: std::fmt::Debug>) {
     }
 }
 
-/// As `give_up`, at the first moment that it waits, if it waits at all.
-async fn give_up_at_once(call: impl Future) {
+/// As `drop_waiting`, at the first moment that it waits, if it waits at all.
+async fn drop_at_first_wait(call: impl Future) {
     tokio::select! {
         biased;
         _ = call => {}
@@ -366,7 +366,7 @@ fn a_guest_dropped_while_it_waits_leaves_the_ring_healthy() {
             let mut rig = Rig::on_ring(&uring).await;
             let endpoint = rig.endpoint(LOOPBACK).await;
             let pollable = rig.subscribe_incoming(endpoint.incoming).await;
-            give_up(rig.poll(&[pollable])).await;
+            drop_waiting(rig.poll(&[pollable])).await;
             drop(rig);
             exchange(&mut other, a, b, n).await;
             eventually("its slot is free", || uring.stats().sockets_open == 2).await;
@@ -383,13 +383,13 @@ fn a_guest_dropped_anywhere_in_a_sockets_life_leaves_the_ring_healthy() {
         let b = other.endpoint(LOOPBACK).await;
         let (_native, peer) = native::socket(Ipv4Addr::LOCALHOST);
         for step in ["finish", "local", "option", "connect", "receive", "send"].repeat(5) {
-            // Somebody else is at work, so that each call yields before it enters.
+            // With another guest active, each call yields before it enters.
             let mut rig = Rig::on_ring(&uring).await;
             exchange(&mut other, a, b, 0).await;
             if step == "finish" {
                 let socket = rig.create(IpAddressFamily::Ipv4).await.unwrap();
                 rig.start_bind(socket, LOOPBACK).await.unwrap();
-                give_up_at_once(rig.finish_bind(socket)).await;
+                drop_at_first_wait(rig.finish_bind(socket)).await;
             } else {
                 let (socket, _) = rig.bound((Ipv4Addr::UNSPECIFIED, 0)).await;
                 let (incoming, outgoing) = rig.stream(socket, None).await.unwrap();
@@ -398,15 +398,15 @@ fn a_guest_dropped_anywhere_in_a_sockets_life_leaves_the_ring_healthy() {
                     "local" => {
                         rig.drop_streams((incoming, outgoing)).await;
                         rig.stream(socket, Some(peer)).await.unwrap();
-                        give_up_at_once(rig.local(socket)).await;
+                        drop_at_first_wait(rig.local(socket)).await;
                     }
-                    "option" => give_up_at_once(rig.set_hop_limit(socket, 9)).await,
+                    "option" => drop_at_first_wait(rig.set_hop_limit(socket, 9)).await,
                     "connect" => {
                         rig.drop_streams((incoming, outgoing)).await;
-                        give_up_at_once(rig.stream(socket, Some(peer))).await;
+                        drop_at_first_wait(rig.stream(socket, Some(peer))).await;
                     }
-                    "receive" => give_up_at_once(rig.receive(incoming, 1)).await,
-                    _ => give_up_at_once(rig.send_one(outgoing, b"x", Some(peer))).await,
+                    "receive" => drop_at_first_wait(rig.receive(incoming, 1)).await,
+                    _ => drop_at_first_wait(rig.send_one(outgoing, b"x", Some(peer))).await,
                 }
             }
             drop(rig);
@@ -430,7 +430,7 @@ fn a_guest_that_trapped_gives_everything_back() {
     });
 }
 
-/// More entries at once than either queue of the ring holds.
+/// More entries at once than the ring's SQ or CQ has.
 #[test]
 fn a_thousand_sockets_with_queued_datagrams_are_dropped_together() {
     block_on(async {
@@ -450,7 +450,7 @@ fn a_thousand_sockets_with_queued_datagrams_are_dropped_together() {
 }
 
 #[test]
-fn descriptors_are_not_left_behind_by_calls_given_up() {
+fn dropped_calls_leave_no_descriptors_behind() {
     // Other tests of this process have a few meanwhile.
     const OTHERS: usize = 100;
     let sockets = || {
@@ -467,9 +467,9 @@ fn descriptors_are_not_left_behind_by_calls_given_up() {
             let mut rig = Rig::on_ring(&uring).await;
             let socket = rig.create(IpAddressFamily::Ipv4).await.unwrap();
             rig.bind(socket, LOOPBACK).await.unwrap();
-            // With somebody else at work, the call yields before it enters.
+            // With another guest active, the call yields before it enters.
             other.send_one(a.outgoing, b"x", Some(a.local)).await.unwrap();
-            give_up_at_once(rig.local(socket)).await;
+            drop_at_first_wait(rig.local(socket)).await;
         }
         eventually("its slots are free", || uring.stats().sockets_open == 1).await;
         eventually("no descriptor stays", || sockets() < before + OTHERS).await;

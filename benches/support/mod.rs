@@ -9,7 +9,7 @@ use std::num::NonZeroUsize;
 
 use tokio::runtime::Builder;
 use wasi_uring::Recycle;
-use wasi_uring::cli::measure::{
+use wasi_uring_cli::measure::{
     Backend, Bench, Contender, Contest, Peer, Row, Sample, WasiArg, Work, contend, percent,
 };
 

@@ -1,10 +1,6 @@
 //! `wasi-uring bench`: the same guest on both backends, native programs and the bare ring that do the
 //! same, alternating, as ratios.
 
-mod plot;
-mod report;
-mod tables;
-
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::thread::available_parallelism;
@@ -12,10 +8,11 @@ use std::thread::available_parallelism;
 use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
-use self::report::Report;
-use super::measure::idle::{self, Idleness};
-use super::measure::{BENCHES, Backend, Bench, Contender, Contest, Work, contend, flood};
-use super::{BenchArgs, Failure, RuntimeArg, doctor, progress_bar, say};
+use crate::args::{BenchArgs, RuntimeArg};
+use crate::measure::idle::{self, Idleness};
+use crate::measure::{BENCHES, Backend, Bench, Contender, Contest, Work, contend, flood};
+use crate::report::{Report, tables};
+use crate::{Failure, doctor, progress_bar, say};
 
 /// Benches that are no contest in speed.
 const FLOOD: &str = "flood";

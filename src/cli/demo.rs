@@ -3,11 +3,12 @@
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
-use crate::Recycle;
+use wasi_uring::Recycle;
 use wasmtime::error::Context;
 
-use super::measure::{Backend, Bench, Contender, Contest, Work, contend, percent};
-use super::{DemoArgs, Failure, WasiArg, doctor, print, progress_bar, table};
+use crate::args::{DemoArgs, WasiArg};
+use crate::measure::{Backend, Bench, Contender, Contest, Work, contend, percent};
+use crate::{Failure, doctor, print, progress_bar, table};
 
 /// Pairs of sockets that each guest opens per round.
 const PAIRS: usize = 10;

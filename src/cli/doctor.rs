@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use crate::doctor::{Check, Verdict, examine};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
+use wasi_uring::doctor::{Check, Verdict, examine};
 
-use super::{DoctorArgs, print, say};
+use crate::args::DoctorArgs;
+use crate::{print, say};
 
 /// Exit code 1 when sockets on the ring do not work here.
 pub(crate) fn doctor(args: &DoctorArgs) -> ExitCode {

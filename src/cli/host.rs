@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{SetupError, SocketAddrUse, UdpCtx, UdpCtxView, UdpView, Uring};
+use wasi_uring::{SetupError, SocketAddrUse, UdpCtx, UdpCtxView, UdpView, Uring};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::error::Context;
 use wasmtime::{Config, Engine, Store};
@@ -14,7 +14,8 @@ use wasmtime_wasi::p2;
 use wasmtime_wasi::p3;
 use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
-use super::{BackendArg, Failure, NetArg, say};
+use crate::args::{BackendArg, NetArg};
+use crate::{Failure, say};
 
 /// A store's data. Stores of the stock linker have no `udp`, and nothing there asks for it.
 pub(crate) struct Host {
@@ -99,13 +100,13 @@ impl Program {
         let Compiled { engine, component, is_concurrent } = compiled;
         let mut linker = Linker::new(engine);
         match backend {
-            Backend::Uring => crate::p2::add_to_linker(&mut linker),
+            Backend::Uring => wasi_uring::p2::add_to_linker(&mut linker),
             Backend::Stock => p2::add_to_linker_async(&mut linker),
         }
         .map_err(Failure::run)?;
         if *is_concurrent {
             match backend {
-                Backend::Uring => crate::p3::add_to_linker(&mut linker),
+                Backend::Uring => wasi_uring::p3::add_to_linker(&mut linker),
                 Backend::Stock => p3::add_to_linker(&mut linker),
             }
             .map_err(Failure::run)?;

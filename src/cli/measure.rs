@@ -12,15 +12,14 @@ use std::time::{Duration, Instant};
 
 use cpu_time::ProcessTime;
 
-pub use self::contest::{Contest, counting_suspensions};
+pub use self::contest::Contest;
 pub use self::peer::Peer;
 pub use self::row::{Row, contend};
-pub use super::WasiArg;
-pub use super::host::Backend;
+pub use crate::args::WasiArg;
+pub use crate::host::Backend;
 
 /// The guest that every measurement runs: its modes are in its header.
-#[must_use]
-pub fn life(wasi: WasiArg) -> &'static str {
+pub(crate) fn life(wasi: WasiArg) -> &'static str {
     match wasi {
         WasiArg::P2 => include_str!("guests/life2.wat"),
         WasiArg::P3 => include_str!("guests/life3.wat"),

@@ -5,15 +5,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::limits::{KEPT_SOCKETS_DEFAULT, SOCKETS_MAX};
-use crate::{SetupError, Stats, Uring};
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
+use wasi_uring::limits::{CACHED_SOCKETS_DEFAULT, SOCKETS_MAX};
+use wasi_uring::{SetupError, Stats, Uring};
 use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
-use super::host::{self, Backend, GuestConfig, Net, Program};
-use super::{Failure, RunArgs, RuntimeArg, say};
+use crate::args::{RunArgs, RuntimeArg};
+use crate::host::{self, Backend, GuestConfig, Net, Program};
+use crate::{Failure, doctor, say};
 
 /// Failures worth a line each.
 const FAILURES_TOLD_MAX: usize = 10;
@@ -69,11 +70,11 @@ impl<'a> Plan<'a> {
         let guests = args.guests.get();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = args.threads.map_or(cores, usize::from).min(guests);
-        let files = u32::try_from(super::doctor::raise_nofile()).unwrap_or(u32::MAX);
+        let files = u32::try_from(doctor::raise_nofile()).unwrap_or(u32::MAX);
         let largest = files.min(SOCKETS_MAX);
         // Some files are for sockets kept for new owners, unless they are few.
-        let is_ample = largest >= 2 * KEPT_SOCKETS_DEFAULT;
-        let usual = if is_ample { largest - KEPT_SOCKETS_DEFAULT } else { largest };
+        let is_ample = largest >= 2 * CACHED_SOCKETS_DEFAULT;
+        let usual = if is_ample { largest - CACHED_SOCKETS_DEFAULT } else { largest };
         let per_ring = |total: usize| u32::try_from(total.div_ceil(threads)).unwrap_or(u32::MAX);
         let sockets_per_ring = match args.sockets {
             Some(sockets) => per_ring(sockets as usize),
@@ -197,7 +198,7 @@ fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
             "sockets_created": stats.sockets_created,
             "sockets_open": stats.sockets_open,
             "sockets_recycled": stats.sockets_recycled,
-            "sockets_kept": stats.sockets_kept,
+            "sockets_cached": stats.sockets_cached,
             "closed_instead": {
                 "named_port": closed.named_port,
                 "options": closed.options,

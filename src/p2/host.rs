@@ -1,5 +1,5 @@
-//! One thin function per WIT method: handles in, answers out. What they mean is in
-//! [`crate::socket`].
+//! One thin function per WIT method of `wasi:sockets/udp`: handles in, results out. What the methods
+//! do is in [`crate::socket`].
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -17,25 +17,14 @@ use wasmtime_wasi::p2::{SocketError, SocketResult};
 use wasmtime_wasi_io::poll::{DynPollable, Pollable, subscribe};
 
 use super::bindings::wasi::sockets::{udp, udp_create_socket};
+use super::bindings::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};
+use crate::ctx::UdpCtxView;
 use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::limits::BATCH_DATAGRAMS_MAX;
-use crate::ring::inbox::Datagram;
-use crate::socket::{self, OptionValue};
-use crate::view::{Handle, UdpCtxView};
-
-/// `wasi:sockets/udp.udp-socket`.
-pub struct UdpSocket(Handle);
-
-/// `wasi:sockets/udp.incoming-datagram-stream`.
-pub struct IncomingDatagramStream(Arc<socket::UdpSocket>);
-
-/// `wasi:sockets/udp.outgoing-datagram-stream`.
-pub struct OutgoingDatagramStream {
-    socket: Arc<socket::UdpSocket>,
-    /// Datagrams the last `check-send` permitted.
-    permit: usize,
-}
+use crate::resource::Handle;
+use crate::ring::receive_queue::Datagram;
+use crate::socket::options::OptionValue;
 
 impl udp_create_socket::Host for UdpCtxView<'_> {
     fn create_udp_socket(&mut self, family: IpAddressFamily) -> SocketResult<Resource<UdpSocket>> {
@@ -43,8 +32,8 @@ impl udp_create_socket::Host for UdpCtxView<'_> {
             IpAddressFamily::Ipv4 => Family::V4,
             IpAddressFamily::Ipv6 => Family::V6,
         };
-        let socket = Handle::new(self.ctx, family)?;
-        Ok(self.table.push(UdpSocket(socket))?)
+        let socket = self.ctx.new_socket(family)?;
+        Ok(self.table.push(UdpSocket(Handle::new(socket)))?)
     }
 }
 
@@ -150,8 +139,8 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
 
 #[async_trait]
 impl Pollable for UdpSocket {
-    /// At once: nothing a guest could wait for between `start-bind` and `finish-bind`, for the
-    /// latter waits by itself.
+    /// At once: between `start-bind` and `finish-bind` there is nothing for a guest to wait for,
+    /// since `finish-bind` waits by itself.
     async fn ready(&mut self) {}
 }
 
@@ -229,7 +218,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
         subscribe(self.table, this)
     }
 
-    /// Does not wait: what `send` accepted goes on its way, and outlives the stream and the socket.
+    /// Does not wait: the kernel sends what `send` accepted even if stream and socket are dropped.
     fn drop(&mut self, this: Resource<OutgoingDatagramStream>) -> wasmtime::Result<()> {
         self.table.delete(this)?;
         Ok(())
@@ -243,7 +232,7 @@ impl Pollable for OutgoingDatagramStream {
     }
 }
 
-/// UDP's error codes are the network interface's, whose bindings ask for this.
+/// UDP's error codes are the network interface's, and the bindings require its traits.
 impl network::Host for UdpCtxView<'_> {
     fn convert_error_code(&mut self, error: SocketError) -> wasmtime::Result<WitCode> {
         error.downcast()

@@ -1,5 +1,5 @@
-//! One thin function per WIT method: handles in, answers out. What they mean is in
-//! [`crate::socket`].
+//! One thin function per WIT method of `wasi:sockets/types.udp-socket`: handles in, results out. What
+//! the methods do is in [`crate::socket`].
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,14 +9,14 @@ use wasmtime_wasi::p3::bindings::sockets::types::{
     ErrorCode as WitCode, IpAddressFamily, IpSocketAddress,
 };
 
+use super::bindings::UdpSocket;
 use super::bindings::wasi::sockets::types;
+use crate::ctx::{Udp, UdpCtxView};
 use crate::datagram::Family;
 use crate::error::ErrorCode;
-use crate::socket::{self, OptionValue};
-use crate::view::{Handle, Udp, UdpCtxView};
-
-/// `wasi:sockets/types.udp-socket`.
-pub struct UdpSocket(Handle);
+use crate::resource::Handle;
+use crate::socket;
+use crate::socket::options::OptionValue;
 
 /// A trap, or the guest's answer.
 type Answer<T> = wasmtime::Result<Result<T, WitCode>>;
@@ -37,8 +37,8 @@ impl types::HostUdpSocket for UdpCtxView<'_> {
             IpAddressFamily::Ipv4 => Family::V4,
             IpAddressFamily::Ipv6 => Family::V6,
         };
-        match Handle::new(self.ctx, family) {
-            Ok(socket) => Ok(Ok(self.table.push(UdpSocket(socket))?)),
+        match self.ctx.new_socket(family) {
+            Ok(socket) => Ok(Ok(self.table.push(UdpSocket(Handle::new(socket)))?)),
             Err(error) => answer(Err(error)),
         }
     }
@@ -150,7 +150,7 @@ impl From<ErrorCode> for WitCode {
             ErrorCode::ConnectionReset => Self::ConnectionReset,
             ErrorCode::DatagramTooLarge => Self::DatagramTooLarge,
             ErrorCode::InvalidArgument => Self::InvalidArgument,
-            // 0.3 has no bind in two steps to be in between of.
+            // WASI 0.3 binds in one step, so it has no names for what can go wrong between two.
             ErrorCode::ConcurrencyConflict | ErrorCode::NotInProgress | ErrorCode::InvalidState => {
                 Self::InvalidState
             }

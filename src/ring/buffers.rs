@@ -1,10 +1,10 @@
-//! The ring's receive buffers: the kernel takes one per message, and each goes home as soon as
-//! its completion is seen.
+//! The ring's receive buffers: the kernel takes one per message, and gets each back as soon as its
+//! completion is reaped.
 //!
 //! Ownership: a buffer belongs to the kernel from `publish` until the completion that names its
 //! id, and to us from there until the next `publish`. The API is safe because `filled` borrows
-//! the ring mutably: nobody can publish a buffer that is being read. That a completion names a
-//! buffer the kernel has let go of is the kernel's contract, and what a completion says is
+//! the ring mutably, so no buffer is published while it is read. That a completion names a buffer
+//! which the kernel has let go of is the kernel's contract; the id and the length that it names are
 //! checked against the bounds here.
 
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -13,8 +13,10 @@ use std::{io, ptr};
 use io_uring::IoUring;
 use io_uring::types::BufRingEntry;
 
-use super::op::BUFFER_GROUP;
 use crate::limits::{BUFFER_BYTES, BUFFERS};
+
+/// The group that the ring's receive buffers are registered under.
+pub(super) const BUFFER_GROUP: u16 = 0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BufferId(pub(crate) u16);

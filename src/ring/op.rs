@@ -1,74 +1,72 @@
-//! The operations sockets need, with the memory the kernel reads while they run, and the one
-//! switch that writes submission queue entries.
+//! The operations that sockets need. What one is stands in two places, side by side: [`Op::write`],
+//! the entries that the kernel gets, and [`Op::complete`], what their completions come to.
+//!
+//! Who may touch an operation's memory: before its entries are queued it moves into the operation
+//! table; from then on it is the kernel's, at the addresses that the entries name, until the last
+//! completion. `complete` runs after that, when it is ours again.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use io_uring::opcode;
 use io_uring::squeue::{Entry, Flags};
-use io_uring::{opcode, types};
+use io_uring::types::Fixed;
 
-use super::inbox::Inbox;
-use super::send::SendOp;
-use super::slots::SlotIndex;
+use super::buffers::BUFFER_GROUP;
+use super::queues::{OpKey, SlotIndex};
+use super::receive_queue::ReceiveQueue;
+use super::recycle::taint::{Reason, Taint};
+use super::send::{SegmentLimit, SendOp};
 use crate::datagram::{Family, RawAddr};
+use crate::error::Errno;
+use crate::limits::CACHED_BYTES_MAX;
+use crate::stats::Stats;
 
-/// The group that the ring's receive buffers are registered under.
-pub(crate) const BUFFER_GROUP: u16 = 0;
+/// Every io_uring operation used here, with the kernel that brought it.
+pub(crate) const OPERATIONS: &[(&str, u8, &str)] = &[
+    ("IORING_OP_SOCKET", opcode::Socket::CODE, "5.19"),
+    ("IORING_OP_BIND", opcode::Bind::CODE, "6.11"),
+    ("IORING_OP_CONNECT", opcode::Connect::CODE, "5.5"),
+    ("IORING_OP_SEND", opcode::Send::CODE, "5.6"),
+    ("IORING_OP_RECVMSG", opcode::RecvMsgMulti::CODE, "6.0 (multishot)"),
+    ("IORING_OP_URING_CMD", opcode::SetSockOpt::CODE, "6.7 (SETSOCKOPT)"),
+    ("IORING_OP_FIXED_FD_INSTALL", opcode::FixedFdInstall::CODE, "6.8"),
+    ("IORING_OP_ASYNC_CANCEL", opcode::AsyncCancel::CODE, "5.5"),
+    ("IORING_OP_CLOSE", opcode::Close::CODE, "5.6"),
+];
 
-/// An operation and its memory. It is stored in the operation table before its entries are
-/// pushed and leaves it after its last completion, so the pointers in the entries stay good.
+/// An operation and its memory.
 pub(crate) enum Op {
     Bind(Box<BindOp>),
     Connect(Box<RawAddr>),
     SetOption(Box<SocketOption>),
     Send(SendOp),
-    Receive(Arc<Inbox>),
-    /// `FIXED_FD_INSTALL`: its result is a file descriptor that somebody must close.
+    /// Multishot: completes once for each message, into this queue.
+    Receive(Arc<ReceiveQueue>),
+    /// `FIXED_FD_INSTALL`: makes a file descriptor of the direct one.
     Install,
-    /// What the kernel has dropped for want of room in the socket's receive buffer.
+    /// Counts what the kernel has dropped because the socket's receive buffer was full.
     CountDrops(Box<SocketMemory>),
-    /// CONNECT with `AF_UNSPEC`: dissolves the association and gives up a port that bind(2) chose;
-    /// and what the socket then still holds.
+    /// CONNECT with `AF_UNSPEC`, which dissolves the association and gives up a port that bind(2)
+    /// chose; and how much memory the socket then still holds.
     Unbind(Box<SocketMemory>),
-    /// Takes and drops one thing that waits to be received, a datagram or an error; and once more
-    /// what the socket holds, if it had datagrams on their way out.
+    /// Receives and drops one thing that waits in the socket, a datagram or an error; and how much
+    /// memory the socket still holds, if it had datagrams on their way out.
     Drain(Option<Box<SocketMemory>>),
     Close,
 }
 
-/// SOCKET, the options recorded so far and BIND: the whole birth of a socket in one chain. For a
-/// recycled socket BIND alone.
+/// SOCKET, the options recorded so far and BIND: a socket's creation as one chain. BIND alone where
+/// the slot holds a recycled socket.
 pub(crate) struct BindOp {
     pub(crate) family: Family,
     pub(crate) options: Vec<SocketOption>,
     pub(crate) addr: SocketAddr,
-    /// As the kernel reads it.
+    /// The same, as the kernel reads it.
     raw: RawAddr,
-    /// The slot holds a recycled socket.
     pub(crate) is_recycled: bool,
-}
-
-impl BindOp {
-    pub(crate) fn new(family: Family, options: Vec<SocketOption>, addr: SocketAddr) -> Self {
-        Self { family, options, addr, raw: addr.into(), is_recycled: false }
-    }
-
-    /// Whether it is to one address and not to all.
-    pub(crate) fn is_addressed(&self) -> bool {
-        !self.addr.ip().is_unspecified()
-    }
-
-    /// Whether the kernel sets the socket's source address by it. Bound to all addresses or to a
-    /// group, a socket keeps the one it has.
-    pub(crate) fn sets_source(&self) -> bool {
-        self.is_addressed() && !self.addr.ip().is_multicast()
-    }
-
-    /// Whether it sets more than what every socket of its family is told.
-    pub(crate) fn sets_options(&self) -> bool {
-        self.options.iter().any(|option| !option.is_v6only())
-    }
 }
 
 #[derive(Clone, Copy)]
@@ -78,10 +76,60 @@ pub(crate) struct SocketOption {
     pub(crate) value: libc::c_int,
 }
 
+/// What an operation has brought its caller.
+#[derive(Debug)]
+pub(crate) enum Output {
+    Done,
+    Sent(Sent),
+    /// The caller closes it by dropping it.
+    Descriptor(OwnedFd),
+}
+
+/// What a send has come to, of whose datagrams the kernel took at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sent {
+    pub(crate) datagrams: u64,
+    /// Why the kernel refused the next one.
+    pub(crate) error: Option<Errno>,
+}
+
+pub(crate) type OpResult = Result<Output, Errno>;
+
+/// How the completions of an operation turned out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// Completions before the first failure.
+    pub(crate) succeeded: u32,
+    /// Sum of their results: bytes, for sends.
+    pub(crate) sum: u64,
+    /// Result of the last of them, e.g. an installed descriptor.
+    pub(crate) value: u32,
+    /// The first failure. Those that it cancelled are no failures of their own.
+    pub(crate) error: Option<Errno>,
+}
+
+/// What the last completion of an operation's entries leads to.
+pub(crate) enum Completed {
+    Ended(OpResult),
+    /// The rest of it is to be written and queued once more.
+    Retry,
+}
+
+/// What an operation's end changes: the counters, and what the ring remembers of the socket.
+pub(crate) struct Books<'a> {
+    pub(crate) stats: &'a mut Stats,
+    pub(crate) taint: &'a mut Taint,
+    pub(crate) segment_limit: &'a mut SegmentLimit,
+    /// A guest still owns the socket.
+    pub(crate) is_owned: bool,
+    /// The ring is being dropped: nothing is tried again.
+    pub(crate) is_ending: bool,
+}
+
 impl Op {
-    /// Completions the operation ends after. Of a bind chain exactly one is seen: all entries but
-    /// the last skip theirs on success, and a failing one hides those of the entries it cancels
-    /// (`a_failing_socket_operation_completes_its_bind_once`).
+    /// Completions that the operation ends after. Of a bind chain the kernel posts exactly one: all
+    /// entries but the last skip theirs on success, and a failing one hides those of the entries it
+    /// cancels (`a_failing_socket_operation_completes_its_bind_once`).
     pub(crate) fn completions(&self) -> u32 {
         match self {
             Self::Send(send) => u32::try_from(send.messages()).unwrap_or(u32::MAX),
@@ -97,8 +145,28 @@ impl Op {
         }
     }
 
-    /// Writes the operation's entries. They point into `self`'s heap memory and into
-    /// `receive_header`, which the caller keeps until the last completion.
+    pub(crate) fn is_send(&self) -> bool {
+        matches!(self, Self::Send(_))
+    }
+
+    /// Notes what the operation will leave in its socket, whatever comes of it.
+    pub(crate) fn mark(&self, taint: &mut Taint) {
+        match self {
+            Self::Bind(bind) => bind.mark(taint),
+            Self::Send(_) => taint.send(),
+            Self::Connect(_) => taint.connect(),
+            Self::SetOption(_) => taint.mark(Reason::Options),
+            Self::Receive(_)
+            | Self::Install
+            | Self::CountDrops(_)
+            | Self::Unbind(_)
+            | Self::Drain(_)
+            | Self::Close => {}
+        }
+    }
+
+    /// Writes the operation's entries. They point into `self`'s heap memory and to `receive_header`,
+    /// which the caller keeps until the last completion.
     pub(crate) fn write(
         &self,
         slot: SlotIndex,
@@ -106,21 +174,9 @@ impl Op {
         receive_header: *const libc::msghdr,
         entries: &mut Vec<Entry>,
     ) {
-        let fd = types::Fixed(slot.0);
+        let fd = slot.fd();
         match self {
-            Self::Bind(bind) if bind.is_recycled => entries.push(bind.entry(fd)),
-            Self::Bind(bind) => {
-                // SOCK_CLOEXEC is EINVAL for a direct descriptor, and SOCK_NONBLOCK would answer
-                // EAGAIN where an armed receive should wait.
-                let socket = opcode::Socket::new(bind.family.domain(), libc::SOCK_DGRAM, 0)
-                    .file_index(Some(slot.destination()))
-                    .build();
-                entries.push(socket.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));
-                for option in &bind.options {
-                    entries.push(option.entry(fd).flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));
-                }
-                entries.push(bind.entry(fd));
-            }
+            Self::Bind(bind) => bind.write(slot, entries),
             Self::Connect(addr) => {
                 entries.push(opcode::Connect::new(fd, addr.as_ptr(), addr.len()).build());
             }
@@ -136,7 +192,7 @@ impl Op {
                 entries.push(memory.entry(fd));
             }
             Self::Drain(memory) => {
-                // Without room for a payload, which is dropped.
+                // Without room for a payload, which the kernel drops.
                 let receive = opcode::Recv::new(fd, std::ptr::null_mut(), 0);
                 entries.push(receive.flags(libc::MSG_DONTWAIT | libc::MSG_TRUNC).build());
                 entries.extend(memory.iter().map(|memory| memory.entry(fd)));
@@ -147,27 +203,176 @@ impl Op {
             entry.set_user_data(user_data);
         }
     }
+
+    /// What the completions of all entries come to. The kernel has let go of the operation's memory.
+    /// (Those of a multishot receive are `receive`'s.)
+    pub(crate) fn complete(&mut self, outcome: Outcome, books: &mut Books<'_>) -> Completed {
+        let Outcome { error, .. } = outcome;
+        let result = error.map_or(Ok(Output::Done), Err);
+        match self {
+            Self::Bind(bind) if bind.is_recycled => {
+                if error.is_none() {
+                    books.stats.sockets_recycled += 1;
+                } else {
+                    books.stats.closed_instead.error += 1;
+                    if books.is_owned {
+                        // The error must not be the former owner's: a new socket in the same slot
+                        // decides.
+                        bind.is_recycled = false;
+                        *books.taint = Taint::new(bind.family);
+                        bind.mark(books.taint);
+                        return Completed::Retry;
+                    }
+                }
+            }
+            Self::Send(send) => {
+                let attempt = send.settle(outcome.succeeded as usize, error);
+                if let Some(segment_max) = attempt.segment_max {
+                    books.segment_limit.set(segment_max);
+                    books.stats.gso_refusals += 1;
+                }
+                if attempt.again && !books.is_ending {
+                    send.plan(books.segment_limit.of_next_send());
+                    return Completed::Retry;
+                }
+                books.stats.datagrams_sent += send.sent();
+                books.stats.datagrams_coalesced += send.coalesced();
+                books.stats.bytes_sent += outcome.sum;
+                if error.is_some() {
+                    books.taint.mark(Reason::Error);
+                }
+                return Completed::Ended(match (send.sent(), error) {
+                    (0, Some(errno)) => Err(errno),
+                    (datagrams, error) => Ok(Output::Sent(Sent { datagrams, error })),
+                });
+            }
+            Self::Install if error.is_none() => {
+                return Completed::Ended(Ok(Output::Descriptor(descriptor(outcome.value))));
+            }
+            Self::CountDrops(memory) if error.is_none() => {
+                books.stats.dropped_by_kernel += u64::from(memory.drops());
+            }
+            Self::Unbind(memory) => {
+                if memory.unread() > CACHED_BYTES_MAX {
+                    books.taint.mark(Reason::Unread);
+                }
+                if memory.is_all_sent() {
+                    books.taint.sent_all();
+                }
+            }
+            Self::Drain(memory) => {
+                if memory.as_ref().is_some_and(|memory| memory.is_all_sent()) {
+                    books.taint.sent_all();
+                }
+                // EAGAIN ends a drain, and an error that was pending is drained like a datagram.
+                return Completed::Ended(result);
+            }
+            Self::Bind(_)
+            | Self::Connect(_)
+            | Self::SetOption(_)
+            | Self::Receive(_)
+            | Self::Install
+            | Self::CountDrops(_)
+            | Self::Close => {}
+        }
+        if error.is_some() {
+            books.taint.mark(Reason::Error);
+        }
+        Completed::Ended(result)
+    }
 }
 
-/// Nobody's address, as long-lived as the kernel may want it.
+/// The entry that ends an operation, a receive or a send of one message. Only its failure completes.
+/// It names the operation and never the slot: a cancel by file scans every armed receive of the ring
+/// (80 times as expensive at 10,000).
+pub(super) fn cancel(key: OpKey) -> Entry {
+    let cancel = opcode::AsyncCancel::new(key.user_data()).build();
+    cancel.flags(Flags::SKIP_SUCCESS).user_data(key.cancel_user_data())
+}
+
+/// A descriptor that `FIXED_FD_INSTALL` has made. A caller that does not want it drops it
+/// (`dropped_calls_leave_no_descriptors_behind`).
+#[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
+fn descriptor(value: u32) -> OwnedFd {
+    let fd: RawFd = value.cast_signed();
+    // SAFETY: the kernel has just made this descriptor for this operation, and `complete` runs once
+    // for its last completion, so there is no second owner.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The address of no peer. Static, so it outlives every operation.
 static UNSPEC: RawAddr = RawAddr::unspec();
 
 impl BindOp {
-    fn entry(&self, fd: types::Fixed) -> Entry {
-        opcode::Bind::new(fd, self.raw.as_ptr(), self.raw.len()).build()
+    pub(crate) fn new(family: Family, options: Vec<SocketOption>, addr: SocketAddr) -> Self {
+        Self { family, options, addr, raw: addr.into(), is_recycled: false }
+    }
+
+    pub(crate) fn names_port(&self) -> bool {
+        self.addr.port() != 0
+    }
+
+    /// Whether it is to one address and not to all.
+    fn is_addressed(&self) -> bool {
+        !self.addr.ip().is_unspecified()
+    }
+
+    /// Whether the kernel sets the socket's source address by it. Bound to all addresses or to a
+    /// group, a socket keeps the one it has.
+    fn sets_source(&self) -> bool {
+        self.is_addressed() && !self.addr.ip().is_multicast()
+    }
+
+    /// Whether it sets options that not every socket of its family has.
+    fn sets_options(&self) -> bool {
+        self.options.iter().any(|option| !option.is_v6only())
+    }
+
+    /// Whether a recycled socket may serve it, and then whether it sets the source address.
+    pub(crate) fn recyclable(&self) -> Option<bool> {
+        (!self.names_port() && !self.sets_options()).then(|| self.sets_source())
+    }
+
+    fn mark(&self, taint: &mut Taint) {
+        taint.bind(self.is_addressed());
+        if self.names_port() {
+            taint.mark(Reason::NamedPort);
+        }
+        if self.sets_options() {
+            taint.mark(Reason::Options);
+        }
+    }
+
+    fn write(&self, slot: SlotIndex, entries: &mut Vec<Entry>) {
+        let fd = slot.fd();
+        if !self.is_recycled {
+            // SOCK_CLOEXEC is EINVAL for a direct descriptor, and SOCK_NONBLOCK would answer EAGAIN
+            // where an armed receive should wait.
+            let socket = opcode::Socket::new(self.family.domain(), libc::SOCK_DGRAM, 0)
+                .file_index(Some(slot.destination()))
+                .build();
+            entries.push(socket.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));
+            for option in &self.options {
+                entries.push(option.entry(fd).flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));
+            }
+        }
+        entries.push(opcode::Bind::new(fd, self.raw.as_ptr(), self.raw.len()).build());
     }
 }
 
 impl SocketOption {
-    /// What every IPv6 socket is told: WASI sockets are never dual-stack.
+    /// Set on every IPv6 socket: WASI sockets are never dual-stack.
     pub(crate) const V6ONLY: Self =
         Self { level: libc::IPPROTO_IPV6, name: libc::IPV6_V6ONLY, value: 1 };
+
+    /// GRO on: equal datagrams of one sender come in one message (udp(7)).
+    pub(crate) const GRO: Self = Self { level: libc::SOL_UDP, name: libc::UDP_GRO, value: 1 };
 
     pub(crate) fn is_v6only(&self) -> bool {
         (self.level, self.name) == (Self::V6ONLY.level, Self::V6ONLY.name)
     }
 
-    fn entry(&self, fd: types::Fixed) -> Entry {
+    fn entry(&self, fd: Fixed) -> Entry {
         opcode::SetSockOpt::new(
             fd,
             self.level.cast_unsigned(),
@@ -179,7 +384,7 @@ impl SocketOption {
     }
 }
 
-/// What `SO_MEMINFO` (socket(7)) tells: an array that the kernel writes.
+/// What `SO_MEMINFO` (socket(7)) answers: an array that the kernel writes.
 pub(crate) struct SocketMemory(Cell<[u32; 9]>);
 
 /// `SO_MEMINFO`, which libc does not have (asm-generic/socket.h).
@@ -188,33 +393,36 @@ const SO_MEMINFO: libc::c_int = 55;
 /// `SOCKET_URING_OP_GETSOCKOPT`.
 const GETSOCKOPT: u32 = 2;
 
+/// Where an entry names its command, in words.
+const CMD_OP: usize = 2;
+
 impl SocketMemory {
-    /// To be asked. Says the worst until it is answered.
+    /// Until the kernel has written it: the worst.
     pub(crate) fn unknown() -> Self {
         Self(Cell::new([u32::MAX; 9]))
     }
 
-    pub(crate) fn drops(&self) -> u32 {
+    fn drops(&self) -> u32 {
         let [.., drops] = self.0.get();
         drops
     }
 
-    /// Bytes of kernel memory that what waits to be received takes (`SK_MEMINFO_RMEM_ALLOC` in
+    /// Bytes of kernel memory taken by what waits to be received (`SK_MEMINFO_RMEM_ALLOC` in
     /// `linux/sock_diag.h`).
-    pub(crate) fn unread(&self) -> u32 {
+    fn unread(&self) -> u32 {
         let [unread, ..] = self.0.get();
         unread
     }
 
     /// Whether the kernel is through with all that was sent (`SK_MEMINFO_WMEM_ALLOC`).
-    pub(crate) fn is_all_sent(&self) -> bool {
+    fn is_all_sent(&self) -> bool {
         let [_, _, sending, ..] = self.0.get();
         sending == 0
     }
 
-    /// GETSOCKOPT is SETSOCKOPT by another command, for which io-uring has no builder of its own.
+    /// GETSOCKOPT is SETSOCKOPT with another command, which io-uring has no builder for.
     #[expect(unsafe_code, reason = "an entry as the words it consists of")]
-    fn entry(&self, fd: types::Fixed) -> Entry {
+    fn entry(&self, fd: Fixed) -> Entry {
         let set = opcode::SetSockOpt::new(
             fd,
             libc::SOL_SOCKET.cast_unsigned(),
@@ -222,28 +430,12 @@ impl SocketMemory {
             self.0.as_ptr().cast_const().cast(),
             u32::try_from(size_of_val(&self.0)).expect("36"),
         );
-        // SAFETY: an entry is 64 bytes of plain integers (`struct io_uring_sqe`).
-        // (`what_the_kernel_drops_is_counted_when_the_socket_closes` reads what it asks for.)
+        // SAFETY: an entry is 64 bytes of plain integers (`struct io_uring_sqe`), and so are 16
+        // words. (`what_the_kernel_drops_is_counted_when_the_socket_closes` reads what this asks
+        // for.)
         let mut words: [u32; 16] = unsafe { std::mem::transmute(set.build()) };
         words[CMD_OP] = GETSOCKOPT;
         // SAFETY: as above, the other way round.
         unsafe { std::mem::transmute(words) }
     }
-}
-
-/// Where an entry names its command, in words.
-const CMD_OP: usize = 2;
-
-/// Marks the `user_data` of a cancel: the top bit of a table index, which is never that large.
-const CANCEL: u64 = 1 << 31;
-
-/// Ends the receive, or the send of one message, with this `user_data`. Named by it and never by
-/// slot: a cancel by file scans every armed receive of the ring (80 times as dear at 10,000).
-pub(crate) fn cancel(target: u64) -> Entry {
-    opcode::AsyncCancel::new(target).build().flags(Flags::SKIP_SUCCESS).user_data(target | CANCEL)
-}
-
-/// What a cancel was meant for, if this `user_data` is a cancel's.
-pub(crate) fn cancelled_by(user_data: u64) -> Option<u64> {
-    (user_data & CANCEL != 0).then_some(user_data & !CANCEL)
 }

@@ -1,26 +1,27 @@
-//! A guest's `send`: which datagrams travel in one message, and what is tried again.
+//! A guest's `send`: which datagrams become one message (GSO), and what is tried again.
 
+use io_uring::opcode;
 use io_uring::squeue::{Entry, Flags};
-use io_uring::{opcode, types};
+use io_uring::types::Fixed;
 
 use crate::datagram::{GsoMessage, Outgoing, front_run};
 use crate::error::Errno;
-use crate::limits::SEND_ATTEMPTS_MAX;
+use crate::limits::{GSO_REFUSAL_SENDS, SEND_ATTEMPTS_MAX};
 
 /// One `send` of a guest: its datagrams in order, as one linked chain of messages.
 pub(crate) struct SendOp {
     datagrams: Vec<Outgoing>,
     /// Datagrams from the front that the kernel has taken.
     sent: usize,
-    /// Those of them that travelled in company.
+    /// Those of them that were coalesced.
     coalesced: usize,
-    /// This attempt's messages, for the datagrams behind those sent.
+    /// This attempt's messages, of the datagrams behind those sent.
     messages: Vec<Message>,
-    /// The last attempt was refused in company. If this goes better, company was the reason, and
-    /// so many bytes are the most for it.
+    /// The kernel refused the last attempt's coalesced message. If this attempt, with datagrams of
+    /// more than so many bytes apart, goes better, coalescing was the reason.
     suspected: Option<usize>,
     attempts: u32,
-    /// Its caller has given it up.
+    /// Its caller is gone: no attempt follows this one.
     is_cancelled: bool,
 }
 
@@ -35,8 +36,31 @@ struct Message {
 pub(crate) struct Attempt {
     /// The rest is to be planned and submitted once more.
     pub(crate) again: bool,
-    /// Learned from it: no more than so many bytes a datagram may have to travel in company.
+    /// Learned from it: the largest datagram, in bytes, that may be coalesced.
     pub(crate) segment_max: Option<usize>,
+}
+
+/// The largest datagram of a socket that may be coalesced, in bytes, as the kernel's refusals have
+/// shown, and for how many sends that is still assumed: the refusal was one path's, and the guest
+/// may send over another later.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SegmentLimit(Option<(u16, u16)>);
+
+impl SegmentLimit {
+    /// Spends one of the sends.
+    pub(crate) fn of_next_send(&mut self) -> usize {
+        let Some((max, sends)) = &mut self.0 else { return usize::MAX };
+        let max = usize::from(*max);
+        *sends -= 1;
+        if *sends == 0 {
+            self.0 = None;
+        }
+        max
+    }
+
+    pub(crate) fn set(&mut self, segment_max: usize) {
+        self.0 = Some((u16::try_from(segment_max).unwrap_or(u16::MAX), GSO_REFUSAL_SENDS));
+    }
 }
 
 impl SendOp {
@@ -57,9 +81,9 @@ impl SendOp {
         self.datagrams.iter().map(|datagram| datagram.payload.len()).sum()
     }
 
-    /// Makes messages of what is still to be sent; every completion of those made before has come,
-    /// so the kernel has no use for their memory. Datagrams of more than `segment_max` bytes
-    /// travel alone.
+    /// Makes messages of the datagrams still to be sent. The kernel has completed the messages made
+    /// before, so their memory is freed here. Datagrams of more than `segment_max` bytes are not
+    /// coalesced.
     pub(crate) fn plan(&mut self, segment_max: usize) {
         self.messages.clear();
         let segment_max = self.suspected.unwrap_or(segment_max).min(segment_max);
@@ -72,7 +96,7 @@ impl SendOp {
         }
     }
 
-    /// Books that the kernel took this many messages and refused the next with `error`, if any.
+    /// Records that the kernel took so many messages and refused the next with `error`, if any.
     pub(crate) fn settle(&mut self, messages: usize, error: Option<Errno>) -> Attempt {
         for message in self.messages.drain(..messages) {
             self.sent += message.datagrams;
@@ -82,18 +106,18 @@ impl SendOp {
         let refused = self.messages.first().filter(|message| message.gso.is_some());
         let segment = refused.and_then(|_| Some(self.datagrams.get(self.sent)?.payload.len()));
         let again = match (error, segment) {
-            // Beyond the path's MTU, where the kernel fragments only what travels alone. Or all
-            // that goes there is refused, as the next attempt will show.
+            // Beyond the path's MTU: the kernel fragments only what is not coalesced. Or the kernel
+            // refuses whatever goes there, as the next attempt will show.
             (Some(Errno(libc::EMSGSIZE | libc::EINVAL)), Some(segment)) => {
                 self.suspected = Some(segment - 1);
                 true
             }
-            // The device or the socket leaves checksums to us.
+            // The device computes no checksums, or the socket has them off.
             (Some(Errno(libc::EIO)), Some(_)) => {
                 self.suspected = Some(0);
                 true
             }
-            // The thread that submitted it has exited, and its requests with it.
+            // The thread that submitted it has exited, and the kernel has cancelled its requests.
             (Some(Errno(libc::ECANCELED)), _) => true,
             _ => false,
         };
@@ -102,7 +126,6 @@ impl SendOp {
         Attempt { again, segment_max }
     }
 
-    /// No attempt follows this one.
     pub(super) fn cancel(&mut self) {
         self.is_cancelled = true;
     }
@@ -112,9 +135,9 @@ impl SendOp {
         self.messages.len()
     }
 
-    /// Writes this attempt's entries, linked, so that a failure stops what follows it: a guest
-    /// learns the exact count.
-    pub(super) fn write(&self, fd: types::Fixed, entries: &mut Vec<Entry>) {
+    /// Writes this attempt's entries, linked: a failure stops those behind it, so the count of what
+    /// was sent is exact.
+    pub(super) fn write(&self, fd: Fixed, entries: &mut Vec<Entry>) {
         let mut rest = &self.datagrams[self.sent..];
         for message in &self.messages {
             let entry = match (&message.gso, rest.first()) {
@@ -133,14 +156,14 @@ impl SendOp {
         self.sent as u64
     }
 
-    /// Those of them that travelled in company.
+    /// Those of them that were coalesced.
     pub(crate) fn coalesced(&self) -> u64 {
         self.coalesced as u64
     }
 }
 
 impl Outgoing {
-    fn entry(&self, fd: types::Fixed) -> Entry {
+    fn entry(&self, fd: Fixed) -> Entry {
         let bytes = u32::try_from(self.payload.len()).expect("checked against PAYLOAD_BYTES_MAX");
         let send = opcode::Send::new(fd, self.payload.as_ptr(), bytes);
         match &self.to {
@@ -175,23 +198,23 @@ mod tests {
     const AGAIN: Attempt = Attempt { again: true, segment_max: None };
 
     #[test]
-    fn what_is_refused_in_company_is_tried_apart_and_only_there() {
+    fn what_is_refused_coalesced_is_tried_apart_and_only_there() {
         for (errno, learned) in [
             (libc::EMSGSIZE, Some(99)),
             (libc::EINVAL, Some(99)),
             (libc::EIO, Some(0)),
             (libc::EPERM, None),
         ] {
-            let mut in_company = send(&[7, 100, 100, 50]);
-            assert_eq!(planned(&in_company), [1, 3]);
-            let attempt = in_company.settle(1, Some(Errno(errno)));
+            let mut coalesced = send(&[7, 100, 100, 50]);
+            assert_eq!(planned(&coalesced), [1, 3]);
+            let attempt = coalesced.settle(1, Some(Errno(errno)));
             assert_eq!(attempt, if learned.is_some() { AGAIN } else { ENDED }, "{errno}");
-            assert_eq!((in_company.sent(), in_company.coalesced()), (1, 0));
+            assert_eq!((coalesced.sent(), coalesced.coalesced()), (1, 0));
             if learned.is_some() {
-                in_company.plan(usize::MAX);
-                assert_eq!(planned(&in_company), [1, 1, 1]);
+                coalesced.plan(usize::MAX);
+                assert_eq!(planned(&coalesced), [1, 1, 1]);
                 let ended = Attempt { again: false, segment_max: learned };
-                assert_eq!(in_company.settle(3, None), ended, "{errno}");
+                assert_eq!(coalesced.settle(3, None), ended, "{errno}");
             }
             let mut alone = send(&[100, 100, 7, 200]);
             assert_eq!(planned(&alone), [3, 1]);
@@ -201,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_learned_from_what_is_refused_alone_as_well() {
+    fn nothing_is_learned_from_what_is_refused_apart_as_well() {
         let mut send = send(&[100; 3]);
         assert_eq!(send.settle(0, Some(Errno(libc::EINVAL))), AGAIN);
         send.plan(usize::MAX);
@@ -210,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_exiting_thread_takes_along_is_tried_again() {
+    fn what_an_exiting_thread_has_cancelled_is_tried_again() {
         let mut send = send(&[9, 9, 0, 9]);
         assert_eq!(send.settle(1, Some(Errno(libc::ECANCELED))), AGAIN);
         send.plan(usize::MAX);
@@ -219,9 +242,20 @@ mod tests {
         assert_eq!((send.sent(), send.coalesced()), (4, 2));
     }
 
+    #[test]
+    fn a_segment_limit_is_forgotten_after_so_many_sends() {
+        let mut limit = SegmentLimit::default();
+        assert_eq!(limit.of_next_send(), usize::MAX);
+        limit.set(1200);
+        for _ in 0..GSO_REFUSAL_SENDS {
+            assert_eq!(limit.of_next_send(), 1200);
+        }
+        assert_eq!(limit.of_next_send(), usize::MAX);
+    }
+
     proptest! {
         /// The test plays the kernel, attempt by attempt: a path that takes datagrams of up to
-        /// `path_max` bytes in company, datagrams that are refused whatever comes, and a thread
+        /// `path_max` bytes coalesced, datagrams that are refused whatever comes, and a thread
         /// that exits now and then.
         #[test]
         fn every_datagram_before_the_first_bad_one_is_sent_once(
@@ -233,7 +267,7 @@ mod tests {
         ) {
             let mut send = SendOp::new(datagrams(&sizes));
             let (mut segment_max, mut exits) = (usize::from(u16::MAX), exits.into_iter());
-            let (mut taken, mut in_company) = (0, 0);
+            let (mut taken, mut coalesced) = (0, 0);
             for attempt in 0.. {
                 prop_assert!(attempt < 16, "each attempt settles something");
                 send.plan(segment_max);
@@ -241,11 +275,11 @@ mod tests {
                 let (mut messages, mut error) = (0, None);
                 for message in &send.messages {
                     let range = taken..taken + message.datagrams;
-                    let company = message.gso.is_some();
-                    prop_assert_eq!(company, message.datagrams > 1);
+                    let is_coalesced = message.gso.is_some();
+                    prop_assert_eq!(is_coalesced, message.datagrams > 1);
                     error = if exit == Some(messages) {
                         Some(Errno(libc::ECANCELED))
-                    } else if company && sizes[taken] > path_max {
+                    } else if is_coalesced && sizes[taken] > path_max {
                         Some(Errno(refusal))
                     } else if bad.is_some_and(|bad| range.contains(&bad)) {
                         // What is wrong with one is wrong with all that go where it goes.
@@ -258,7 +292,7 @@ mod tests {
                     }
                     messages += 1;
                     taken = range.end;
-                    in_company += if company { message.datagrams } else { 0 };
+                    coalesced += if is_coalesced { message.datagrams } else { 0 };
                 }
                 let attempt = send.settle(messages, error);
                 if let Some(learned) = attempt.segment_max {
@@ -271,7 +305,7 @@ mod tests {
             }
             let good = bad.map_or(sizes.len(), |bad| bad.min(sizes.len()));
             prop_assert_eq!(taken, good);
-            prop_assert_eq!((send.sent(), send.coalesced()), (good as u64, in_company as u64));
+            prop_assert_eq!((send.sent(), send.coalesced()), (good as u64, coalesced as u64));
         }
     }
 }

@@ -1,18 +1,44 @@
 //! To the guest: what has arrived, past the policy and the peer filter.
+//!
+//! The one place where a datagram is admitted is `admits`: the policy decides about its sender once,
+//! when the guest's call takes it from the queue. A datagram that a wait has found, and no call has
+//! taken yet, is kept admitted.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::task::{Poll, ready};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
 use tokio::task::coop::consume_budget;
 
-use super::{Listening, UdpSocket};
-use crate::ctx::GuestCtx;
+use crate::driver::first_poll;
 use crate::error::ErrorCode;
-use crate::first_poll;
 use crate::limits::{BATCH_DATAGRAMS_MAX, RECEIVE_BYTES_MAX};
-use crate::policy::SocketAddrUse;
-use crate::ring::inbox::{Datagram, Inbox, InboxLimits, Taken};
+use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, Taken};
+use crate::socket::guest::GuestCtx;
+use crate::socket::policy::SocketAddrUse;
+use crate::socket::{Receiver, UdpSocket};
+
+impl Receiver {
+    fn new(queue: Arc<ReceiveQueue>) -> Self {
+        let line = tokio::sync::Mutex::const_new(());
+        Self { queue, line, admitted: Mutex::new(None) }
+    }
+
+    fn take_admitted(&self) -> Option<Arrival> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn keep_admitted(&self, arrival: Arrival) {
+        *self.admitted.lock().unwrap_or_else(PoisonError::into_inner) = Some(arrival);
+    }
+
+    /// The socket is gone: datagrams that no call will take.
+    pub(super) fn discard(&self) -> u64 {
+        let admitted = u64::from(matches!(self.take_admitted(), Some(Ok(_))));
+        admitted + self.queue.discard()
+    }
+}
 
 /// Datagrams kept from a guest.
 #[derive(Default)]
@@ -22,22 +48,25 @@ struct Withheld {
 }
 
 impl UdpSocket {
-    /// Arms the receive if nobody has; afterwards what the kernel has queued is in the inbox.
-    async fn listening(&self) -> &Listening {
+    /// Arms the receive, unless that was done; afterwards what waited in the kernel is in the queue.
+    async fn receiver(&self) -> &Receiver {
         poll_fn(|cx| {
-            let GuestCtx { uring, guest, .. } = &*self.ctx;
-            let mut state = self.lock();
-            let listening = self.listening.get_or_init(|| {
-                let (inbox, flush) = uring.arm(*guest, self.bound_slot());
-                state.arming = Some(Box::new(flush));
-                Box::new(Listening { inbox, line: tokio::sync::Mutex::const_new(()) })
+            let GuestCtx { driver, guest, .. } = &*self.ctx;
+            let receiver = self.receiver.get_or_init(|| {
+                let (queue, flush) = driver.arm(*guest, self.bound_slot());
+                self.lock().arming = Some(Box::new(flush));
+                Box::new(Receiver::new(queue))
             });
-            // Kept until it is done, for a guest may look once and come back.
-            if let Some(flush) = &mut state.arming {
-                ready!(flush.poll(uring, cx));
-                state.arming = None;
+            // Taken out to be polled with the state unlocked. Kept until it has ended, because the
+            // call may be dropped in between.
+            let arming = self.lock().arming.take();
+            if let Some(mut flush) = arming
+                && flush.poll(driver, cx).is_pending()
+            {
+                self.lock().arming = Some(flush);
+                return Poll::Pending;
             }
-            Poll::Ready(listening)
+            Poll::Ready(receiver)
         })
         .await
     }
@@ -48,41 +77,49 @@ impl UdpSocket {
         if max == 0 {
             return Ok(Vec::new());
         }
-        // A guest that asks without end does not suspend by itself.
+        // A guest that calls again and again does not suspend by itself.
         consume_budget().await;
-        let Listening { inbox, .. } = self.listening().await;
-        let most = InboxLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
-        let mut has_looked = false;
+        let receiver = self.receiver().await;
+        let most = QueueLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
+        let mut has_reaped = false;
         loop {
-            self.ctx.turn.give_up_if_over().await;
-            let Taken { mut datagrams, first_is_admitted, resume } = inbox.take(most)?;
-            if resume {
-                self.resume();
+            self.ctx.yield_if_spent().await;
+            let mut is_admitted = false;
+            let first = match receiver.take_admitted() {
+                Some(Err(errno)) => return Err(errno.into()),
+                Some(Ok(datagram)) => {
+                    is_admitted = true;
+                    Some(datagram)
+                }
+                None => None,
+            };
+            let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
+            if resumes {
+                self.resume(receiver);
             }
             if datagrams.is_empty() {
-                if std::mem::replace(&mut has_looked, true) {
+                if std::mem::replace(&mut has_reaped, true) {
                     return Ok(datagrams);
                 }
-                self.ctx.uring.look();
+                self.ctx.driver.reap();
                 continue;
             }
-            self.ctx.turn.count(datagrams.len());
-            let mut is_admitted = first_is_admitted;
+            self.ctx.budget.spend(datagrams.len());
             let remote = self.remote();
             let mut withheld = Withheld::default();
             datagrams.retain(|datagram| {
                 std::mem::take(&mut is_admitted)
-                    || self.may_hear(datagram.from, remote, &mut withheld)
+                    || self.admits(datagram.from, remote, &mut withheld)
             });
-            self.count(withheld);
+            self.count(&withheld);
             if !datagrams.is_empty() {
                 return Ok(datagrams);
             }
         }
     }
 
-    /// The next datagram, waited for; those who wait are served in the order they came. Given up,
-    /// the call leaves every datagram where it is.
+    /// The next datagram, waited for; concurrent calls are served in the order they came. A call that
+    /// is dropped leaves every datagram where it is.
     pub(crate) async fn receive_one(&self) -> Result<Datagram, ErrorCode> {
         if !self.lock().is_bound() {
             let is_binding = self.lock().is_binding();
@@ -90,86 +127,102 @@ impl UdpSocket {
                 return Err(ErrorCode::InvalidState);
             }
         }
-        let Listening { inbox, line } = self.listening().await;
-        let _line = line.lock().await;
-        self.ctx.turn.give_up_if_over().await;
-        loop {
-            self.receivable().await;
-            // From here on nothing waits.
-            let (arrival, resume) = inbox.take_first();
-            if resume {
-                self.resume();
-            }
-            if let Some(arrival) = arrival {
-                self.ctx.turn.count(1);
-                return Ok(arrival?);
-            }
-        }
+        let receiver = self.receiver().await;
+        let _line = receiver.line.lock().await;
+        self.ctx.yield_if_spent().await;
+        let arrival = poll_fn(|cx| self.poll_arrival(receiver, cx)).await;
+        self.ctx.budget.spend(1);
+        Ok(arrival?)
     }
 
     /// Ready when `receive` would return a datagram or an error.
     pub(crate) async fn receivable(&self) {
-        let Listening { inbox, .. } = self.listening().await;
-        poll_fn(|cx| {
-            if self.admit(inbox) {
-                return Poll::Ready(());
-            }
-            // Not registered yet: what the look brings would wake the very task that looks.
-            self.ctx.uring.look_and_listen();
-            if self.admit(inbox) {
-                return Poll::Ready(());
-            }
-            inbox.wake_on_arrival(cx.waker());
-            // Another thread may have booked something in between.
-            if self.admit(inbox) {
-                return Poll::Ready(());
-            }
-            if !first_poll::is_first(cx) {
-                self.ctx.turn.begin();
-            }
-            Poll::Pending
-        })
-        .await;
+        let receiver = self.receiver().await;
+        let arrival = poll_fn(|cx| self.poll_arrival(receiver, cx)).await;
+        receiver.keep_admitted(arrival);
     }
 
-    /// Whether an arrival is there that the guest may see; those it may not are dropped.
-    fn admit(&self, inbox: &Inbox) -> bool {
-        let remote = self.remote();
-        let mut withheld = Withheld::default();
-        let admitted = inbox.admit(|from| self.may_hear(from, remote, &mut withheld));
-        self.count(withheld);
-        if !admitted && inbox.resume_if_drained() {
-            // What was dropped had filled it.
-            self.resume();
+    /// The next arrival that the guest may see.
+    fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Arrival> {
+        if let Some(arrival) = receiver.take_admitted().or_else(|| self.take_arrival(receiver)) {
+            return Poll::Ready(arrival);
         }
-        admitted
+        // The task is not registered yet: what this reaps would wake the very task that reaps.
+        self.ctx.driver.start_reaping();
+        if let Some(arrival) = self.take_arrival(receiver) {
+            return Poll::Ready(arrival);
+        }
+        drop(receiver.queue.register(cx.waker().clone()));
+        // Another thread may have reaped something in between.
+        if let Some(arrival) = self.take_arrival(receiver) {
+            return Poll::Ready(arrival);
+        }
+        if !first_poll::is_first(cx) {
+            self.ctx.budget.renew();
+        }
+        Poll::Pending
     }
 
-    /// Whether the guest may see a datagram of this sender.
-    fn may_hear(
+    /// Takes arrivals from the queue until the guest may see one; the others are dropped. Errors
+    /// always pass.
+    fn take_arrival(&self, receiver: &Receiver) -> Option<Arrival> {
+        let mut withheld = Withheld::default();
+        let arrival = loop {
+            let Taken { arrivals: arrival, resumes } = receiver.queue.take_first();
+            if resumes {
+                self.resume(receiver);
+            }
+            match &arrival {
+                Some(Ok(datagram)) if !self.admits(datagram.from, self.remote(), &mut withheld) => {
+                }
+                Some(Ok(_) | Err(_)) | None => break arrival,
+            }
+        };
+        self.count(&withheld);
+        arrival
+    }
+
+    /// Whether the guest may see a datagram of this sender. The policy is the host's code: no lock is
+    /// held.
+    fn admits(
         &self,
         from: SocketAddr,
         remote: Option<SocketAddr>,
         withheld: &mut Withheld,
     ) -> bool {
-        let allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
+        let is_allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
         // The kernel filters what arrives after the connect, not what was queued before.
         let is_peer = remote.is_none_or(|remote| remote == from);
-        withheld.by_policy += u64::from(!allowed);
-        withheld.not_from_peer += u64::from(allowed && !is_peer);
-        allowed && is_peer
+        withheld.by_policy += u64::from(!is_allowed);
+        withheld.not_from_peer += u64::from(is_allowed && !is_peer);
+        is_allowed && is_peer
     }
 
-    fn count(&self, Withheld { by_policy, not_from_peer }: Withheld) {
+    /// The socket has another peer: what was admitted before is judged again.
+    pub(super) fn readmit(&self) {
+        let Some(receiver) = self.receiver.get() else { return };
+        let Some(arrival) = receiver.take_admitted() else { return };
+        let mut withheld = Withheld::default();
+        let remote = self.remote();
+        if arrival
+            .as_ref()
+            .map_or(true, |datagram| self.admits(datagram.from, remote, &mut withheld))
+        {
+            receiver.keep_admitted(arrival);
+        }
+        self.count(&withheld);
+    }
+
+    fn count(&self, Withheld { by_policy, not_from_peer }: &Withheld) {
         if by_policy + not_from_peer > 0 {
-            self.ctx.uring.count(|stats| {
+            self.ctx.driver.count(|stats| {
                 stats.dropped_by_policy += by_policy;
                 stats.dropped_not_from_peer += not_from_peer;
             });
         }
     }
 
-    fn resume(&self) {
-        self.ctx.uring.resume(self.ctx.guest, self.bound_slot());
+    fn resume(&self, receiver: &Receiver) {
+        self.ctx.driver.resume(self.ctx.guest, self.bound_slot(), &receiver.queue);
     }
 }

@@ -1,39 +1,45 @@
-//! From the guest: which datagrams may leave, and when the kernel has taken them.
+//! From the guest to the kernel: which datagrams may leave, in batches (WASI 0.2) or one by one
+//! (WASI 0.3), and what waits while the socket's send buffer is full.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::task::{Context, Poll};
 
-use super::UdpSocket;
 use crate::datagram::{Outgoing, RawAddr};
+use crate::driver::InFlight;
 use crate::error::ErrorCode;
 use crate::limits::PAYLOAD_BYTES_MAX;
-use crate::policy::{SocketAddrUse, is_of_family, is_remote};
-use crate::ring::Done;
-use crate::ring::op::Op;
+use crate::ring::op::{Op, Output, Sent};
 use crate::ring::send::SendOp;
+use crate::socket::UdpSocket;
+use crate::socket::policy::{SocketAddrUse, is_of_family, is_remote};
 
 impl UdpSocket {
     /// Sends datagrams in order, as one submission, and returns how many the kernel took or will
     /// take.
     ///
     /// WIT: "If at least one datagram has been sent successfully, this function never returns an
-    /// error." What must wait for room is told of by the next `send`, if it fails.
+    /// error." What waits for send buffer and then fails is the next `send`'s error.
     pub(crate) async fn send(
         &self,
         datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
-        let remote = {
+        let (blocked, remote) = {
             let mut state = self.lock();
-            if let Some(earlier) = &mut state.in_flight {
-                let Some(done) = earlier.try_done() else { return Ok(0) };
-                state.in_flight = None;
-                if let Some(errno) = done.error {
+            (state.blocked_send.take(), state.remote.as_deref().copied())
+        };
+        if let Some(mut blocked) = blocked {
+            match blocked.try_result() {
+                None => {
+                    self.set_blocked(blocked);
+                    return Ok(0);
+                }
+                Some(Err(errno) | Ok(Output::Sent(Sent { error: Some(errno), .. }))) => {
                     return Err(errno.into());
                 }
+                Some(Ok(_)) => {}
             }
-            state.remote.as_deref().copied()
-        };
+        }
         let mut refused = None;
         let mut accepted = Vec::with_capacity(datagrams.len());
         for (payload, to) in datagrams {
@@ -49,34 +55,46 @@ impl UdpSocket {
             return refused.map_or(Ok(0), Err);
         }
         let accepted_len = accepted.len() as u64;
-        let mut ticket = self.submit(Op::Send(SendOp::new(accepted)));
-        let done = poll_fn(|cx| ticket.poll_submitted(cx)).await;
-        if ticket.has_yielded() {
-            self.ctx.turn.begin();
+        // The payloads are the ring's from here until the kernel has taken or refused them.
+        let mut in_flight = self.submit(Op::Send(SendOp::new(accepted)));
+        let result = poll_fn(|cx| in_flight.poll_submitted(cx)).await;
+        if in_flight.has_yielded() {
+            self.ctx.budget.renew();
         }
-        match done {
-            Some(Done { error: Some(errno), sent: 0, .. }) => Err(errno.into()),
-            Some(Done { sent, .. }) => Ok(sent),
+        match result {
+            Some(Ok(Output::Sent(Sent { datagrams, .. }))) => Ok(datagrams),
+            Some(Ok(_)) => Ok(0),
+            Some(Err(errno)) => Err(errno.into()),
             None => {
-                self.lock().in_flight = Some(Box::new(ticket));
+                self.set_blocked(Box::new(in_flight));
                 Ok(accepted_len)
             }
         }
     }
 
+    /// Records the batch that the next `send` waits for.
+    fn set_blocked(&self, batch: Box<InFlight>) {
+        // Dropped at the block's end, with the lock released.
+        let _previous = self.lock().blocked_send.replace(batch);
+    }
+
     /// Ready when the kernel has taken all that was sent.
     pub(crate) fn poll_sendable(&self, cx: &mut Context<'_>) -> Poll<()> {
-        match &self.lock().in_flight {
-            Some(ticket) => ticket.poll_is_done(cx),
-            None => Poll::Ready(()),
-        }
+        // Taken out to be polled with the state unlocked.
+        let blocked = self.lock().blocked_send.take();
+        let Some(blocked) = blocked else { return Poll::Ready(()) };
+        let poll = blocked.poll_is_done(cx);
+        // Put back also when done: the next `send` fetches its error.
+        self.set_blocked(blocked);
+        poll
     }
 
     /// Sends one datagram, of a socket that need not be bound, and waits until the kernel has taken
-    /// or refused it. Given up while it waits for room, it is not sent, unless room comes just then.
+    /// or refused it. If the call is cancelled while it waits for send buffer, the datagram is not
+    /// sent, unless the kernel takes it before the cancel.
     ///
     /// Its entry names the peer even of a connected socket, which may have another one by the time
-    /// there is room.
+    /// there is send buffer.
     pub(crate) async fn send_one(
         &self,
         payload: Vec<u8>,
@@ -97,9 +115,9 @@ impl UdpSocket {
         }
         let _permit = self.sends.acquire().await;
         let datagram = Outgoing { payload, to: Some(to.into()) };
-        let ticket = self.submit(Op::Send(SendOp::new(vec![datagram]))).cancelled_with_caller();
-        let Done { error, .. } = ticket.done().await;
-        error.map_or(Ok(()), |errno| Err(errno.into()))
+        let send = self.submit(Op::Send(SendOp::new(vec![datagram]))).cancelled_with_caller();
+        send.result().await?;
+        Ok(())
     }
 
     /// Checks one datagram; the address to send it to, or none for a connected socket's peer.
@@ -114,7 +132,7 @@ impl UdpSocket {
         Ok(remote.is_none().then(|| effective.into()))
     }
 
-    /// Where a datagram goes that is well-formed.
+    /// The peer of a well-formed datagram.
     fn destination(
         &self,
         payload: &[u8],
@@ -130,7 +148,7 @@ impl UdpSocket {
             return Err(ErrorCode::InvalidArgument);
         }
         match (to, remote) {
-            // WIT: a connected socket's datagrams name its peer or nobody.
+            // WIT: a connected socket's datagrams name its peer or none.
             (Some(to), Some(remote)) if to != remote => Err(ErrorCode::InvalidArgument),
             (Some(to), _) => Ok(to),
             (None, Some(remote)) => Ok(remote),

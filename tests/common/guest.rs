@@ -198,7 +198,7 @@ impl Rig {
         self.drop_socket(endpoint.socket).await;
     }
 
-    /// Asks for a permit and sends datagrams.
+    /// `check-send`, then `send` of datagrams.
     pub async fn send_all(
         &mut self,
         outgoing: u32,
@@ -209,7 +209,7 @@ impl Rig {
         self.send(outgoing, datagrams).await
     }
 
-    /// Asks for a permit and sends one datagram.
+    /// `check-send`, then `send` of one datagram.
     pub async fn send_one(
         &mut self,
         outgoing: u32,

@@ -4,6 +4,13 @@
 //! and sees each answer as a guest would. [`on_both`] runs one on wasmtime-wasi's sockets and on
 //! the ring: what it asserts holds for both, which is how "answers alike" is proved. [`alike`]
 //! goes further where the right answer is the kernel's to know: both must return the same.
+//!
+//! # `Kills:`
+//!
+//! Where a test's name does not say which mistake it is there to find, the last paragraph of its
+//! comment does, behind the tag `Kills:`. It names mutations of the library, separated by
+//! semicolons: small wrong changes with each of which this test fails. A change of such a test is
+//! checked by making the mutation again; `grep -rn 'Kills:' src tests` lists them all.
 
 #![allow(dead_code, unreachable_pub, reason = "every test binary uses its own part of the rig")]
 #![allow(clippy::needless_pass_by_value, reason = "scenarios are written where they are run")]
@@ -312,8 +319,8 @@ pub fn trap<T: Debug>(answer: wasmtime::Result<T>) -> String {
     format!("{:?}", answer.expect_err("must trap"))
 }
 
-/// A loopback address of the caller's own, so that a port it has given up is not the one that
-/// another test gets for its port 0 meanwhile.
+/// A loopback address of the caller's own, so that no other test, binding to port 0, gets a port
+/// that the caller has freed.
 pub fn own_ip() -> Ipv4Addr {
     static NEXT: AtomicU8 = AtomicU8::new(1);
     let [.., high, low] = std::process::id().to_be_bytes();

@@ -14,12 +14,12 @@ pub fn socket(ip: impl Into<IpAddr>) -> (UdpSocket, SocketAddr) {
     (socket, addr)
 }
 
-/// A port that nobody has: give an `own_ip`, lest another test takes it.
+/// A port to which no socket is bound: pass an `own_ip`, lest another test binds to it.
 pub fn closed_port(ip: impl Into<IpAddr>) -> SocketAddr {
     socket(ip).1
 }
 
-/// Whether somebody has bound an address.
+/// Whether a socket is bound to an address.
 pub fn is_taken(addr: SocketAddr) -> bool {
     match UdpSocket::bind(addr) {
         Ok(_) => false,
@@ -28,7 +28,7 @@ pub fn is_taken(addr: SocketAddr) -> bool {
     }
 }
 
-/// Receives a datagram and says with which time to live (IPv4) it came.
+/// Receives a datagram; it, and the time to live (IPv4) with which it came.
 #[expect(unsafe_code, reason = "std has no recvmsg(2)")]
 pub fn receive_with_ttl(socket: &UdpSocket) -> (Vec<u8>, i32) {
     #[repr(align(8))]

@@ -30,8 +30,8 @@ pub fn in_a_clogged_network(test: impl FnOnce() + Send) {
     });
 }
 
-/// What waits in a queue keeps its network alive, and with it a part of the processor's one ICMP
-/// socket, which in time tells nobody any more that a port is closed.
+/// A packet that waits in a queue keeps its network alive, and with it memory of the processor's
+/// one ICMP socket: after many such networks the kernel reports closed ports in none.
 struct Unclogged;
 
 impl Drop for Unclogged {

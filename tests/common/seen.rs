@@ -1,4 +1,4 @@
-//! What an address policy is asked.
+//! Which address checks a policy sees.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -7,7 +7,7 @@ use wasi_uring::SocketAddrUse;
 
 use super::Setup;
 
-/// What an address check saw, with names in place of addresses, for ports differ by run.
+/// The addresses that a policy was called with, in order.
 pub type Seen = Arc<Mutex<Vec<(SocketAddr, SocketAddrUse)>>>;
 
 /// A policy that allows everything and writes it down.
@@ -19,7 +19,8 @@ pub fn recording(seen: &Seen) -> Setup {
     })
 }
 
-/// What was written down since the last time.
+/// What was written down since the last time, with names instead of addresses, whose ports differ
+/// by run.
 pub fn take_named(seen: &Seen, names: &[(&str, SocketAddr)]) -> Vec<String> {
     let name = |addr: SocketAddr| {
         let found = names.iter().find(|(_, of)| *of == addr);

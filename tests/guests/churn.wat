@@ -1,17 +1,17 @@
-;; A guest that makes, uses and drops sockets as fast as it can, and tells when one of them brings along what is not its
-;; own. What it does is drawn from a seed; a socket and its time are a life, and every life has a number of its own.
+;; A guest that makes, uses and drops sockets as fast as it can, and reports when one of them has something that is not its
+;; own. What it does is drawn from a seed; a socket, from create to drop, is a cycle, and every cycle has a number.
 ;;
 ;; Natives, all at 127.0.0.1 and fd00::1, whose parts are played by natives.rs:
-;;   port 1    the chaser: told by a life where it is (the hello), it sends there from then on
-;;   port 53   the answerer: sends as many answers as a question asks for
-;;   port 9    nobody: it refuses
+;;   port 1    the chaser: a cycle sends it its address (the hello), and it sends there from then on
+;;   port 53   the answerer: sends as many answers as a question requests
+;;   port 9    closed: the kernel refuses
 ;; The second address, 127.0.0.2 and fd00::2, is the answerer's too.
 ;;
-;; A life is bound to an address of its own, 127.0.0.0 + number or fd00:: + number, or to all. So what was meant for
-;; another life can be told from its own: by the number, which all that is sent to it carries, and, where it is bound to all
+;; A cycle is bound to an address of its own, 127.0.0.0 + number or fd00:: + number, or to all. So what was meant for
+;; another cycle differs from its own: by the number, which all that is sent to it carries, and, where it is bound to all
 ;; addresses, by the port it was sent to.
 ;;
-;; `live` leads LIVES lives from number FIRST on. It returns what was wrong (0: nothing), with which life and three
+;; `run` runs CYCLES cycles from number FIRST on. It returns what was wrong (0: nothing), with which cycle and three
 ;; details, and what it has counted.
 (component
   (import "wasi:io/poll@0.2.0" (instance $poll
@@ -173,7 +173,7 @@
     ;; Where the host puts its answers; the largest, result<ip-socket-address, error-code>, takes 36 bytes.
     (global $answer i32 (i32.const 16))
     ;; Handles of socket (+0), incoming (+4) and outgoing (+8), 0 where there is none, which no handle ever is: of this
-    ;; life, and of one that has ended and is not closed yet.
+    ;; cycle, and of one that has ended and is not closed yet.
     (global $mine i32 (i32.const 96))
     (global $lingering i32 (i32.const 112))
     ;; Two pollables to wait for: arrivals, and the clock.
@@ -185,9 +185,9 @@
     ;; What is sent: tag, number, kind, hop limit, family, whether bound to all, answers wanted, where to send them.
     (global $payload i32 (i32.const 256))
     (global $payload-bytes i32 (i32.const 32))
-    ;; What `live` returns: what is wrong, the life's number, three details, and the counts.
+    ;; What `run` returns: what is wrong, the cycle's number, three details, and the counts.
     (global $report i32 (i32.const 512))
-    ;; The mix: the kind of each of 128 lives.
+    ;; The mix: the kind of each of 128 cycles.
     (global $mix i32 (i32.const 1024))
 
     (global $tag-hello i32 (i32.const 1))
@@ -196,7 +196,7 @@
 
     (global $port-chaser i32 (i32.const 1))
     (global $port-answerer i32 (i32.const 53))
-    (global $port-nobody i32 (i32.const 9))
+    (global $port-closed i32 (i32.const 9))
     (global $port-named i32 (i32.const 7777))
     (global $hops-default i32 (i32.const 64))
     (global $hops-set i32 (i32.const 7))
@@ -206,15 +206,15 @@
 
     ;; What can be wrong; `Wrong` in churn.rs has the same.
     (global $wrong-failed i32 (i32.const 1))    ;; a call failed: at which step, with which error code
-    (global $wrong-stale i32 (i32.const 2))     ;; a datagram for another life: its number, its port, our port
-    (global $wrong-shape i32 (i32.const 3))     ;; a datagram that nobody has sent: its length
+    (global $wrong-stale i32 (i32.const 2))     ;; a datagram for another cycle: its number, its port, our port
+    (global $wrong-shape i32 (i32.const 3))     ;; a datagram that no native has sent: its length
     (global $wrong-missing i32 (i32.const 4))   ;; answers that have not come: how many have, of how many
     (global $wrong-local i32 (i32.const 5))     ;; bound to all, and then to an address: which
-    (global $wrong-peer i32 (i32.const 6))      ;; connected, and heard somebody else: the port
-    (global $wrong-silent i32 (i32.const 7))    ;; a refusal that was not told of
-    (global $wrong-twice i32 (i32.const 8))     ;; more answers than were asked for
+    (global $wrong-peer i32 (i32.const 6))      ;; connected, and heard another than its peer: the port
+    (global $wrong-silent i32 (i32.const 7))    ;; a refusal without an error
+    (global $wrong-twice i32 (i32.const 8))     ;; more answers than it requested
 
-    ;; The present life.
+    ;; The present cycle.
     (global $network (mut i32) (i32.const 0))
     (global $clock (mut i32) (i32.const 0))
     (global $number (mut i32) (i32.const 0))
@@ -240,7 +240,7 @@
       "\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02\02"
       ;; refused
       "\03\03\03\03\03\03\03\03\03\03\03\03\03\03"
-      ;; told of a refusal
+      ;; receives a refusal
       "\04"
       ;; asks
       "\05\05\05\05\05\05"
@@ -280,8 +280,8 @@
           (i32.load8_u (i32.add (global.get $answer) (local.get $align))) (i32.const 0)))
         (else (i32.const 0))))
 
-    ;; Counts: datagrams heard (0), answers (1), then lives by kind (2 ..), and those connected over IPv6 that were
-    ;; not told of a refusal (14).
+    ;; Counts: datagrams heard (0), answers (1), then cycles by kind (2 ..), and those connected over IPv6 that
+    ;; received no refusal (14).
     (func $count (param $what i32) (param $more i32)
       (local $at i32)
       (local.set $at (i32.add (global.get $report) (i32.shl (local.get $what) (i32.const 2))))
@@ -311,7 +311,7 @@
       (i32.store (global.get $mine) (i32.load offset=4 (global.get $answer)))
       (i32.const 0))
 
-    ;; To the life's own address or to all.
+    ;; To the cycle's own address or to all.
     (func $bind (param $port i32) (result i32)
       (local $high i32) (local $low i32)
       (global.set $step (i32.const 2))
@@ -409,7 +409,7 @@
       (call $local-address (i32.load (global.get $mine)) (global.get $answer))
       (i32.load16_u offset=8 (global.get $answer)))
 
-    ;; Whether an incoming datagram (data +0, its length +4, the sender +8) is not this life's.
+    ;; Whether an incoming datagram (data +0, its length +4, the sender +8) is not this cycle's.
     (func $strange (param $datagram i32) (result i32)
       (local $data i32) (local $number i32) (local $port i32)
       (if (i32.lt_u (i32.load offset=4 (local.get $datagram)) (i32.const 12))
@@ -425,7 +425,7 @@
         (if (i32.eq (i32.load (local.get $data)) (global.get $tag-answer)) (then
           (global.set $answers (i32.add (global.get $answers) (i32.const 1)))))
         (return (i32.const 0))))
-      ;; Bound to all addresses: one that had the port before is rightly asked for at it.
+      ;; Bound to all addresses: a datagram for a cycle that had the port before rightly comes here.
       (if (global.get $to-all) (then
         (local.set $port (call $own-port))
         (if (i32.eq (i32.load offset=8 (local.get $data)) (local.get $port)) (then (return (i32.const 0))))
@@ -482,24 +482,24 @@
       (if (call $say (global.get $tag-question) (local.get $wanted)) (then (return (i32.const 1))))
       (call $hear (local.get $wanted)))
 
-    ;; ---- lives ----------------------------------------------------------------------------------
+    ;; ---- cycles ----------------------------------------------------------------------------------
 
-    ;; Leaves the socket open until the next life is under way.
+    ;; Leaves the socket open until the next cycle is under way.
     (func $linger
       (call $close (global.get $lingering))
       (memory.copy (global.get $lingering) (global.get $mine) (i32.const 12))
       (memory.fill (global.get $mine) (i32.const 0) (i32.const 12)))
 
-    ;; Connects to nobody and asks all the same: an error is on its way, or there.
+    ;; Connects to the closed port and sends a question: an error is on its way, or there.
     (func $be-refused (result i32)
       (call $close-streams (global.get $mine))
-      (if (call $connect (global.get $port-nobody)) (then (return (i32.const 1))))
+      (if (call $connect (global.get $port-closed)) (then (return (i32.const 1))))
       (call $say (global.get $tag-question) (i32.const 0)))
 
-    ;; As before, with an armed receive that is told.
-    (func $be-told (result i32)
+    ;; As before, with an armed receive that receives the error.
+    (func $receive-refusal (result i32)
       (call $close-streams (global.get $mine))
-      (if (call $connect (global.get $port-nobody)) (then (return (i32.const 1))))
+      (if (call $connect (global.get $port-closed)) (then (return (i32.const 1))))
       (if (call $listen) (then (return (i32.const 1))))
       (if (call $say (global.get $tag-question) (i32.const 0)) (then (return (i32.const 1))))
       (if (call $wait) (then (return (call $wrong (global.get $wrong-silent) (i32.const 0) (i32.const 0) (i32.const 0)))))
@@ -534,9 +534,9 @@
 
     ;; What a kind does between its bind and its end.
     (func $do (result i32)
-      (block $roams (block $many (block $two (block $connected (block $asks (block $told (block $refused (block $looks
+      (block $roams (block $many (block $two (block $connected (block $asks (block $receives (block $refused (block $looks
       (block $plain
-        (br_table $plain $looks $plain $refused $told $asks $connected $two $looks $plain $roams $many (global.get $kind)))
+        (br_table $plain $looks $plain $refused $receives $asks $connected $two $looks $plain $roams $many (global.get $kind)))
       ;; plain, lingers, named port
       (return (call $hello)))
       ;; looks, hop limit
@@ -545,8 +545,8 @@
       ;; refused
       (if (call $hello) (then (return (i32.const 1))))
       (return (call $be-refused)))
-      ;; told
-      (return (call $be-told)))
+      ;; receives a refusal
+      (return (call $receive-refusal)))
       ;; asks
       (if (call $ask (i32.const 1)) (then (return (i32.const 1))))
       (return (call $hello)))
@@ -564,7 +564,7 @@
       (if (call $roam) (then (return (i32.const 1))))
       (call $hello))
 
-    (func $life (param $random i64) (result i32)
+    (func $cycle (param $random i64) (result i32)
       (local $port i32)
       (global.set $kind (i32.load8_u (i32.add (global.get $mix)
         (i32.wrap_i64 (i64.and (local.get $random) (i64.const 127))))))
@@ -594,7 +594,7 @@
         (if (call $failed) (then (return (i32.const 1))))))
       (call $native (i32.const 1) (i32.const 0))
       (if (call $open (i32.const 0)) (then (return (i32.const 1))))
-      ;; The predecessor that has lingered goes now or when this life has done what it does.
+      ;; The predecessor that has lingered goes now or when this cycle has done what it does.
       (if (i64.eqz (i64.and (local.get $random) (i64.const 0x100000))) (then (call $close (global.get $lingering))))
       (if (call $do) (then (return (i32.const 1))))
       (call $close (global.get $lingering))
@@ -610,18 +610,18 @@
         (i64.const 0x94d049bb133111eb)))
       (i64.xor (local.get $z) (i64.shr_u (local.get $z) (i64.const 31))))
 
-    (func (export "live") (param $seed i64) (param $first i32) (param $lives i32) (param $patience i64) (result i32)
+    (func (export "run") (param $seed i64) (param $first i32) (param $cycles i32) (param $patience i64) (result i32)
       (memory.fill (global.get $report) (i32.const 0) (i32.const 96))
       (global.set $network (call $instance-network))
       (global.set $clock (call $subscribe-duration (local.get $patience)))
       (global.set $number (local.get $first))
       (block $over
         (loop $next
-          (br_if $over (i32.eqz (local.get $lives)))
-          (br_if $over (call $life (call $mixed (i64.add (local.get $seed)
+          (br_if $over (i32.eqz (local.get $cycles)))
+          (br_if $over (call $cycle (call $mixed (i64.add (local.get $seed)
             (i64.mul (i64.extend_i32_u (global.get $number)) (i64.const 0x9e3779b97f4a7c15))))))
           (global.set $number (i32.add (global.get $number) (i32.const 1)))
-          (local.set $lives (i32.sub (local.get $lives) (i32.const 1)))
+          (local.set $cycles (i32.sub (local.get $cycles) (i32.const 1)))
           (br $next)))
       (call $close (global.get $lingering))
       (call $close (global.get $mine))
@@ -655,7 +655,7 @@
   ;; What is wrong, number, three details, kind, family, whether bound to all; then fifteen counts.
   (type $wrong (tuple u32 u32 u32 u32 u32 u32 u32 u32))
   (type $counts (tuple u32 u32 u32 u32 u32 u32 u32 u32 u32 u32 u32 u32 u32 u32 u32))
-  (func (export "live") (param "seed" u64) (param "first" u32) (param "lives" u32) (param "patience" u64)
+  (func (export "run") (param "seed" u64) (param "first" u32) (param "cycles" u32) (param "patience" u64)
     (result (tuple $wrong $counts))
-    (canon lift (core func $churn "live") (memory $memory)))
+    (canon lift (core func $churn "run") (memory $memory)))
 )

@@ -1,4 +1,4 @@
-//! How many sockets are kept, and that those hold neither a port nor a place that somebody wants.
+//! How many sockets are cached, and that those hold neither a port nor a slot that a guest needs.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,8 +17,9 @@ const NEVER: Duration = Duration::from_hours(1);
 const ALL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 const ALL_6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
 
-fn ring(sockets: u32, quarantined_max: u32, warm_max: u32, idle: Duration) -> Uring {
-    let recycle = Recycle { quarantined_max, warm_max, idle };
+fn ring(sockets: u32, quarantined_max: u32, ready_max: u32, idle: Duration) -> Uring {
+    let mut recycle = Recycle::default();
+    (recycle.quarantined_max, recycle.ready_max, recycle.idle) = (quarantined_max, ready_max, idle);
     Uring::builder().sockets(sockets).recycle(recycle).build().unwrap()
 }
 
@@ -40,8 +41,7 @@ fn sockets() -> u32 {
     used.expect("the first line").parse().unwrap()
 }
 
-/// Waits until the kernel has let go of every socket, which it does somewhat later where a ring
-/// has gone, too.
+/// Waits until the kernel has freed every socket, which it does somewhat after a ring is dropped.
 async fn no_sockets() {
     eventually("no socket is there", || sockets() == 0).await;
 }
@@ -55,7 +55,7 @@ async fn open(rig: &mut Rig, any: SocketAddr, sockets: usize) -> Vec<(u32, Socke
 }
 
 /// Opens so many sockets at once and closes them; where they were.
-async fn live(rig: &mut Rig, any: SocketAddr, sockets: usize) -> Vec<SocketAddr> {
+async fn cycle(rig: &mut Rig, any: SocketAddr, sockets: usize) -> Vec<SocketAddr> {
     let open = open(rig, any, sockets).await;
     for (socket, _) in &open {
         rig.drop_socket(*socket).await;
@@ -63,7 +63,7 @@ async fn live(rig: &mut Rig, any: SocketAddr, sockets: usize) -> Vec<SocketAddr>
     open.into_iter().map(|(_, local)| local).collect()
 }
 
-/// Tries until a condition holds, with a bound.
+/// Repeats until a condition holds, with a bound.
 async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + BOUND / 2;
     while !condition().await {
@@ -73,7 +73,7 @@ async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 }
 
 #[test]
-fn no_more_sockets_are_kept_than_the_limits_say() {
+fn no_more_sockets_are_cached_than_the_limits_say() {
     const QUARANTINED_MAX: u32 = 16;
     const WARM_MAX: u32 = 8;
     const KEPT_MAX: u64 = (QUARANTINED_MAX + WARM_MAX) as u64;
@@ -81,44 +81,45 @@ fn no_more_sockets_are_kept_than_the_limits_say() {
         block_on(async {
             let uring = ring(64, QUARANTINED_MAX, WARM_MAX, NEVER);
             let mut rig = Rig::on_ring(&uring).await;
-            let mut lives = 0;
+            let mut opened = 0;
             until("a hundred are recycled", async || {
                 for any in [ALL, LOOPBACK, ALL_6, LOOPBACK_6] {
-                    lives += live(&mut rig, any, 64).await.len() as u64;
+                    opened += cycle(&mut rig, any, 64).await.len() as u64;
                     let stats = uring.stats();
-                    assert!(stats.sockets_kept <= KEPT_MAX, "{stats:?}");
+                    assert!(stats.sockets_cached <= KEPT_MAX, "{stats:?}");
                 }
                 uring.stats().sockets_recycled >= 100
             })
             .await;
-            // A life brings along what waits for an enter.
+            // A cycle enters, and so submits what is queued.
             until("the quarantine is over", async || {
-                lives += live(&mut rig, LOOPBACK, 1).await.len() as u64;
-                uring.stats().sockets_kept <= u64::from(WARM_MAX) + 1
+                opened += cycle(&mut rig, LOOPBACK, 1).await.len() as u64;
+                uring.stats().sockets_cached <= u64::from(WARM_MAX) + 1
             })
             .await;
             eventually("all are closed", || uring.stats().sockets_open == 0).await;
             let stats = uring.stats();
-            assert_eq!(stats.sockets_created, lives);
+            assert_eq!(stats.sockets_created, opened);
             let no_room = stats.closed_instead.no_room;
-            let gone = no_room + stats.sockets_kept + stats.sockets_recycled;
-            assert_eq!(gone, lives, "each was kept, or closed for want of room: {stats:?}");
-            // And those that are kept are all there is.
-            eventually("the others are gone", || u64::from(sockets()) == stats.sockets_kept).await;
+            let gone = no_room + stats.sockets_cached + stats.sockets_recycled;
+            assert_eq!(gone, opened, "each was cached, or evicted: {stats:?}");
+            // The kernel has the cached ones, and no others.
+            eventually("the others are gone", || u64::from(sockets()) == stats.sockets_cached)
+                .await;
         });
     });
 }
 
 #[test]
-fn sockets_that_nobody_wants_are_closed_in_the_end() {
+fn sockets_that_stay_idle_are_closed_in_the_end() {
     alone(|| {
         block_on(async {
             let uring = ring(512, 512, 512, Duration::from_millis(20));
             let mut rig = Rig::on_ring(&uring).await;
             for any in [LOOPBACK, ALL_6] {
-                live(&mut rig, any, 500).await;
-                assert!(uring.stats().sockets_kept > 0);
-                eventually("none is kept", || uring.stats().sockets_kept == 0).await;
+                cycle(&mut rig, any, 500).await;
+                assert!(uring.stats().sockets_cached > 0);
+                eventually("none is cached", || uring.stats().sockets_cached == 0).await;
                 no_sockets().await;
             }
             assert!(uring.stats().closed_instead.idle > 0);
@@ -126,55 +127,55 @@ fn sockets_that_nobody_wants_are_closed_in_the_end() {
     });
 }
 
-/// Kills: a timer that a look must come along for.
+/// Kills: an idle timer that is checked only when a guest enters or reads the counters.
 #[test]
-fn sockets_that_nobody_wants_are_closed_although_nobody_looks() {
+fn sockets_that_stay_idle_are_closed_although_no_guest_enters() {
     alone(|| {
         block_on(async {
             let uring = ring(64, 64, 64, Duration::from_millis(20));
             let mut rig = Rig::on_ring(&uring).await;
-            live(&mut rig, LOOPBACK, 64).await;
+            cycle(&mut rig, LOOPBACK, 64).await;
             eventually("they are made", || sockets() > 0).await;
             no_sockets().await;
-            assert_eq!(uring.stats().sockets_kept, 0);
+            assert_eq!(uring.stats().sockets_cached, 0);
         });
     });
 }
 
 #[test]
-fn a_drain_closes_what_is_kept_with_a_runtime_or_without() {
+fn a_drain_closes_what_is_cached_with_a_runtime_or_without() {
     alone(|| {
         let uring = ring(64, 64, 64, NEVER);
         for has_runtime in [true, false] {
             block_on(async {
                 let mut rig = Rig::on_ring(&uring).await;
                 for any in [LOOPBACK, ALL, LOOPBACK_6, ALL_6] {
-                    live(&mut rig, any, 16).await;
+                    cycle(&mut rig, any, 16).await;
                 }
-                let kept = uring.stats().sockets_kept;
+                let kept = uring.stats().sockets_cached;
                 assert!(kept >= 16 && sockets() >= 16, "{kept}");
                 if has_runtime {
-                    uring.drain();
-                    assert_eq!(uring.stats().sockets_kept, 0);
+                    uring.close_cached();
+                    assert_eq!(uring.stats().sockets_cached, 0);
                     no_sockets().await;
                 }
             });
         }
-        uring.drain();
-        assert_eq!(uring.stats().sockets_kept, 0);
+        uring.close_cached();
+        assert_eq!(uring.stats().sockets_cached, 0);
         block_on(no_sockets());
     });
 }
 
 #[test]
-fn a_ring_that_goes_takes_what_it_keeps_along() {
+fn a_dropped_ring_closes_what_it_has_cached() {
     alone(|| {
         for outlives_the_runtime in [true, false] {
             let uring = ring(64, 64, 64, NEVER);
             let kept = block_on(async {
                 let mut rig = Rig::on_ring(&uring).await;
-                live(&mut rig, LOOPBACK, 64).await;
-                assert!(uring.stats().sockets_kept > 0 && sockets() > 0);
+                cycle(&mut rig, LOOPBACK, 64).await;
+                assert!(uring.stats().sockets_cached > 0 && sockets() > 0);
                 drop(rig);
                 outlives_the_runtime.then_some(uring)
             });
@@ -184,19 +185,19 @@ fn a_ring_that_goes_takes_what_it_keeps_along() {
     });
 }
 
-/// Kills: a socket that is kept as it was.
+/// Kills: a socket that is cached without being unbound.
 #[test]
-fn kept_sockets_hold_no_port() {
+fn cached_sockets_hold_no_port() {
     alone(|| {
         block_on(async {
             let uring = ring(512, 512, 512, NEVER);
             let mut rig = Rig::on_ring(&uring).await;
             for any in [LOOPBACK, ALL, LOOPBACK_6, ALL_6] {
                 let before = uring.stats().sockets_recycled;
-                // New ones first, and then some that were kept before.
+                // New ones first, then some that were cached before.
                 until("half of them are recycled", async || {
-                    let locals = live(&mut rig, any, 64).await;
-                    assert!(uring.stats().sockets_kept >= 64);
+                    let locals = cycle(&mut rig, any, 64).await;
+                    assert!(uring.stats().sockets_cached >= 64);
                     for local in &locals {
                         let (socket, bound) = rig.bound(*local).await;
                         assert_eq!(bound, *local);
@@ -214,9 +215,9 @@ fn kept_sockets_hold_no_port() {
     });
 }
 
-/// Kills: slots that kept sockets have and new ones do not get.
+/// Kills: a cached socket that is not evicted when a new one needs its slot.
 #[test]
-fn a_full_table_of_sockets_can_be_opened_whatever_is_kept() {
+fn a_full_table_of_sockets_can_be_opened_whatever_is_cached() {
     const SOCKETS: usize = 8;
     alone(|| {
         for quarantined_max in [1, 4, 8] {
@@ -224,8 +225,8 @@ fn a_full_table_of_sockets_can_be_opened_whatever_is_kept() {
                 let uring = ring(u32::try_from(SOCKETS).unwrap(), quarantined_max, 64, NEVER);
                 let mut rig = Rig::on_ring(&uring).await;
                 let mut evicted = 0;
-                until("kept sockets have had to go, often", async || {
-                    // Those of three kinds are kept, and a fourth is wanted.
+                until("cached sockets were evicted, often", async || {
+                    // Sockets of three kinds are cached, and one of the fourth is opened.
                     for any in [LOOPBACK, ALL_6, LOOPBACK_6, ALL] {
                         eventually("all are closed", || uring.stats().sockets_open == 0).await;
                         let no_room = uring.stats().closed_instead.no_room;
@@ -236,7 +237,7 @@ fn a_full_table_of_sockets_can_be_opened_whatever_is_kept() {
                         for (socket, _) in all {
                             rig.drop_socket(socket).await;
                         }
-                        let kept = uring.stats().sockets_kept;
+                        let kept = uring.stats().sockets_cached;
                         assert!(kept <= SOCKETS as u64 + u64::from(quarantined_max), "{kept}");
                     }
                     evicted >= 20
@@ -258,7 +259,7 @@ fn a_socket_that_was_bound_to_an_address_is_not_reused_for_all_addresses() {
             let own: SocketAddr = (Ipv4Addr::new(127, 0, 0, 5), 0).into();
             let peer = (Ipv4Addr::new(127, 0, 0, 2), 9).into();
             let mut recycled = [0, 0];
-            // Either kind is there to be taken when its turn comes, again and again.
+            // Each kind is cached before the next of it is opened, again and again.
             until("both kinds are recycled", async || {
                 for (any, recycled) in [own, ALL].into_iter().zip(&mut recycled) {
                     let before = uring.stats().sockets_recycled;
@@ -280,8 +281,8 @@ fn a_socket_that_was_bound_to_an_address_is_not_reused_for_all_addresses() {
 }
 
 #[test]
-fn guests_of_several_threads_share_what_is_kept_while_it_is_drained() {
-    const LIVES: u32 = 2000;
+fn guests_of_several_threads_share_what_is_cached_while_it_is_drained() {
+    const CYCLES: u32 = 2000;
     alone(|| {
         let uring = &ring(256, 64, 64, Duration::from_millis(5));
         let left = &AtomicU32::new(3);
@@ -290,8 +291,8 @@ fn guests_of_several_threads_share_what_is_kept_while_it_is_drained() {
                 scope.spawn(move || {
                     block_on(async {
                         let mut rig = Rig::on_ring(uring).await;
-                        for life in 0..LIVES {
-                            live(&mut rig, any, 1 + life as usize % 4).await;
+                        for n in 0..CYCLES {
+                            cycle(&mut rig, any, 1 + n as usize % 4).await;
                         }
                     });
                     left.fetch_sub(1, Ordering::Relaxed);
@@ -302,15 +303,15 @@ fn guests_of_several_threads_share_what_is_kept_while_it_is_drained() {
                 while left.load(Ordering::Relaxed) > 0 {
                     let before = std::mem::replace(&mut recycled, uring.stats().sockets_recycled);
                     if recycled > before {
-                        uring.drain();
+                        uring.close_cached();
                     }
                 }
             });
         });
-        uring.drain();
+        uring.close_cached();
         let stats = uring.stats();
         assert!(stats.sockets_recycled > 0, "{stats:?}");
-        assert_eq!((stats.sockets_open, stats.sockets_kept), (0, 0), "{stats:?}");
+        assert_eq!((stats.sockets_open, stats.sockets_cached), (0, 0), "{stats:?}");
         block_on(no_sockets());
     });
 }

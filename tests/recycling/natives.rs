@@ -26,29 +26,29 @@ const FIRST: u8 = 1;
 const SECOND: u8 = 2;
 const SLOW: u8 = 3;
 
-/// Addresses of lives begin behind those of the natives.
-pub(crate) const FIRST_LIFE: u32 = 0x1_0000;
+/// The number of the first cycle. A cycle's address is made of its number; the natives' lie below.
+pub(crate) const FIRST_CYCLE: u32 = 0x1_0000;
 
 const TAG_HELLO: u32 = 1;
 const TAG_QUESTION: u32 = 2;
 const TAG_ANSWER: u32 = 3;
 const TAG_BLAST: u32 = 4;
 
-/// Lives that the chaser keeps sending to, the newest, and how often it does so at most. That is
-/// less than the receive buffer of a socket holds, so an owner that happens to have the port of a
+/// How many of the newest cycles the chaser sends to, and how often to each at most. That is less
+/// than the receive buffer of a socket holds, so an owner that happens to have the port of its
 /// predecessor loses nothing; and less than is drained from a socket (`DRAINS_MAX`).
 const CHASED: usize = 8;
 const TURNS: u32 = 16;
 
-/// Policies (xfrm) that a packet from the slow address is held against, in vain. The kernel does
-/// that between the look-up of its socket and the moment it is queued there, and needs some 200 µs
-/// for so many: time enough for the socket to be given up and taken by another owner.
+/// Policies (xfrm) that the kernel compares with each packet from the slow address, none of which
+/// matches. It does so between looking the socket up and queueing the packet there, and needs some
+/// 200 µs for so many: time enough for the socket to be recycled and bound by another guest.
 const POLICIES: u16 = 6000;
 
 /// Bytes of all that natives send.
 const BYTES: usize = 32;
 
-/// Makes every address of a life local, and the third address of the natives a slow one.
+/// Makes every address of a cycle local, and the third address of the natives a slow one.
 pub(crate) fn settle() {
     for line in [
         "sysctl -q -w net.ipv6.ip_nonlocal_bind=1",
@@ -70,7 +70,7 @@ pub(crate) fn settle() {
     run_with("ip -batch -", &policies);
 }
 
-/// A datagram of a life, or to one: words, as the guest lays them out.
+/// A datagram of a cycle, or to one: words, as the guest lays them out.
 struct Words([u32; 8]);
 
 impl Words {
@@ -83,20 +83,20 @@ impl Words {
         Some(Self(words))
     }
 
-    /// To a life at an address.
-    fn to(tag: u32, life: u32, at: SocketAddr) -> [u8; BYTES] {
+    /// To a cycle at an address.
+    fn to(tag: u32, cycle: u32, at: SocketAddr) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
-        for (at, word) in [tag, life, at.port().into()].into_iter().enumerate() {
+        for (at, word) in [tag, cycle, at.port().into()].into_iter().enumerate() {
             bytes[4 * at..4 * at + 4].copy_from_slice(&word.to_le_bytes());
         }
         bytes
     }
 }
 
-/// What a life has said, and from where.
+/// What a cycle has sent, and from where.
 struct Said {
     tag: u32,
-    life: u32,
+    cycle: u32,
     wanted: u32,
     at_second: bool,
     from: SocketAddr,
@@ -122,7 +122,7 @@ impl Ear {
         Self { socket, control: nix::cmsg_space!(libc::c_int) }
     }
 
-    /// What a life says next, if any does: within the read timeout, or without waiting.
+    /// The next datagram of a cycle, if one comes: within the read timeout, or without waiting.
     fn hear(&mut self, flags: MsgFlags) -> Result<Option<Said>, String> {
         let mut bytes = [0; BYTES + 1];
         let mut parts = [IoSliceMut::new(&mut bytes)];
@@ -147,25 +147,25 @@ impl Ear {
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
             Err(errno) => panic!("{errno}"),
         };
-        let Some(Words([tag, life, kind, hops_set, v6, to_all, wanted, at_second])) =
+        let Some(Words([tag, cycle, kind, hops_set, v6, to_all, wanted, at_second])) =
             Words::of(&bytes[..len])
         else {
             return Err(format!("{len} bytes from {from}"));
         };
         let expected = match (v6, to_all) {
-            (0, 0) => IpAddr::from(Ipv4Addr::from_bits(0x7f00_0000 + life)),
+            (0, 0) => IpAddr::from(Ipv4Addr::from_bits(0x7f00_0000 + cycle)),
             (0, _) => Ipv4Addr::LOCALHOST.into(),
-            (_, 0) => Ipv6Addr::from_bits((0xfd00 << 112) + u128::from(life)).into(),
+            (_, 0) => Ipv6Addr::from_bits((0xfd00 << 112) + u128::from(cycle)).into(),
             (_, _) => native(true, FIRST),
         };
-        let life_is = format!("life {life} of kind {kind}");
+        let cycle_is = format!("cycle {cycle} of kind {kind}");
         if from.ip() != expected {
-            return Err(format!("{life_is} sends from {from}, and is at {expected}"));
+            return Err(format!("{cycle_is} sends from {from}, and is at {expected}"));
         }
         if hops.cast_unsigned() != hops_set {
-            return Err(format!("{life_is} sends {hops} hops far, and was told {hops_set}"));
+            return Err(format!("{cycle_is} sends {hops} hops far, and has set {hops_set}"));
         }
-        Ok(Some(Said { tag, life, wanted, at_second: at_second != 0, from }))
+        Ok(Some(Said { tag, cycle, wanted, at_second: at_second != 0, from }))
     }
 }
 
@@ -177,15 +177,15 @@ fn native(v6: bool, host: u8) -> IpAddr {
     }
 }
 
-/// A life that is being chased.
+/// A cycle that is being chased.
 struct Chased {
     at: SocketAddr,
     blast: [u8; BYTES],
     turns: u32,
 }
 
-/// Learns where lives are, and sends there, as fast as it can, while they are and when they have
-/// gone. Returns how many hellos it has heard.
+/// Learns the addresses of cycles and sends to them as fast as it can, during a cycle and after it.
+/// Returns how many hellos it has heard.
 fn chase(common: &Common) -> u64 {
     let mut ears = [false, true].map(|v6| Ear::new(native(v6, FIRST), CHASER));
     let slow = [false, true].map(|v6| UdpSocket::bind((native(v6, SLOW), CHASER)).unwrap());
@@ -197,17 +197,17 @@ fn chase(common: &Common) -> u64 {
         for ear in &mut ears {
             for _ in 0..64 {
                 let said = common.check(ear.hear(MsgFlags::MSG_DONTWAIT));
-                let Some(Said { tag, life, from: at, .. }) = said else { break };
+                let Some(Said { tag, cycle, from: at, .. }) = said else { break };
                 assert_eq!(tag, TAG_HELLO);
                 hellos += 1;
-                let blast = Words::to(TAG_BLAST, life, at);
+                let blast = Words::to(TAG_BLAST, cycle, at);
                 chased.push_front(Chased { at, blast, turns: TURNS });
             }
         }
         if is_ending && hellos == before {
             return hellos;
         }
-        // What is sent may be refused or find no room; the chaser goes on all the same.
+        // Refused, or the send buffer full: the chaser goes on.
         for Chased { at, blast, turns } in &mut chased {
             *turns -= 1;
             let _ = ears[usize::from(at.is_ipv6())].socket.send_to(blast, *at);
@@ -232,9 +232,9 @@ fn answer(v6: bool, common: &Common) -> u64 {
         if said.at_second {
             to.set_ip(native(v6, SECOND));
         }
-        let datagram = Words::to(TAG_ANSWER, said.life, to);
+        let datagram = Words::to(TAG_ANSWER, said.cycle, to);
         for n in 0..said.wanted {
-            // The second of two comes from somebody else.
+            // The second of two comes from another address.
             let ear = if said.wanted == 2 && n == 1 { &second } else { &first };
             ear.socket.send_to(&datagram, to).unwrap();
             answers += 1;
@@ -259,7 +259,7 @@ impl Common {
     }
 }
 
-/// All natives, at work until they are told to stop.
+/// All natives, at work until `stop`.
 pub(crate) struct Natives {
     common: Arc<Common>,
     chaser: JoinHandle<u64>,

@@ -13,7 +13,7 @@ use wasi_uring::{Recycle, Uring};
 use crate::common::network::in_a_network;
 use crate::common::{BOUND, Rig, block_on};
 
-/// Ports that each is asked for.
+/// Ports drawn from each kind of socket.
 const DRAWS: usize = 6000;
 #[expect(clippy::cast_precision_loss, reason = "thousands")]
 const DRAWN: f64 = DRAWS as f64;
@@ -27,8 +27,8 @@ fn range() -> (u16, u16) {
     (ports.next().unwrap(), ports.next().unwrap())
 }
 
-/// As many ports, of sockets of which each is closed before the next is opened, but for one: so
-/// that there is always more than one that could be had again.
+/// Ports of successive sockets. Each is closed when the next is open, so that the kernel always has
+/// more than one that it could draw again.
 fn native(any: SocketAddr) -> Vec<u16> {
     let mut last = None;
     let draw = |_| {
@@ -40,8 +40,8 @@ fn native(any: SocketAddr) -> Vec<u16> {
     (0..DRAWS).map(draw).collect()
 }
 
-/// The same from two guests that take turns; of recycled sockets only, unless none are. Every other
-/// socket has a peer before it goes, if they may be recycled all the same.
+/// The same from two guests in alternation; of recycled sockets only, unless none are. In IPv4 every
+/// other socket is connected before it is closed, which does not taint it.
 fn guests(any: SocketAddr, recycle: Recycle) -> Vec<u16> {
     block_on(async {
         let uring = Uring::builder().sockets(64).recycle(recycle).build().unwrap();
@@ -113,7 +113,7 @@ fn assert_unpredictable(ports: &[u16], whose: &str) {
     assert!((repeats - expected).abs() < DEVIATIONS * deviation, "{whose}: {repeats} repeats");
 }
 
-/// Kills: a socket that keeps its port, or has it again.
+/// Kills: a recycled socket that keeps its port, or is bound to the former one.
 #[test]
 fn ports_of_successive_owners_are_as_unpredictable_as_the_kernels_own() {
     in_a_network(65_536, || {

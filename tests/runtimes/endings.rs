@@ -107,7 +107,7 @@ fn a_guest_that_waits_goes_on_when_the_runtime_of_the_others_ends() {
 }
 
 /// Drops a guest, outside of any runtime, whose receive ends after the close that cancels it: on
-/// the thread that has armed it, which goes on. Nobody uses the ring afterwards.
+/// the thread that has armed it, which goes on. No guest uses the ring afterwards.
 fn drop_with_a_receive_of_another_thread(uring: &Uring) {
     std::thread::scope(|scope| {
         let (give, take) = mpsc::channel();
@@ -123,7 +123,7 @@ fn drop_with_a_receive_of_another_thread(uring: &Uring) {
 }
 
 #[test]
-fn places_given_back_while_no_runtime_runs_are_there_for_the_next_guest() {
+fn slots_freed_while_no_runtime_runs_are_there_for_the_next_guest() {
     let uring = uring_with(1);
     for _ in 0..20 {
         drop_with_a_receive_of_another_thread(&uring);
@@ -138,7 +138,7 @@ fn places_given_back_while_no_runtime_runs_are_there_for_the_next_guest() {
 }
 
 #[test]
-fn counters_are_right_although_nobody_uses_the_ring() {
+fn counters_are_right_although_no_guest_uses_the_ring() {
     for _ in 0..20 {
         let uring = uring();
         drop_with_a_receive_of_another_thread(&uring);
@@ -147,7 +147,7 @@ fn counters_are_right_although_nobody_uses_the_ring() {
 }
 
 #[test]
-fn a_ring_that_goes_with_its_last_guest_gives_the_ports_back() {
+fn a_ring_dropped_with_its_last_guest_frees_the_ports() {
     let (rig, endpoint) = armed_in_a_former_runtime(&uring());
     let connected = block_on(async {
         let mut rig = Rig::on_ring(&uring()).await;

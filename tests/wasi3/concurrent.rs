@@ -20,7 +20,7 @@ use crate::common::{
 };
 use crate::rig::{Call, ErrorCode, Rig3, Status, V4, on, on_both};
 
-/// As many receives as asked for, all of which wait.
+/// `count` receives, all of which wait.
 async fn waiting_receives(rig: &mut Rig3, socket: u32, count: usize) -> Vec<Call> {
     let mut calls = Vec::new();
     for _ in 0..count {
@@ -39,8 +39,8 @@ async fn bytes_received(rig: &mut Rig3, calls: &[Call]) -> Vec<u8> {
     bytes
 }
 
-/// Those who wait are served in the order they came; only on the ring, wasmtime-wasi leaves it to
-/// chance.
+/// On the ring, receives that wait are served in the order of their calls; wasmtime-wasi leaves it
+/// to chance.
 fn assert_served(rig: &Rig3, mut bytes: Vec<u8>, expected: impl IntoIterator<Item = u8>) {
     if !rig.is_uring() {
         bytes.sort_unstable();
@@ -54,8 +54,7 @@ fn send_each(native: &UdpSocket, bytes: impl IntoIterator<Item = u8>, to: Socket
     }
 }
 
-/// Takes from the task what it may do before it must let others run, so that an operation which
-/// begins now is not done at once.
+/// Spends the task's budget, so that an operation which begins now is not done at once.
 async fn exhaust_budget() {
     poll_fn(|cx| {
         loop {
@@ -69,7 +68,7 @@ async fn exhaust_budget() {
 
 // ---- several receives -----------------------------------------------------------------------------
 
-/// Kills: receives without a line, of which only the last is woken.
+/// Kills: a socket that stores one waker, so that only the last of its receives is woken.
 #[test]
 fn receives_that_wait_get_a_datagram_each_in_the_order_they_came() {
     on_both(Setup::default(), async |rig| {
@@ -188,9 +187,9 @@ fn a_thousand_sends_made_before_any_is_waited_for_all_arrive() {
             }
         }
         if rig.is_uring() {
-            // Then others have their turn (tokio's budget).
+            // Then tokio's budget is spent.
             let at_once = calls.iter().take_while(|(status, _)| *status == Status::Returned);
-            assert!(at_once.count() >= 32, "there is room");
+            assert!(at_once.count() >= 32, "the send buffer has room");
         }
         for (_, call) in calls {
             rig.sent(call).await.unwrap();
@@ -211,7 +210,7 @@ fn a_thousand_sends_made_before_any_is_waited_for_all_arrive() {
 }
 
 #[test]
-fn sends_and_receives_of_one_socket_do_not_hold_each_other_up() {
+fn sends_and_receives_of_one_socket_do_not_delay_each_other() {
     on_both(Setup::default(), async |rig| {
         let (socket, local) = rig.bound(LOOPBACK).await;
         let calls = waiting_receives(rig, socket, 5).await;
@@ -227,7 +226,7 @@ fn sends_and_receives_of_one_socket_do_not_hold_each_other_up() {
     });
 }
 
-// ---- binds on their way -----------------------------------------------------------------------------
+// ---- binds in flight --------------------------------------------------------------------------------
 
 #[test]
 fn first_sends_made_at_once_leave_from_one_port() {
@@ -259,7 +258,7 @@ fn first_sends_made_at_once_leave_from_one_port() {
     });
 }
 
-/// Whatever it is, it finds the socket unbound or bound, and the send leaves all the same.
+/// The call finds the socket unbound or bound, and the send leaves all the same.
 #[test]
 fn any_call_may_come_while_a_send_binds_its_socket() {
     for what in ["receive", "local", "bind", "connect", "option", "two sends", "cancel"] {
@@ -308,7 +307,7 @@ fn any_call_may_come_while_a_send_binds_its_socket() {
                     native.recv(&mut [0; 16]).unwrap();
                 }
                 if sends == 0 {
-                    // Given up, with its bind or without: the next one binds, if need be.
+                    // Dropped, with its bind or without: the next one binds, if need be.
                     rig.send(socket, b"next", Some(to)).await.unwrap();
                     assert_eq!(native.recv(&mut [0; 16]).unwrap(), 4);
                 }
@@ -319,7 +318,7 @@ fn any_call_may_come_while_a_send_binds_its_socket() {
                     None => rig.receive(socket).await,
                 };
                 if delayed && received == Err(ErrorCode::InvalidState) {
-                    // It came before the bind began.
+                    // The receive came before the bind began.
                     received = rig.receive(socket).await;
                 }
                 assert_eq!(received, Ok((b"back".to_vec(), to)));
@@ -329,7 +328,7 @@ fn any_call_may_come_while_a_send_binds_its_socket() {
     }
 }
 
-/// Other threads that keep the ring busy, so that what is begun here is not done at once.
+/// Two threads keep the ring busy, so that an operation begun here is not done at once.
 fn beside_busy_threads(uring: &Uring, scenario: impl AsyncFnOnce()) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -349,7 +348,7 @@ fn beside_busy_threads(uring: &Uring, scenario: impl AsyncFnOnce()) {
             });
             is_ready.recv_timeout(BOUND).unwrap();
         }
-        // Whatever happens, the others end.
+        // The two threads end although the scenario panics.
         let ended = catch_unwind(AssertUnwindSafe(|| block_on(scenario())));
         done.store(true, Ordering::Relaxed);
         if let Err(panic) = ended {
@@ -358,9 +357,9 @@ fn beside_busy_threads(uring: &Uring, scenario: impl AsyncFnOnce()) {
     });
 }
 
-/// The one who learns first that the bind is done must tell the send that waits for it.
+/// The call that first learns that the bind is done must wake the send that waits for it.
 ///
-/// Kills: a send that does not say that it waits.
+/// Kills: a send that waits for a bind without storing its waker.
 #[test]
 fn a_call_that_finds_a_bind_done_lets_the_send_go_on_that_began_it() {
     let uring = uring();
@@ -378,9 +377,9 @@ fn a_call_that_finds_a_bind_done_lets_the_send_go_on_that_began_it() {
     });
 }
 
-/// Several wait for the bind, and each must hear of it.
+/// Several calls wait for the bind, and each must be woken.
 ///
-/// Kills: calls that say they wait, the last of which is heard.
+/// Kills: calls that wait for a bind and store one waker, the last call's.
 #[test]
 fn all_calls_that_wait_for_a_bind_go_on_when_it_is_done() {
     let uring = uring();
@@ -408,15 +407,15 @@ fn all_calls_that_wait_for_a_bind_go_on_when_it_is_done() {
     });
 }
 
-/// In the network of the test's own: leaves one port for those who name none, and takes it.
+/// In the network of the test's own: leaves one port for binds to port 0, and binds to it.
 fn take_all_ports() -> UdpSocket {
     std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "50000 50000").unwrap();
     UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 50_000)).unwrap()
 }
 
-/// wasmtime-wasi waits for room then, for Linux says `EAGAIN`.
+/// wasmtime-wasi does not answer then: Linux returns `EAGAIN`, and it waits.
 #[test]
-fn calls_that_bind_say_so_when_no_port_is_free_and_can_be_made_again() {
+fn calls_that_bind_fail_when_no_port_is_free_and_can_be_made_again() {
     in_a_network(65_536, || {
         on(Backend::Uring, Setup::default(), async |rig| {
             let taken = take_all_ports();
@@ -446,9 +445,9 @@ fn calls_that_bind_say_so_when_no_port_is_free_and_can_be_made_again() {
     });
 }
 
-/// Kills: a bind that follows the failure of another call's, and nobody was asked.
+/// Kills: a bind that is retried for a waiting call without calling the policy again.
 #[test]
-fn every_bind_is_asked_for_although_the_one_before_failed() {
+fn the_policy_is_called_for_every_bind_although_the_one_before_failed() {
     in_a_network(65_536, || {
         let uring = uring();
         let (_native, to) = native::socket(Ipv4Addr::LOCALHOST);
@@ -474,9 +473,9 @@ fn every_bind_is_asked_for_although_the_one_before_failed() {
     });
 }
 
-/// Its own bind, and not another that came between.
+/// The error is that of its own bind, not of another that came between.
 #[test]
-fn a_send_whose_bind_fails_says_so_although_the_guest_binds_meanwhile() {
+fn a_send_whose_bind_fails_answers_so_although_the_guest_binds_meanwhile() {
     in_a_network(65_536, || {
         let uring = uring();
         let (_native, to) = native::socket(Ipv4Addr::LOCALHOST);
@@ -512,7 +511,7 @@ fn a_receive_made_while_nothing_binds_the_socket_is_refused_though_a_bind_failed
 
 // ---- receives cancelled -----------------------------------------------------------------------------
 
-/// Kills: a receive that takes a datagram and is not done then.
+/// Kills: a receive that takes a datagram and can still be cancelled then.
 #[test]
 fn a_cancelled_receive_leaves_what_comes_to_the_next() {
     on_both(Setup::default(), async |rig| {
@@ -532,7 +531,7 @@ fn a_cancelled_receive_leaves_what_comes_to_the_next() {
     });
 }
 
-/// The datagram is there before the cancel: either the call has it, or the next has.
+/// The datagram is there before the cancel: either this call has it, or the next has.
 #[test]
 fn a_receive_cancelled_when_a_datagram_has_come_loses_nothing() {
     on_both(Setup::default(), async |rig| {
@@ -554,7 +553,7 @@ fn a_receive_cancelled_when_a_datagram_has_come_loses_nothing() {
     });
 }
 
-/// Nobody has asked the guest yet, so its cancel comes too late.
+/// The guest has not been resumed in between, so its cancel comes too late.
 #[test]
 fn a_cancel_of_a_receive_that_has_returned_says_so_and_its_datagram_is_there() {
     on_both(Setup::default(), async |rig| {
@@ -563,7 +562,7 @@ fn a_cancel_of_a_receive_that_has_returned_says_so_and_its_datagram_is_there() {
         let call = rig.waiting_receive(socket).await;
         let other = rig.waiting_receive(socket).await;
         native.send_to(b"first", local).unwrap();
-        // Long enough that the first has returned, which waits for nobody to ask.
+        // Long enough that the first has returned, which it does without being polled by the guest.
         if rig.is_uring() {
             for _ in 0..10 {
                 rig.settle().await;
@@ -578,7 +577,7 @@ fn a_cancel_of_a_receive_that_has_returned_says_so_and_its_datagram_is_there() {
     });
 }
 
-/// Kills: a line that breaks when one leaves it.
+/// Kills: a queue of waiting receives that loses the others' wakers when one is cancelled.
 #[test]
 fn a_receive_cancelled_among_several_leaves_the_others_everything() {
     const RECEIVES: usize = 5;
@@ -679,7 +678,7 @@ impl Player<'_> {
         }
     }
 
-    /// One thing by chance, of which arrivals are not one.
+    /// One step by chance.
     async fn play(&mut self) {
         match self.random.below(8) {
             0..=2 if self.calls.len() < 20 => self.start().await,
@@ -718,7 +717,8 @@ fn seed() -> u64 {
 
 /// A ring whose queues fill now and then, and a policy that refuses one sender.
 fn small_queues(refused: Ipv4Addr) -> Setup {
-    let uring = Uring::builder().sockets(8).queue_per_socket(4, 1 << 20).build().unwrap();
+    let uring =
+        Uring::builder().sockets(8).queue_datagrams(4).queue_bytes(1 << 20).build().unwrap();
     Setup {
         uring: Some(uring),
         ..Setup::allow(move |addr, use_| {
@@ -728,7 +728,7 @@ fn small_queues(refused: Ipv4Addr) -> Setup {
 }
 
 #[test]
-fn whatever_is_started_and_cancelled_every_datagram_is_received_once() {
+fn every_datagram_is_received_once_although_receives_are_cancelled() {
     let seed = seed();
     eprintln!("seed {seed}");
     let refused = own_ip();
@@ -763,9 +763,9 @@ fn whatever_is_started_and_cancelled_every_datagram_is_received_once() {
     }
 }
 
-/// As before, while another thread sends: arrivals and cancels race.
+/// As before, while another thread sends: datagrams and cancels race.
 #[test]
-fn whatever_arrives_while_receives_are_cancelled_is_received_once() {
+fn every_datagram_is_received_once_although_it_comes_while_receives_are_cancelled() {
     const SENT: u32 = 3000;
     let seed = seed();
     eprintln!("seed {seed}");
@@ -804,7 +804,7 @@ fn whatever_arrives_while_receives_are_cancelled_is_received_once() {
 // ---- stores that end ------------------------------------------------------------------------------
 
 #[test]
-fn a_store_dropped_with_calls_on_their_way_gives_everything_back() {
+fn a_store_dropped_with_calls_in_flight_frees_everything() {
     for (settled, delayed) in [(false, false), (true, false), (false, true)] {
         block_on(async {
             let uring = uring_with(64);
@@ -838,7 +838,7 @@ fn a_store_dropped_with_calls_on_their_way_gives_everything_back() {
             for local in locals {
                 assert!(!native::is_taken(local));
             }
-            // As many again find room, and buffers.
+            // As many again get slots, and buffers.
             let mut rig = Rig3::on_ring(&uring).await;
             for _ in 0..64 {
                 let (socket, local) = rig.bound(LOOPBACK).await;
@@ -851,7 +851,7 @@ fn a_store_dropped_with_calls_on_their_way_gives_everything_back() {
 
 /// At the first moment that the guest blocks: in a receive, or in its first send.
 #[test]
-fn a_guest_dropped_while_it_blocks_gives_everything_back() {
+fn a_guest_dropped_while_it_blocks_frees_everything() {
     block_on(async {
         let uring = uring();
         let (_native, to) = native::socket(Ipv4Addr::LOCALHOST);

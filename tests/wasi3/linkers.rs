@@ -35,7 +35,7 @@ async fn is_served(linker: &Linker<Host>, mut store: Store<Host>) -> u64 {
 
 // ---- linkers ------------------------------------------------------------------------------------
 
-/// Kills: `add_to_linker` that leaves its own way in open.
+/// Kills: an `add_to_linker` that allows shadowing and does not forbid it again.
 #[test]
 fn a_linker_that_refuses_shadowing_does_so_still_when_wasi_was_added() {
     crate::common::block_on(async {
@@ -71,7 +71,7 @@ fn udp_alone_serves_a_guest() {
 }
 
 #[test]
-fn udp_alone_takes_the_place_of_wasmtime_wasis_where_that_is_allowed() {
+fn udp_alone_replaces_wasmtime_wasis_where_that_is_allowed() {
     crate::common::block_on(async {
         let uring = uring_with(4);
         let (_, _, store) = host(engine(), Backend::Uring, Setup::of(&uring));

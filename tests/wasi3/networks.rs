@@ -1,4 +1,4 @@
-//! Sends that wait for room, in networks too slow for them.
+//! Sends that wait because the send buffer is full, in networks too slow for them.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 
@@ -72,7 +72,7 @@ fn assert_hears(witness: &UdpSocket, numbers: impl IntoIterator<Item = u8>) {
 }
 
 #[test]
-fn a_send_that_finds_no_room_returns_when_there_is_some() {
+fn a_send_that_finds_the_send_buffer_full_returns_when_it_drains() {
     in_a_clogged_network(|| {
         on_both(Setup::default(), async |rig| {
             let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
@@ -94,7 +94,7 @@ fn a_send_that_finds_no_room_returns_when_there_is_some() {
     });
 }
 
-/// Kills: a send that goes on without its caller.
+/// Kills: a cancelled send that is sent all the same.
 #[test]
 fn a_send_cancelled_while_it_waits_is_not_sent_and_its_socket_goes_on() {
     for leaves in 0..3 {
@@ -116,8 +116,8 @@ async fn cancel_one(rig: &mut Rig3, place: u8) {
     let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
     let socket = small(rig).await;
     let (first, mut calls) = sends_that_wait(rig, socket, 0, Some(to), 3).await;
-    let given_up = calls.remove(usize::from(place));
-    assert_eq!(rig.cancel(given_up).await, Status::Cancelled);
+    let cancelled = calls.remove(usize::from(place));
+    assert_eq!(rig.cancel(cancelled).await, Status::Cancelled);
     rig.settle().await;
     flow();
     for call in calls {
@@ -149,9 +149,9 @@ fn a_socket_all_of_whose_sends_were_cancelled_can_be_dropped_though_nothing_flow
     });
 }
 
-/// Kills: sends that a store takes to its grave and the kernel keeps.
+/// Kills: a dropped store whose waiting sends are not cancelled in the kernel.
 #[test]
-fn a_store_dropped_with_sends_that_wait_gives_everything_back_though_nothing_flows() {
+fn a_store_dropped_with_sends_that_wait_frees_everything_though_nothing_flows() {
     in_a_clogged_network(|| {
         block_on(async {
             let uring = uring();
@@ -183,9 +183,9 @@ fn of_many_sends_that_wait_at_most_16_are_in_the_ring_and_all_are_sent() {
             let before = uring.stats().submissions;
             let (same, more) = sends_that_wait(rig, socket, first + 16, Some(to), SENDS - 16).await;
             assert_eq!(same, first + 16, "none of these was sent");
-            assert_eq!(uring.stats().submissions, before, "no room in the ring for these");
+            assert_eq!(uring.stats().submissions, before, "these are not in the ring");
             assert_eq!(uring.stats().datagrams_sent, u64::from(first));
-            // Some of either kind give up.
+            // Some of either kind are cancelled.
             let mut kept = Vec::new();
             for (n, call) in (first..).zip(calls.into_iter().chain(more)) {
                 if n % 5 == 0 {
@@ -204,7 +204,7 @@ fn of_many_sends_that_wait_at_most_16_are_in_the_ring_and_all_are_sent() {
     });
 }
 
-/// Kills: an entry that names no peer, which the kernel reads when there is room.
+/// Kills: an entry without the peer's address: the kernel would read the peer when it sends.
 #[test]
 fn a_send_that_waits_reaches_the_peer_of_its_time() {
     in_a_clogged_network(|| {

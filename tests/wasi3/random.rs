@@ -1,4 +1,4 @@
-//! Calls in any order: whatever a guest does, both backends answer it alike.
+//! Calls in any order: both backends answer them alike.
 
 use std::net::SocketAddr;
 
@@ -120,12 +120,12 @@ fn transcript(
     on(backend, Setup::default(), async |rig| {
         let socket = rig.create(family(any)).await.unwrap();
         let mut player = Player { rig, any, peers, socket };
-        let mut told = Vec::new();
+        let mut answers = Vec::new();
         for step in steps {
             let answer = player.play(*step).await;
-            told.push((*step, answer, player.view().await));
+            answers.push((*step, answer, player.view().await));
         }
-        told
+        answers
     })
 }
 

@@ -7,15 +7,16 @@ use std::sync::Arc;
 
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
+use wasi_uring::{Recycle, Uring};
 use wasmtime::format_err;
 use wasmtime_wasi::WasiCtx;
 
 use super::peer::{RingArgs, Setting};
 use super::source::Source;
 use super::{Backend, Bench, Contender, Sample, Stopwatch, WasiArg, Work, life};
-use crate::cli::host::{Compiled, GuestConfig, Net, Program};
-use crate::cli::{Failure, NetArg, doctor};
-use crate::{Recycle, Uring};
+use crate::args::NetArg;
+use crate::host::{Compiled, GuestConfig, Net, Program};
+use crate::{Failure, doctor};
 
 /// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
 /// and some files are left for recycled sockets.
@@ -63,7 +64,8 @@ impl Contest {
     }
 
     /// The ring of a guest.
-    pub(crate) fn ring(&self, guest: usize) -> &Uring {
+    #[must_use]
+    pub fn ring(&self, guest: usize) -> &Uring {
         &self.rings[guest % self.rings.len()]
     }
 
@@ -160,7 +162,7 @@ impl Contest {
 }
 
 /// A future's output, and how often it was not ready before.
-pub async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
+async fn counting_suspensions<T>(future: impl Future<Output = T>) -> (T, u64) {
     let mut future = pin!(future);
     let mut suspensions = 0;
     let output = poll_fn(|cx| {

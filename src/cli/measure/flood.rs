@@ -24,14 +24,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use wasi_uring::Uring;
 use wasmtime::error::Context;
 use wasmtime::{bail, format_err};
 use wasmtime_wasi::WasiCtx;
 
 use super::{Backend, Contest, Summary, WasiArg};
-use crate::Uring;
-use crate::cli::host::{GuestConfig, Net, Program};
-use crate::cli::{NetArg, say};
+use crate::args::NetArg;
+use crate::host::{GuestConfig, Net, Program};
+use crate::say;
 
 /// Sockets unless told otherwise: one is flooded, the others answer.
 pub(crate) const SOCKETS_DEFAULT: usize = 1000;

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::source::{REQUEST_BYTES, Source, wait};
 use super::{BYTES_MAX, Bench, Operation, Sample, Stopwatch};
-use crate::Recycle;
+use wasi_uring::Recycle;
 
 /// What a native program is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,187 +1,69 @@
 //! The floor under every figure: the ring's operations by themselves, without WebAssembly, without
-//! tasks, and without anybody asking who may do what.
+//! tasks and without address checks.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Wake, Waker};
 
-use super::{Operation, Program, REQUEST_BYTES, RingArgs, Setting, expect_bytes};
-use crate::datagram::{Family, Outgoing, RawAddr};
-use crate::error::Errno;
-use crate::ring::inbox::{Inbox, InboxLimits};
-use crate::ring::op::{BindOp, Op, SocketOption};
-use crate::ring::send::SendOp;
-use crate::ring::slots::{Room, SlotIndex};
-use crate::ring::table::OpKey;
-use crate::ring::{Done, Gate, Ring, probe};
+use wasi_uring::bare::{Bare, Incoming, Queued, Socket};
+
+use super::{Operation, Program, REQUEST_BYTES, Setting, expect_bytes};
 
 /// Enters that a datagram on loopback may take to arrive.
-const LOOKS_MAX: u32 = 1000;
+const ENTERS_MAX: u32 = 1000;
 
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
 /// There is no `create`, for an unbound socket is nothing to the ring.
 pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
     let Setting { bench, guests, .. } = *setting;
-    let bare = || Bare::new(bench.bytes, setting.ring);
+    let bytes = bench.bytes;
+    let bare = || Bare::new(setting.ring.sockets, setting.ring.recycle);
     Ok(Some(match bench.operation {
         Operation::Create => return Ok(None),
         Operation::Bind => Box::new(Bind { bare: bare()?, guests, addr: LOOPBACK.into() }),
         Operation::Bind6 => {
             Box::new(Bind { bare: bare()?, guests, addr: (Ipv6Addr::LOCALHOST, 0).into() })
         }
-        Operation::Pair => Box::new(Pair { bare: bare()?, guests }),
-        Operation::Dns => Box::new(Dns::new(bare()?, guests)?),
-        Operation::Echo => Box::new(Echo::new(bare()?, guests)?),
-        Operation::Batch => Box::new(Batch::new(bare()?, bench.datagrams, guests)?),
+        Operation::Pair => Box::new(Pair { bare: bare()?, bytes, guests }),
+        Operation::Dns => Box::new(Dns::new(bare()?, bytes, guests)?),
+        Operation::Echo => Box::new(Echo::new(bare()?, bytes, guests)?),
+        Operation::Batch => Box::new(Batch::new(bare()?, bytes, bench.datagrams, guests)?),
         Operation::Receive => Box::new(Receive::new(bare()?, setting)?),
     }))
 }
 
-/// A ring whose only thread is this one.
-struct Bare {
-    ring: Ring,
-    gate: Gate,
-    room: Arc<Room>,
-    /// Of the one owner of all sockets.
-    quota: Arc<Room>,
-    /// Of a datagram.
-    bytes: usize,
-}
-
-/// A bound socket that listens.
+/// A bound socket that receives.
 struct Open {
-    slot: SlotIndex,
-    inbox: Arc<Inbox>,
+    socket: Socket,
+    incoming: Incoming,
 }
 
-impl Open {
-    /// A datagram that has been booked.
-    fn heard(&self) -> io::Result<Option<(Vec<u8>, SocketAddr)>> {
-        match self.inbox.take_first() {
-            (Some(Ok(datagram)), _) => Ok(Some((datagram.payload, datagram.from))),
-            (Some(Err(Errno(errno))), _) => Err(io::Error::from_raw_os_error(errno)),
-            (None, _) => Ok(None),
-        }
-    }
+fn finish_all(bare: &mut Bare, queued: impl IntoIterator<Item = Queued>) -> io::Result<()> {
+    queued.into_iter().try_for_each(|queued| bare.finish(queued))
 }
 
-impl Bare {
-    fn new(bytes: usize, RingArgs { sockets, recycle }: RingArgs) -> io::Result<Self> {
-        let probe::Built { mut ring, room, .. } =
-            probe::build(sockets, recycle).map_err(io::Error::other)?;
-        // Nobody sleeps but in the kernel.
-        ring.stop_listening();
-        Ok(Self { gate: ring.gate(), ring, room, quota: Room::new(sockets), bytes })
-    }
+/// Binds as many sockets and arms their receives.
+fn open(bare: &mut Bare, sockets: usize) -> io::Result<Vec<Open>> {
+    let binds = (0..sockets).map(|_| bare.bind(LOOPBACK.into())).collect::<io::Result<Vec<_>>>()?;
+    bare.enter()?;
+    let opened = binds.into_iter().map(|(socket, bound)| {
+        bare.finish(bound)?;
+        Ok(Open { socket, incoming: bare.receive(socket) })
+    });
+    opened.collect()
+}
 
-    /// Brings what was pushed to the kernel, and books what it answers.
-    fn enter(&mut self) -> io::Result<()> {
-        loop {
-            let entries = self.ring.ready_to_enter();
-            if entries == 0 {
-                return Ok(());
-            }
-            self.enter_with(entries, None)?;
+/// The next datagram of a socket, which is on its way over loopback.
+fn receive(bare: &mut Bare, open: &Open) -> io::Result<(Vec<u8>, SocketAddr)> {
+    for _ in 0..ENTERS_MAX {
+        if let Some(datagram) = open.incoming.take()? {
+            return Ok(datagram);
         }
+        bare.enter_for(0)?;
     }
-
-    /// The same once, however little was pushed, and for as many completions at least.
-    fn enter_for(&mut self, completions: u32) -> io::Result<()> {
-        let entries = self.ring.ready_to_enter();
-        self.enter_with(entries, Some(completions))
-    }
-
-    fn enter_with(&mut self, entries: u32, completions: Option<u32>) -> io::Result<()> {
-        let taken = match self.gate.enter(entries, completions) {
-            // A debugger, or a stopped job that goes on.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            taken => taken?,
-        };
-        self.ring.stats.enters += 1;
-        self.ring.stats.submissions += u64::from(taken);
-        self.ring.complete_all();
-        Ok(())
-    }
-
-    fn done(&mut self, key: OpKey) -> io::Result<Done> {
-        match self.ring.fetch(key, None) {
-            Some(Done { error: Some(Errno(errno)), .. }) => {
-                Err(io::Error::from_raw_os_error(errno))
-            }
-            Some(done) => Ok(done),
-            None => Err(io::Error::other("an operation was not done at once")),
-        }
-    }
-
-    fn all_done(&mut self, keys: impl IntoIterator<Item = OpKey>) -> io::Result<()> {
-        keys.into_iter().try_for_each(|key| self.done(key).map(drop))
-    }
-
-    fn bind(&mut self, addr: SocketAddr) -> io::Result<(SlotIndex, OpKey)> {
-        if !(self.quota.take() && self.room.take()) {
-            return Err(io::Error::other("the table is full"));
-        }
-        let (family, options) = match addr {
-            SocketAddr::V4(_) => (Family::V4, Vec::new()),
-            SocketAddr::V6(_) => (Family::V6, vec![SocketOption::V6ONLY]),
-        };
-        Ok(self.ring.submit_bind(None, Box::new(BindOp::new(family, options, addr))))
-    }
-
-    /// Binds as many sockets and arms their receives.
-    fn open(&mut self, sockets: usize) -> io::Result<Vec<Open>> {
-        let binds =
-            (0..sockets).map(|_| self.bind(LOOPBACK.into())).collect::<io::Result<Vec<_>>>()?;
-        self.enter()?;
-        let opened = binds.into_iter().map(|(slot, key)| {
-            self.done(key)?;
-            Ok(self.listen(slot))
-        });
-        opened.collect()
-    }
-
-    fn listen(&mut self, slot: SlotIndex) -> Open {
-        let most = InboxLimits { datagrams: usize::MAX, bytes: usize::MAX };
-        let inbox = Arc::new(Inbox::new(most));
-        self.ring.arm(slot, &inbox);
-        Open { slot, inbox }
-    }
-
-    /// Where a socket is bound, as a guest's `local-address` learns it.
-    fn local_addr(&mut self, slot: SlotIndex) -> io::Result<SocketAddr> {
-        let key = self.ring.submit(slot, Op::Install);
-        self.enter()?;
-        let descriptor = self.done(key)?.descriptor;
-        let descriptor = descriptor.ok_or_else(|| io::Error::other("no descriptor"))?;
-        UdpSocket::from(descriptor).local_addr()
-    }
-
-    fn connect(&mut self, slot: SlotIndex, to: SocketAddr) -> OpKey {
-        self.ring.submit(slot, Op::Connect(Box::new(RawAddr::from(to))))
-    }
-
-    fn send(&mut self, slot: SlotIndex, payload: Vec<u8>, to: Option<SocketAddr>) -> OpKey {
-        let datagram = Outgoing { payload, to: to.map(RawAddr::from) };
-        self.ring.submit(slot, Op::Send(SendOp::new(vec![datagram])))
-    }
-
-    /// The next datagram of a socket, which is on its way over loopback.
-    fn hear(&mut self, open: &Open) -> io::Result<(Vec<u8>, SocketAddr)> {
-        for _ in 0..LOOKS_MAX {
-            if let Some(datagram) = open.heard()? {
-                return Ok(datagram);
-            }
-            self.enter_for(0)?;
-        }
-        Err(io::Error::other("a datagram did not arrive"))
-    }
-
-    fn close(&mut self, slot: SlotIndex) {
-        let quota = Arc::clone(&self.quota);
-        self.ring.close(slot, &quota, 0);
-    }
+    Err(io::Error::other("a datagram did not arrive"))
 }
 
 struct Bind {
@@ -196,45 +78,47 @@ impl Program for Bind {
         for _ in 0..count {
             let binds = (0..*guests).map(|_| bare.bind(*addr)).collect::<io::Result<Vec<_>>>()?;
             bare.enter()?;
-            for (slot, key) in binds {
-                bare.done(key)?;
-                bare.close(slot);
+            for (socket, bound) in binds {
+                bare.finish(bound)?;
+                bare.close(socket);
             }
         }
         bare.enter()
     }
 
     fn enters(&self) -> Option<u64> {
-        Some(self.bare.ring.stats.enters)
+        Some(self.bare.enters())
     }
 }
 
-/// Asks of some sockets, answers of others, each to whom it was asked by.
-fn exchange(bare: &mut Bare, askers: &[Open], answerers: &[(Open, SocketAddr)]) -> io::Result<()> {
-    let asked: Vec<_> = askers
+/// A datagram from each client to its server, and one back.
+fn exchange(
+    bare: &mut Bare,
+    bytes: usize,
+    clients: &[Open],
+    servers: &[(Open, SocketAddr)],
+) -> io::Result<()> {
+    let requests: Vec<_> = clients
         .iter()
-        .zip(answerers)
-        .map(|(asker, (_, to))| {
-            let payload = vec![0; bare.bytes];
-            bare.send(asker.slot, payload, Some(*to))
-        })
+        .zip(servers)
+        .map(|(client, (_, to))| bare.send(client.socket, [vec![0; bytes]], Some(*to)))
         .collect();
     bare.enter()?;
-    bare.all_done(asked)?;
-    let mut answered = Vec::with_capacity(answerers.len());
-    for (answerer, _) in answerers {
-        let (payload, from) = bare.hear(answerer)?;
-        answered.push(bare.send(answerer.slot, payload, Some(from)));
+    finish_all(bare, requests)?;
+    let mut answers = Vec::with_capacity(servers.len());
+    for (server, _) in servers {
+        let (payload, from) = receive(bare, server)?;
+        answers.push(bare.send(server.socket, [payload], Some(from)));
     }
     bare.enter()?;
-    bare.all_done(answered)?;
-    askers.iter().try_for_each(|asker| bare.hear(asker).map(drop))
+    finish_all(bare, answers)?;
+    clients.iter().try_for_each(|client| receive(bare, client).map(drop))
 }
 
 /// Sockets with the addresses they are bound to.
 fn named(bare: &mut Bare, sockets: Vec<Open>) -> io::Result<Vec<(Open, SocketAddr)>> {
     let name = |open: Open| {
-        let addr = bare.local_addr(open.slot)?;
+        let addr = bare.local_addr(open.socket)?;
         Ok((open, addr))
     };
     sockets.into_iter().map(name).collect()
@@ -242,128 +126,132 @@ fn named(bare: &mut Bare, sockets: Vec<Open>) -> io::Result<Vec<(Open, SocketAdd
 
 struct Pair {
     bare: Bare,
+    bytes: usize,
     guests: usize,
 }
 
 impl Program for Pair {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let Self { bare, guests } = self;
+        let Self { bare, bytes, guests } = self;
         for _ in 0..count {
-            let askers = bare.open(*guests)?;
-            let answerers = bare.open(*guests)?;
-            let answerers = named(bare, answerers)?;
-            exchange(bare, &askers, &answerers)?;
-            let answerers = answerers.iter().map(|(open, _)| open);
-            askers.iter().chain(answerers).for_each(|open| bare.close(open.slot));
+            let clients = open(bare, *guests)?;
+            let servers = open(bare, *guests)?;
+            let servers = named(bare, servers)?;
+            exchange(bare, *bytes, &clients, &servers)?;
+            let servers = servers.iter().map(|(open, _)| open);
+            clients.iter().chain(servers).for_each(|open| bare.close(open.socket));
         }
         bare.enter()
     }
 
     fn enters(&self) -> Option<u64> {
-        Some(self.bare.ring.stats.enters)
+        Some(self.bare.enters())
     }
 }
 
 struct Echo {
     bare: Bare,
-    askers: Vec<Open>,
-    answerers: Vec<(Open, SocketAddr)>,
+    bytes: usize,
+    clients: Vec<Open>,
+    servers: Vec<(Open, SocketAddr)>,
 }
 
 impl Echo {
-    fn new(mut bare: Bare, guests: usize) -> io::Result<Self> {
-        let askers = bare.open(guests)?;
-        let answerers = bare.open(guests)?;
-        let answerers = named(&mut bare, answerers)?;
+    fn new(mut bare: Bare, bytes: usize, guests: usize) -> io::Result<Self> {
+        let clients = open(&mut bare, guests)?;
+        let servers = open(&mut bare, guests)?;
+        let servers = named(&mut bare, servers)?;
         bare.enter()?;
-        Ok(Self { bare, askers, answerers })
+        Ok(Self { bare, bytes, clients, servers })
     }
 }
 
 impl Program for Echo {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        (0..count).try_for_each(|_| exchange(&mut self.bare, &self.askers, &self.answerers))
+        let Self { bare, bytes, clients, servers } = self;
+        (0..count).try_for_each(|_| exchange(bare, *bytes, clients, servers))
     }
 
     fn enters(&self) -> Option<u64> {
-        Some(self.bare.ring.stats.enters)
+        Some(self.bare.enters())
     }
 }
 
-/// A server for each client; a client's life is one question.
+/// A server for each client, which makes one request and closes.
 struct Dns {
     bare: Bare,
+    bytes: usize,
     servers: Vec<(Open, SocketAddr)>,
 }
 
 impl Dns {
-    fn new(mut bare: Bare, guests: usize) -> io::Result<Self> {
-        let servers = bare.open(guests)?;
+    fn new(mut bare: Bare, bytes: usize, guests: usize) -> io::Result<Self> {
+        let servers = open(&mut bare, guests)?;
         let servers = named(&mut bare, servers)?;
         bare.enter()?;
-        Ok(Self { bare, servers })
+        Ok(Self { bare, bytes, servers })
     }
 }
 
 impl Program for Dns {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let Self { bare, servers } = self;
+        let Self { bare, bytes, servers } = self;
         for _ in 0..count {
-            let clients = bare.open(servers.len())?;
+            let clients = open(bare, servers.len())?;
             let connected: Vec<_> = clients
                 .iter()
                 .zip(&*servers)
-                .map(|(client, (_, to))| bare.connect(client.slot, *to))
+                .map(|(client, (_, to))| bare.connect(client.socket, *to))
                 .collect();
             bare.enter()?;
-            bare.all_done(connected)?;
-            exchange(bare, &clients, servers)?;
+            finish_all(bare, connected)?;
+            exchange(bare, *bytes, &clients, servers)?;
             for client in clients {
-                bare.close(client.slot);
+                bare.close(client.socket);
             }
         }
         bare.enter()
     }
 
     fn enters(&self) -> Option<u64> {
-        Some(self.bare.ring.stats.enters)
+        Some(self.bare.enters())
     }
 }
 
 /// A connected sender for each receiver.
 struct Batch {
     bare: Bare,
+    bytes: usize,
     datagrams: usize,
-    pairs: Vec<(SlotIndex, Open)>,
+    pairs: Vec<(Socket, Open)>,
 }
 
 impl Batch {
-    fn new(mut bare: Bare, datagrams: usize, guests: usize) -> io::Result<Self> {
-        let senders = bare.open(guests)?;
-        let receivers = bare.open(guests)?;
+    fn new(mut bare: Bare, bytes: usize, datagrams: usize, guests: usize) -> io::Result<Self> {
+        let senders = open(&mut bare, guests)?;
+        let receivers = open(&mut bare, guests)?;
         let mut pairs = Vec::new();
         for (sender, (receiver, addr)) in senders.iter().zip(named(&mut bare, receivers)?) {
-            let connected = bare.connect(sender.slot, addr);
+            let connected = bare.connect(sender.socket, addr);
             bare.enter()?;
-            bare.done(connected)?;
-            pairs.push((sender.slot, receiver));
+            bare.finish(connected)?;
+            pairs.push((sender.socket, receiver));
         }
-        Ok(Self { bare, datagrams, pairs })
+        Ok(Self { bare, bytes, datagrams, pairs })
     }
 }
 
 impl Program for Batch {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let Self { bare, datagrams, pairs } = self;
+        let Self { bare, bytes, datagrams, pairs } = self;
         for _ in 0..count {
             for (sender, receiver) in &*pairs {
-                let datagram = |_| Outgoing { payload: vec![0; bare.bytes], to: None };
-                let batch = (0..*datagrams).map(datagram).collect();
-                let sent = bare.ring.submit(*sender, Op::Send(SendOp::new(batch)));
+                let payloads = (0..*datagrams).map(|_| vec![0; *bytes]);
+                let sent = bare.send(*sender, payloads, None);
                 bare.enter()?;
-                bare.done(sent)?;
+                bare.finish(sent)?;
                 for _ in 0..*datagrams {
-                    bare.hear(receiver)?;
+                    receive(bare, receiver)?;
                 }
             }
         }
@@ -371,13 +259,14 @@ impl Program for Batch {
     }
 
     fn enters(&self) -> Option<u64> {
-        Some(self.bare.ring.stats.enters)
+        Some(self.bare.enters())
     }
 }
 
-/// Receivers, each of which asks for a batch at a time.
+/// Receivers, each of which requests a batch at a time.
 struct Receive {
     bare: Bare,
+    bytes: usize,
     datagrams: usize,
     receivers: Vec<Receiver>,
     ready: Arc<Ready>,
@@ -389,7 +278,7 @@ struct Receiver {
     waker: Waker,
 }
 
-/// Receivers that something has come for.
+/// Receivers that a datagram has come for.
 type Ready = Mutex<Vec<usize>>;
 
 /// Makes a receiver ready.
@@ -407,34 +296,36 @@ impl Wake for Arrival {
 impl Receive {
     fn new(mut bare: Bare, setting: &Setting<'_>) -> io::Result<Self> {
         let ready = Arc::default();
-        let receivers = bare.open(setting.guests)?.into_iter().enumerate().map(|(at, open)| {
+        let opened = open(&mut bare, setting.guests)?;
+        let receivers = opened.into_iter().enumerate().map(|(at, open)| {
             let waker = Waker::from(Arc::new(Arrival { receiver: at, ready: Arc::clone(&ready) }));
-            open.inbox.wake_on_arrival(&waker);
+            open.incoming.wake_on_arrival(&waker);
             Receiver { open, source: setting.source.addr(at), waker }
         });
         let receivers = receivers.collect();
         bare.enter()?;
-        Ok(Self { bare, datagrams: setting.bench.datagrams, receivers, ready })
+        let Setting { bench, .. } = setting;
+        Ok(Self { bare, bytes: bench.bytes, datagrams: bench.datagrams, receivers, ready })
     }
 
-    fn ask(&mut self, receivers: &[usize]) -> io::Result<()> {
+    fn request(&mut self, receivers: &[usize]) -> io::Result<()> {
         let bare = &mut self.bare;
-        let asked = receivers.iter().map(|at| {
+        let requests = receivers.iter().map(|at| {
             let Receiver { open, source, .. } = &self.receivers[*at];
-            bare.send(open.slot, vec![0; REQUEST_BYTES], Some(*source))
+            bare.send(open.socket, [vec![0; REQUEST_BYTES]], Some(*source))
         });
-        let asked: Vec<_> = asked.collect();
+        let requests: Vec<_> = requests.collect();
         bare.enter()?;
-        bare.all_done(asked)
+        finish_all(bare, requests)
     }
 
     /// Receivers that are ready, once there is one.
     fn next_ready(&mut self) -> io::Result<Vec<usize>> {
         let mut wakers = Vec::new();
-        self.bare.ring.take_wakers(&mut wakers);
+        self.bare.take_wakers(&mut wakers);
         if wakers.is_empty() {
             self.bare.enter_for(1)?;
-            self.bare.ring.take_wakers(&mut wakers);
+            self.bare.take_wakers(&mut wakers);
         }
         wakers.into_iter().for_each(Waker::wake);
         Ok(std::mem::take(&mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner)))
@@ -445,21 +336,21 @@ impl Program for Receive {
     fn run(&mut self, count: usize) -> io::Result<()> {
         let mut left = vec![count * self.datagrams; self.receivers.len()];
         let mut receiving = left.len();
-        let mut asking: Vec<_> = (0..left.len()).collect();
+        let mut requesting: Vec<_> = (0..left.len()).collect();
         while receiving > 0 {
-            self.ask(&asking)?;
-            asking.clear();
+            self.request(&requesting)?;
+            requesting.clear();
             for at in self.next_ready()? {
                 let Receiver { open, waker, .. } = &self.receivers[at];
-                while let Some((payload, _)) = open.heard()? {
-                    expect_bytes(payload.len(), self.bare.bytes)?;
+                while let Some((payload, _)) = open.incoming.take()? {
+                    expect_bytes(payload.len(), self.bytes)?;
                     left[at] -= 1;
                 }
-                open.inbox.wake_on_arrival(waker);
+                open.incoming.wake_on_arrival(waker);
                 if left[at] == 0 {
                     receiving -= 1;
                 } else if left[at].is_multiple_of(self.datagrams) {
-                    asking.push(at);
+                    requesting.push(at);
                 }
             }
         }
@@ -467,6 +358,6 @@ impl Program for Receive {
     }
 
     fn enters(&self) -> Option<u64> {
-        Some(self.bare.ring.stats.enters)
+        Some(self.bare.enters())
     }
 }

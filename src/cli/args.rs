@@ -1,0 +1,241 @@
+//! The command line.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use wasi_uring::Recycle;
+use wasi_uring::limits::SOCKETS_MAX;
+
+/// Runs WebAssembly guests whose UDP sockets live on an io_uring.
+#[derive(Parser)]
+#[command(name = "wasi-uring", version, about, arg_required_else_help = true)]
+#[command(after_help = "\
+Start with `wasi-uring demo`. If it says that io_uring is missing, `wasi-uring doctor` says why.
+Logging: RUST_LOG=wasi_uring=debug")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Run a WASI 0.2 or 0.3 component (one that exports wasi:cli/run)
+    Run(RunArgs),
+    /// See both backends at work: a thousand guests that open, bind, use and close sockets
+    Demo(DemoArgs),
+    /// Measure both backends with the same guest, in alternation
+    Bench(BenchArgs),
+    /// Show what this kernel and these limits allow, and what to change
+    Doctor(DoctorArgs),
+}
+
+/// Where a guest's UDP sockets come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// The ring; an error if this machine has no io_uring
+    Uring,
+    /// wasmtime-wasi's own sockets, untouched: the yardstick
+    Stock,
+    /// The ring if it can be had, else stock, which is said once
+    Auto,
+}
+
+/// Which threads and runtimes guests run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RuntimeArg {
+    /// A tokio current-thread runtime and a ring for each thread
+    PerCore,
+    /// One tokio multi-thread runtime and a ring for each worker, which guests take in turn
+    MultiThread,
+    /// A tokio-uring runtime and a ring for each thread
+    TokioUring,
+}
+
+/// The version of WASI that a guest is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WasiArg {
+    /// Sockets with streams, and pollables to wait with
+    #[value(name = "0.2")]
+    P2,
+    /// Async functions
+    #[value(name = "0.3")]
+    P3,
+}
+
+impl WasiArg {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::P2, Self::P3];
+
+    /// Its number.
+    #[must_use]
+    pub fn version(self) -> &'static str {
+        match self {
+            Self::P2 => "0.2",
+            Self::P3 => "0.3",
+        }
+    }
+}
+
+/// Which addresses guests may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NetArg {
+    /// No UDP, no TCP, no name look-up
+    None,
+    /// UDP and TCP with this machine only, no name look-up. Wildcard binds are allowed, and what
+    /// comes from elsewhere is dropped
+    Loopback,
+    /// Everything
+    All,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  wasi-uring run guest.wasm
+  wasi-uring run --guests 1000 --threads 1 --stats guest.wasm life 100
+  wasi-uring run --backend stock guest.wasm        # the same guest on wasmtime-wasi's sockets
+  wasi-uring run --net all --env TOKEN resolver.wasm example.org
+
+Exit code: 0 when every guest returned ok, 1 when one failed or trapped, 2 for a wrong command
+line, a missing or invalid file, or a component that does not export wasi:cli/run.")]
+pub(crate) struct RunArgs {
+    /// Where UDP sockets come from
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Instances to run at once; instance 0 has the terminal's stdin, stdout and stderr
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_guests)]
+    pub(crate) guests: NonZeroUsize,
+    /// Threads that run guests [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Threads and runtimes that run guests
+    #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
+    pub(crate) runtime: RuntimeArg,
+    /// Addresses guests may use
+    #[arg(long, value_enum, default_value_t = NetArg::Loopback)]
+    pub(crate) net: NetArg,
+    /// An environment variable for the guests; without a value, this process's
+    #[arg(long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
+    pub(crate) envs: Vec<(String, String)>,
+    /// UDP sockets that may be open at once on the rings; each guest may hold its share
+    /// [default: 256 per guest, at least 4096, within the open-files limit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(SOCKETS_MAX)))]
+    pub(crate) sockets: Option<u32>,
+    #[command(flatten)]
+    pub(crate) recycle: RecycleArgs,
+    /// End with one line of JSON on stderr: what went through the rings
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// The component, binary or text
+    pub(crate) file: PathBuf,
+    /// Arguments for the guests
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<String>,
+}
+
+#[derive(Args, Clone, Copy)]
+pub(crate) struct RecycleArgs {
+    /// Close every socket for good instead of keeping it for a new owner
+    #[arg(long)]
+    no_recycle: bool,
+}
+
+impl RecycleArgs {
+    pub(crate) fn limits(self) -> Recycle {
+        if self.no_recycle { Recycle::OFF } else { Recycle::default() }
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct DemoArgs {
+    /// Guests at once
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = parse_guests)]
+    pub(crate) guests: NonZeroUsize,
+    /// Rounds per backend; more rounds, less noise
+    #[arg(long, value_name = "N", default_value = "5")]
+    pub(crate) rounds: NonZeroUsize,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Names, and what one operation is:
+  create     create a socket and drop it
+  bind       create, bind to 127.0.0.1:0, drop
+  bind6      the same with ::1
+  pair       two sockets: create, bind, exchange a datagram each way, drop
+  dns        create, bind, connect, send, be answered, drop
+  echo       a round trip of 64 bytes between two sockets
+  echo_1200  the same with 1200 bytes
+  batch_N    N (1, 4 or 16) datagrams of 1200 bytes sent at once and received
+  batch_16_small  the same with 16 of 64 bytes
+  receive    ask another thread for 16 datagrams of 64 bytes, and receive them; the CPU time of
+             that thread, which delivers them, does not count
+  receive_1200  the same with 1200 bytes
+
+Two are no contest in speed:
+  flood    the latency of many sockets while another is flooded
+  idle     the memory of a socket that is bound, or waits for datagrams
+
+wasmtime-wasi takes 64 KiB of memory for each datagram that a guest of WASI 0.2 receives. malloc may
+give those of a batch back to the kernel each time, which makes the batch four times as dear; with
+MALLOC_TRIM_THRESHOLD_=1073741824 in the environment it keeps them.")]
+pub(crate) struct BenchArgs {
+    /// What to measure [default: everything]
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// The WASI version of the guests; several values, several rows
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = WasiArg::ALL)]
+    pub(crate) wasi: Vec<WasiArg>,
+    /// Guests at once; several values, several rows
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,64",
+        value_parser = parse_guests)]
+    pub(crate) guests: Vec<NonZeroUsize>,
+    /// Rounds per backend
+    #[arg(long, value_name = "N", default_value = "7")]
+    pub(crate) rounds: NonZeroUsize,
+    /// Write the results here, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Draw the results of the contests into this directory, as SVG
+    #[arg(long, value_name = "DIR")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Sockets for flood [default: 1000] and idle [default: 10000]
+    #[arg(long, value_name = "N")]
+    pub(crate) sockets: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub(crate) recycle: RecycleArgs,
+    /// per-core (one thread) or multi-thread
+    #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
+    pub(crate) runtime: RuntimeArg,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// More guests than any machine's memory holds would only overflow what is computed from them.
+const GUESTS_MAX: usize = 1_000_000;
+
+fn parse_guests(text: &str) -> Result<NonZeroUsize, String> {
+    match text.parse::<NonZeroUsize>() {
+        Ok(guests) if guests.get() <= GUESTS_MAX => Ok(guests),
+        _ => Err(format!("{text} is not in 1..={GUESTS_MAX}")),
+    }
+}
+
+fn parse_env(text: &str) -> Result<(String, String), String> {
+    if let Some((name, value)) = text.split_once('=') {
+        return Ok((name.to_owned(), value.to_owned()));
+    }
+    match std::env::var(text) {
+        Ok(value) => Ok((text.to_owned(), value)),
+        Err(std::env::VarError::NotPresent) => {
+            Err(format!("this process has no variable {text}; give a value: --env {text}=VALUE"))
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -1,0 +1,301 @@
+//! Which guests share an enter, and how long one goes on: every rule, and no lock, waker or ring.
+//!
+//! The guests of a current-thread runtime never contend for the ring. So a guest that is about to
+//! enter yields once before, if other guests use the ring: what they queue meanwhile reaches the
+//! kernel with the same `io_uring_enter`. Three guests enter directly instead: a lone one, one with
+//! so many bytes to send that they would push those of others out of the cache, and one of so many
+//! that it would find its own cache cold after the yield.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::limits::{
+    BATCH_BYTES_MAX, BATCH_GUESTS_MAX, BUDGET_DATAGRAMS, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS,
+    QUOTA_RETRIES_MAX,
+};
+
+/// Names a guest among those of all rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Guest(u64);
+
+impl Guest {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// The guests at work on a ring: which have queued entries since the last enter, and which before.
+#[derive(Default)]
+pub(super) struct Batching {
+    queued: Guests,
+    submitted: Guests,
+    /// Yields of all guests so far.
+    yields: u64,
+    /// Submits left of a direct-submit streak.
+    direct_submits: u32,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Guests {
+    #[default]
+    None,
+    One(Guest),
+    Several,
+}
+
+impl Guests {
+    fn include_other_than(self, guest: Guest) -> bool {
+        ![Self::None, Self::One(guest)].contains(&self)
+    }
+}
+
+/// Whether the guest that waits for an operation has let others queue before it enters.
+#[derive(Default)]
+pub(super) enum Yielding {
+    #[default]
+    NotYielded,
+    /// It yields now; with the ring's count of yields then.
+    Yielded {
+        yields: u64,
+    },
+    Over,
+}
+
+impl Batching {
+    /// `guest` has queued entries.
+    pub(super) fn queue(&mut self, guest: Guest) {
+        self.queued = match self.queued {
+            Guests::None => Guests::One(guest),
+            Guests::One(same) if same == guest => Guests::One(guest),
+            Guests::One(_) | Guests::Several => Guests::Several,
+        };
+    }
+
+    /// A thread enters with all that is queued.
+    pub(super) fn submit(&mut self) {
+        if self.queued != Guests::None {
+            self.submitted = std::mem::take(&mut self.queued);
+        }
+    }
+
+    /// Whether `guest`, with so many bytes of all guests queued, should yield before it enters.
+    /// Each `false` that a direct-submit streak is the reason of uses up one submit of it.
+    pub(super) fn should_yield(
+        &mut self,
+        guest: Guest,
+        yielding: &Yielding,
+        queued_bytes: usize,
+    ) -> bool {
+        if !matches!(yielding, Yielding::NotYielded) || queued_bytes >= BATCH_BYTES_MAX {
+            return false;
+        }
+        if self.direct_submits > 0 {
+            self.direct_submits -= 1;
+            return false;
+        }
+        [self.queued, self.submitted].iter().any(|guests| guests.include_other_than(guest))
+    }
+
+    /// A guest yields.
+    pub(super) fn begin_yield(&mut self) -> Yielding {
+        self.yields += 1;
+        Yielding::Yielded { yields: self.yields }
+    }
+
+    /// A guest goes on. If it has yielded, and to so many that nothing of its own is left in the
+    /// cache, a direct-submit streak begins; else one that goes on is over.
+    pub(super) fn end_yield(&mut self, yielding: &mut Yielding) {
+        if let Yielding::Yielded { yields } = *yielding {
+            let is_contended = self.yields - yields > BATCH_GUESTS_MAX;
+            self.direct_submits = if is_contended { DIRECT_SUBMITS } else { 0 };
+            *yielding = Yielding::Over;
+        }
+    }
+}
+
+/// Rounds that one thread enters for all guests, which keeps its own guest waiting.
+#[derive(Default)]
+pub(super) struct Rounds(u32);
+
+impl Rounds {
+    /// Counts a round; `true` if the reapers are to go on from here.
+    pub(super) fn end(&mut self) -> bool {
+        self.0 += 1;
+        self.0 >= COMBINE_ROUNDS_MAX
+    }
+}
+
+/// How often a thread looks again at a full table or quota while another thread, inside the
+/// kernel, may be closing sockets.
+pub(super) fn quota_retries() -> Range<u32> {
+    0..QUOTA_RETRIES_MAX
+}
+
+/// Datagrams a guest has taken since it last suspended. One that always finds some never suspends
+/// by itself, so it yields when its budget is spent.
+#[derive(Debug, Default)]
+pub(crate) struct Budget {
+    spent: AtomicUsize,
+}
+
+impl Budget {
+    /// The guest has suspended.
+    pub(crate) fn renew(&self) {
+        self.spent.store(0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn spend(&self, datagrams: usize) {
+        self.spent.fetch_add(datagrams, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_spent(&self) -> bool {
+        self.spent.load(Ordering::Relaxed) >= BUDGET_DATAGRAMS
+    }
+}
+
+/// The numbers stand here as they were tuned, and not by name: a test fails if one is changed.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Guest = Guest(u64::MAX - 1);
+    const B: Guest = Guest(u64::MAX);
+
+    fn yields_first(batching: &mut Batching, guest: Guest) -> bool {
+        batching.should_yield(guest, &Yielding::NotYielded, 0)
+    }
+
+    /// Two guests that share enters.
+    fn shared() -> Batching {
+        let mut batching = Batching::default();
+        batching.queue(A);
+        batching.queue(B);
+        batching
+    }
+
+    /// Two guests, of which one yielded and went on when `others` more had yielded.
+    fn after_a_yield_to(others: u64) -> Batching {
+        let mut batching = shared();
+        let mut yielding = batching.begin_yield();
+        for _ in 0..others {
+            batching.begin_yield();
+        }
+        batching.end_yield(&mut yielding);
+        batching
+    }
+
+    #[test]
+    fn a_lone_guest_enters_at_once() {
+        let mut batching = Batching::default();
+        assert!(!yields_first(&mut batching, A), "nothing is queued");
+        for _ in 0..3 {
+            batching.queue(A);
+            assert!(!yields_first(&mut batching, A));
+            batching.submit();
+            assert!(!yields_first(&mut batching, A));
+        }
+    }
+
+    #[test]
+    fn a_guest_yields_while_another_has_queued_or_did_before_the_last_enter() {
+        let mut batching = Batching::default();
+        batching.queue(A);
+        assert!(yields_first(&mut batching, B));
+        batching.queue(B);
+        assert!(yields_first(&mut batching, A));
+        batching.submit();
+        assert!(yields_first(&mut batching, A) && yields_first(&mut batching, B));
+        batching.submit();
+        assert!(yields_first(&mut batching, A), "an enter without entries says nothing of guests");
+        batching.queue(A);
+        assert!(yields_first(&mut batching, A));
+        batching.submit();
+        assert!(!yields_first(&mut batching, A), "only its own are of the last enter");
+    }
+
+    #[test]
+    fn a_guest_yields_once_for_an_operation() {
+        let mut batching = shared();
+        let mut yielding = batching.begin_yield();
+        batching.end_yield(&mut yielding);
+        assert!(!batching.should_yield(A, &yielding, 0));
+        batching.end_yield(&mut yielding);
+        assert!(matches!(yielding, Yielding::Over));
+    }
+
+    #[test]
+    fn sixteen_kibibytes_do_not_wait_for_others() {
+        let mut batching = shared();
+        assert!(batching.should_yield(A, &Yielding::NotYielded, 16 * 1024 - 1));
+        assert!(!batching.should_yield(A, &Yielding::NotYielded, 16 * 1024));
+    }
+
+    #[test]
+    fn a_yield_to_128_guests_is_worth_it_and_one_to_129_is_not() {
+        assert!(yields_first(&mut after_a_yield_to(128), A));
+        assert!(!yields_first(&mut after_a_yield_to(129), A));
+    }
+
+    #[test]
+    fn after_a_yield_to_too_many_thirty_two_submits_are_direct() {
+        let mut batching = after_a_yield_to(129);
+        for submit in 1..=32 {
+            assert!(!yields_first(&mut batching, A), "{submit}");
+        }
+        assert!(yields_first(&mut batching, A));
+    }
+
+    #[test]
+    fn many_bytes_use_up_no_direct_submit() {
+        let mut batching = after_a_yield_to(129);
+        assert!(!batching.should_yield(A, &Yielding::NotYielded, 1 << 20));
+        assert_eq!(batching.direct_submits, 32);
+    }
+
+    #[test]
+    fn a_yield_to_few_ends_the_streak_and_no_yield_leaves_it() {
+        let mut batching = shared();
+        let mut early = batching.begin_yield();
+        for _ in 0..129 {
+            batching.begin_yield();
+        }
+        let mut late = batching.begin_yield();
+        batching.end_yield(&mut early);
+        batching.end_yield(&mut Yielding::NotYielded);
+        batching.end_yield(&mut Yielding::Over);
+        assert_eq!(batching.direct_submits, 32);
+        batching.end_yield(&mut late);
+        assert_eq!(batching.direct_submits, 0);
+    }
+
+    #[test]
+    fn the_sixteenth_round_is_the_last() {
+        let mut rounds = Rounds::default();
+        for round in 1..=15 {
+            assert!(!rounds.end(), "{round}");
+        }
+        assert!(rounds.end());
+    }
+
+    #[test]
+    fn a_full_quota_is_looked_at_a_thousand_times() {
+        assert_eq!(quota_retries().count(), 1000);
+    }
+
+    #[test]
+    fn a_budget_is_thirty_two_datagrams() {
+        let budget = Budget::default();
+        budget.spend(31);
+        assert!(!budget.is_spent());
+        budget.spend(1);
+        assert!(budget.is_spent());
+        budget.renew();
+        assert!(!budget.is_spent());
+    }
+
+    #[test]
+    fn no_two_guests_have_one_name() {
+        assert_ne!(Guest::new(), Guest::new());
+    }
+}

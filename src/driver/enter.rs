@@ -1,0 +1,244 @@
+//! One thread enters the kernel for all guests: the state that it shares with the others, and what
+//! it does inside.
+
+use std::sync::Arc;
+use std::task::Waker;
+use std::{fmt, io};
+
+use super::batching::{Batching, Rounds};
+use super::lock::{AfterUnlock, Lock, Locked};
+use super::runtimes::Runtimes;
+use crate::error::SetupError;
+use crate::ring::eventfd::EventFd;
+use crate::ring::kernel_defaults::Defaults;
+use crate::ring::op_table::{Leftover, Registered};
+use crate::ring::queues::{Enter, OpKey};
+use crate::ring::quota::Quota;
+use crate::ring::receive_queue::QueueLimits;
+use crate::ring::recycle::pool::Recycle;
+use crate::ring::{Ring, setup};
+use crate::stats::Stats;
+
+/// A ring, and how its guests and their threads share it.
+pub(crate) struct Driver {
+    kernel: Enter,
+    pub(super) quota: Arc<Quota>,
+    /// The eventfd that completions signal while no thread is inside.
+    pub(super) eventfd: EventFd,
+    pub(super) defaults: Defaults,
+    pub(super) queue_limits: QueueLimits,
+    pub(super) core: Lock<Core>,
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The formatter is the host's code, so not under the lock.
+        let stats = self.snapshot();
+        f.debug_struct("Driver").field("stats", &stats).finish_non_exhaustive()
+    }
+}
+
+/// What the driver's lock guards.
+pub(super) struct Core {
+    pub(super) ring: Ring,
+    /// A thread is inside, and will look for what was queued meanwhile.
+    pub(super) entering: bool,
+    pub(super) batching: Batching,
+    pub(super) runtimes: Runtimes,
+    /// Of guests that wait until what they queued has reached the kernel.
+    pub(super) flush_wakers: Vec<Waker>,
+}
+
+/// The driver's lock, held by this thread.
+pub(super) type LockedCore<'driver> = Locked<'driver, Core>;
+
+impl Core {
+    /// Whether entries are queued that the kernel has not taken.
+    pub(super) fn has_queued(&self) -> bool {
+        self.ring.queued() > self.ring.submitted()
+    }
+}
+
+/// Where wakers change hands between the ring and the threads.
+impl LockedCore<'_> {
+    /// Wakes the guests whose operations or receives the ring has completed, and logs what the ring
+    /// could not.
+    pub(super) fn wake_completed(&mut self) {
+        let (core, after) = self.split();
+        after.wake_later(core.ring.take_wakers());
+        if let Some(warning) = core.ring.take_warning() {
+            after.warn_later(warning);
+        }
+    }
+
+    /// Wakes the guests that wait until what they queued has reached the kernel.
+    fn wake_submitted(&mut self) {
+        let (core, after) = self.split();
+        after.wake_later(core.flush_wakers.drain(..));
+    }
+
+    /// Wakes every reaper, so that they go on where this thread stops.
+    fn wake_reapers(&mut self) {
+        let (core, after) = self.split();
+        after.wake_later(core.runtimes.take_reapers());
+    }
+
+    /// Wakes all guests that wait for the kernel: each has its runtime start a reaper.
+    pub(super) fn wake_all(&mut self) {
+        let (core, after) = self.split();
+        after.wake_later(core.ring.take_all_wakers());
+    }
+
+    /// Registers a waker for an operation's last completion; `false` if that has come.
+    pub(super) fn register(&mut self, key: OpKey, waker: Waker) -> bool {
+        let Registered { has_ended, unused } = self.ring.register(key, waker);
+        self.drop_later(unused);
+        !has_ended
+    }
+
+    /// The future of an operation is dropped: its memory, and what comes of it, are the ring's.
+    pub(super) fn detach(&mut self, key: OpKey) {
+        let Leftover { result, waker } = self.ring.detach(key);
+        self.drop_later(waker);
+        // A descriptor that it may hold is closed here.
+        drop(result);
+    }
+}
+
+impl Driver {
+    pub(crate) fn build(
+        sockets: u32,
+        queue_limits: QueueLimits,
+        recycle: Recycle,
+    ) -> Result<Self, SetupError> {
+        let setup::Built { ring, quota, defaults, eventfd } = setup::build(sockets, recycle)?;
+        Ok(Self {
+            kernel: ring.enter(),
+            quota,
+            eventfd,
+            defaults,
+            queue_limits,
+            core: Lock::new(Core {
+                ring,
+                entering: false,
+                batching: Batching::default(),
+                runtimes: Runtimes::default(),
+                flush_wakers: Vec::new(),
+            }),
+        })
+    }
+
+    pub(super) fn lock(&self) -> LockedCore<'_> {
+        self.core.lock()
+    }
+
+    pub(crate) fn snapshot(&self) -> Stats {
+        self.lock().ring.snapshot()
+    }
+
+    /// Enters for all guests that have queued entries, unless another thread is inside and will.
+    pub(super) fn combine<'driver>(
+        &'driver self,
+        core: LockedCore<'driver>,
+    ) -> LockedCore<'driver> {
+        self.combine_with(core, false)
+    }
+
+    /// With `reap`, enters even if nothing is queued: the kernel posts some completions only then.
+    pub(super) fn combine_with<'driver>(
+        &'driver self,
+        core: LockedCore<'driver>,
+        reap: bool,
+    ) -> LockedCore<'driver> {
+        let enter = |entries, completions| self.kernel.enter(entries, completions);
+        self.combine_by(enter, core, reap)
+    }
+
+    /// `enter` is `Enter::enter`, or what a test has happen instead.
+    pub(super) fn combine_by<'driver>(
+        &'driver self,
+        enter: impl Fn(u32, Option<u32>) -> io::Result<u32>,
+        core: LockedCore<'driver>,
+        mut reap: bool,
+    ) -> LockedCore<'driver> {
+        if core.entering {
+            return core;
+        }
+        let inside = Inside { driver: self };
+        // After `inside`, so that a panic releases the lock before that takes it.
+        let mut core = core;
+        core.entering = true;
+        core.ring.disable_notifications();
+        let mut rounds = Rounds::default();
+        loop {
+            let entries = core.ring.flush();
+            let reaps = std::mem::take(&mut reap) || core.ring.has_overflow();
+            if entries > 0 || reaps {
+                core.batching.submit();
+                core.ring.stats.enters += 1;
+                // From here on the kernel owns the operations' memory, each until its last completion.
+                let taken;
+                (core, taken) = core.unlocked(|| enter(entries, reaps.then_some(0)));
+                match taken {
+                    Ok(taken) => core.ring.stats.submissions += u64::from(taken),
+                    Err(errno) if is_passing(&errno) => {}
+                    Err(errno) => {
+                        // Nothing that trying again at once would mend; the next caller tries.
+                        core.split().1.log_later(errno);
+                        core.ring.enable_notifications();
+                        break;
+                    }
+                }
+                core.wake_submitted();
+            }
+            core.ring.reap();
+            core.wake_completed();
+            if rounds.end() {
+                // This thread's own guest has waited long enough.
+                core.wake_reapers();
+                core.ring.enable_notifications();
+                break;
+            }
+            // While the eventfd's notifications were off, the thread of the grace periods signalled
+            // in vain.
+            if !core.has_queued() && !core.ring.enable_notifications() && !core.ring.has_event() {
+                break;
+            }
+            core.ring.disable_notifications();
+        }
+        core.entering = false;
+        std::mem::forget(inside);
+        core.run_left()
+    }
+}
+
+/// Whether `io_uring_enter` will work again once completions were taken (its manual page).
+fn is_passing(errno: &io::Error) -> bool {
+    matches!(errno.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
+}
+
+/// That this thread is inside for all guests. Dropped only by a panic, of which the others need not
+/// know: they are woken and enter by themselves. What the thread was at is half done at worst for one
+/// operation, whose memory is the operation table's until its last completion.
+struct Inside<'driver> {
+    driver: &'driver Driver,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let mut core = self.driver.lock();
+        core.entering = false;
+        core.ring.enable_notifications();
+        core.wake_completed();
+        core.wake_submitted();
+        core.wake_reapers();
+    }
+}
+
+impl Drop for Driver {
+    /// The last handle is gone; the ring waits for the kernel when it is dropped next.
+    fn drop(&mut self) {
+        let mut after = AfterUnlock::default();
+        after.wake_later(self.core.get_mut().runtimes.take_all());
+    }
+}

@@ -1,0 +1,109 @@
+//! Waiting until what a guest has queued is in the kernel.
+
+use std::task::{Context, Poll, ready};
+
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+use super::batching::{Guest, Yielding};
+use super::enter::{Core, Driver, LockedCore};
+use super::first_poll;
+
+/// Ready when what was queued has reached the kernel, and what completed at once is recorded.
+pub(crate) struct Flush {
+    guest: Guest,
+    /// Entries that the ring's guests had queued up to and with this one's.
+    queued: u64,
+    yielding: Yielding,
+}
+
+impl Flush {
+    /// For what `guest` has just queued.
+    pub(super) fn new(core: &Core, guest: Guest) -> Self {
+        Self { guest, queued: core.ring.queued(), yielding: Yielding::NotYielded }
+    }
+
+    pub(crate) fn poll(&mut self, driver: &Driver, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll_submitted(driver, cx).map(drop)
+    }
+
+    /// As `poll`; ready with the lock still held.
+    #[inline]
+    pub(super) fn poll_submitted<'driver>(
+        &mut self,
+        driver: &'driver Driver,
+        cx: &Context<'_>,
+    ) -> Poll<LockedCore<'driver>> {
+        let mut core = driver.lock();
+        self.end_yield(&mut core);
+        let core = ready!(self.submit(driver, core, cx));
+        if self.is_submitted(&core) {
+            return Poll::Ready(core);
+        }
+        self.register(driver, core, cx)
+    }
+
+    /// Has the thread that is inside wake this guest, unless it has submitted its entries by then.
+    #[cold]
+    fn register<'driver>(
+        &self,
+        driver: &'driver Driver,
+        core: LockedCore<'driver>,
+        cx: &Context<'_>,
+    ) -> Poll<LockedCore<'driver>> {
+        let (mut core, waker) = core.unlocked(|| cx.waker().clone());
+        if !self.is_submitted(&core) {
+            // The thread that was inside may have come out meanwhile, and without these entries.
+            core = driver.combine(core);
+        }
+        if self.is_submitted(&core) {
+            core.drop_later(Some(waker));
+            return Poll::Ready(core);
+        }
+        core.flush_wakers.push(waker);
+        Poll::Pending
+    }
+
+    fn is_submitted(&self, core: &Core) -> bool {
+        core.ring.submitted() >= self.queued
+    }
+
+    pub(super) fn has_yielded(&self) -> bool {
+        !matches!(self.yielding, Yielding::NotYielded)
+    }
+
+    /// To be called whenever the guest is polled.
+    pub(super) fn end_yield(&mut self, core: &mut Core) {
+        core.batching.end_yield(&mut self.yielding);
+    }
+
+    /// Gets the guest's entries into the kernel, unless another thread is inside and will. Pending
+    /// if the guest yields first, with its waker woken: it enters when it is polled again.
+    #[inline]
+    pub(super) fn submit<'driver>(
+        &mut self,
+        driver: &'driver Driver,
+        mut core: LockedCore<'driver>,
+        cx: &Context<'_>,
+    ) -> Poll<LockedCore<'driver>> {
+        if core.entering || self.is_submitted(&core) {
+            return Poll::Ready(core);
+        }
+        let bytes = core.ring.unsent_bytes();
+        if !first_poll::is_first(cx)
+            && core.batching.should_yield(self.guest, &self.yielding, bytes)
+            && is_current_thread()
+        {
+            self.yielding = core.batching.begin_yield();
+            drop(core);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(driver.combine(core))
+    }
+}
+
+/// Whether this thread's runtime has no other: its guests never contend for the ring.
+fn is_current_thread() -> bool {
+    Handle::try_current()
+        .is_ok_and(|handle| handle.runtime_flavor() == RuntimeFlavor::CurrentThread)
+}

@@ -1,0 +1,128 @@
+//! The future of an operation.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::task::coop;
+
+use super::batching::Guest;
+use super::enter::{Core, Driver};
+use super::flush::Flush;
+use crate::ring::op::OpResult;
+use crate::ring::queues::OpKey;
+
+/// An operation on its way, and the guest that waits for it. Its memory is the operation table's
+/// until its last completion. To drop this before detaches the operation: the kernel finishes it,
+/// unless it is a `send` that ends with its caller, and the ring then frees the memory.
+pub(crate) struct InFlight {
+    driver: Arc<Driver>,
+    key: OpKey,
+    flush: Flush,
+    is_taken: bool,
+    ends_with_caller: bool,
+}
+
+impl InFlight {
+    /// For an operation that `guest` has just queued.
+    pub(super) fn new(driver: &Arc<Driver>, core: &Core, guest: Guest, key: OpKey) -> Self {
+        Self {
+            driver: Arc::clone(driver),
+            key,
+            flush: Flush::new(core, guest),
+            is_taken: false,
+            ends_with_caller: false,
+        }
+    }
+
+    /// For a `send` that is not to go on without its caller while it waits for send buffer.
+    pub(crate) fn cancelled_with_caller(mut self) -> Self {
+        self.ends_with_caller = true;
+        self
+    }
+
+    /// Waits for the last completion.
+    pub(crate) async fn result(mut self) -> OpResult {
+        poll_fn(|cx| self.poll_result(cx)).await
+    }
+
+    /// Ready with the operation's result after its last completion.
+    pub(crate) fn poll_result(&mut self, cx: &mut Context<'_>) -> Poll<OpResult> {
+        let coop = ready!(coop::poll_proceed(cx));
+        let Self { driver, key, flush, is_taken, .. } = self;
+        let mut core = driver.lock();
+        flush.end_yield(&mut core);
+        let mut result = core.ring.take_result(*key);
+        if result.is_none() {
+            core = ready!(flush.submit(driver, core, cx));
+            result = core.ring.take_result(*key);
+        }
+        if result.is_none() {
+            let waker;
+            (core, waker) = core.unlocked(|| cx.waker().clone());
+            if !core.register(*key, waker) {
+                result = core.ring.take_result(*key);
+            }
+        }
+        drop(core);
+        if let Some(result) = result {
+            // Its place in the table is another operation's from here on.
+            *is_taken = true;
+            coop.made_progress();
+            return Poll::Ready(result);
+        }
+        driver.ensure_reaper();
+        Poll::Pending
+    }
+
+    /// The operation's result, if its last completion is in.
+    pub(crate) fn try_result(&mut self) -> Option<OpResult> {
+        let result = self.driver.lock().ring.take_result(self.key);
+        self.is_taken |= result.is_some();
+        result
+    }
+
+    /// Ready when the last completion is in.
+    pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.driver.reap();
+        let waker = cx.waker().clone();
+        if !self.driver.lock().register(self.key, waker) {
+            return Poll::Ready(());
+        }
+        self.driver.ensure_reaper();
+        Poll::Pending
+    }
+
+    /// Ready when the operation has reached the kernel, with its result if it has ended by then.
+    pub(crate) fn poll_submitted(&mut self, cx: &mut Context<'_>) -> Poll<Option<OpResult>> {
+        let coop = ready!(coop::poll_proceed(cx));
+        let Self { driver, key, flush, is_taken, .. } = self;
+        let mut core = ready!(flush.poll_submitted(driver, cx));
+        let result = core.ring.take_result(*key);
+        *is_taken = result.is_some();
+        coop.made_progress();
+        Poll::Ready(result)
+    }
+
+    /// Whether its guest has yielded before it entered.
+    pub(crate) fn has_yielded(&self) -> bool {
+        self.flush.has_yielded()
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.is_taken {
+            return;
+        }
+        let mut core = self.driver.lock();
+        if self.ends_with_caller {
+            core.ring.cancel_send(self.key);
+        }
+        // Memory and duty change hands: the ring frees the operation at its last completion.
+        core.detach(self.key);
+        if self.ends_with_caller {
+            self.driver.leave_to_flusher(core);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The runtimes that have tasks for the ring, and how those are woken.
+
+use std::task::Waker;
+use std::thread::ThreadId;
+
+use tokio::runtime;
+
+/// The runtimes that have tasks for the ring.
+#[derive(Default)]
+pub(super) struct Runtimes {
+    tasks: Vec<RuntimeTasks>,
+    /// Where a flusher was woken that has not run.
+    pub(super) flusher_due: Option<(ThreadId, runtime::Id)>,
+}
+
+/// The tasks of one runtime. A waker is missing from when its task was spawned or woken until it
+/// runs: then it need not be woken.
+pub(super) struct RuntimeTasks {
+    id: runtime::Id,
+    pub(super) reaper: Option<Waker>,
+    pub(super) flusher: Option<Waker>,
+}
+
+impl Runtimes {
+    /// Its tasks are spawned next.
+    pub(super) fn add(&mut self, id: runtime::Id) {
+        self.tasks.push(RuntimeTasks { id, reaper: None, flusher: None });
+    }
+
+    pub(super) fn get(&mut self, id: runtime::Id) -> Option<&mut RuntimeTasks> {
+        self.tasks.iter_mut().find(|tasks| tasks.id == id)
+    }
+
+    pub(super) fn remove(&mut self, id: runtime::Id) -> Option<RuntimeTasks> {
+        let at = self.tasks.iter().position(|tasks| tasks.id == id)?;
+        Some(self.tasks.swap_remove(at))
+    }
+
+    pub(super) fn take_reapers(&mut self) -> impl Iterator<Item = Waker> {
+        self.tasks.iter_mut().filter_map(|tasks| tasks.reaper.take())
+    }
+
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = Waker> {
+        self.tasks.drain(..).flat_map(|tasks| [tasks.reaper, tasks.flusher]).flatten()
+    }
+}

@@ -1,0 +1,145 @@
+//! The two tasks of each runtime whose guests use the ring.
+//!
+//! Completions that come by themselves (datagrams, sends that waited for send buffer) signal an
+//! eventfd while no thread is inside the kernel for the ring. The reaper then reaps them. What no
+//! guest waits for, such as the CLOSE of a dropped socket, is left to the flusher, which enters when
+//! the guest next suspends, unless another thread enters before. They are two tasks because a worker
+//! thread keeps a task it has woken to itself until its guest suspends, and arrivals must not wait
+//! for a guest that computes.
+
+use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Weak};
+use std::task::Poll;
+
+use tokio::runtime::{self, Handle};
+
+use super::enter::{Driver, LockedCore};
+
+impl Driver {
+    /// Has a task reap, from now on, completions that come by themselves.
+    pub(super) fn ensure_reaper(self: &Arc<Self>) {
+        let Ok(handle) = Handle::try_current() else {
+            return tracing::error!("a wasi-uring socket was awaited outside of a tokio runtime");
+        };
+        let mut core = self.lock();
+        if core.runtimes.get(handle.id()).is_none() {
+            self.spawn_tasks(core, &handle);
+        }
+    }
+
+    /// Has what is queued reach the kernel although no guest waits for it.
+    pub(super) fn leave_to_flusher(self: &Arc<Self>, mut core: LockedCore<'_>) {
+        if core.entering {
+            // The thread inside finds it.
+            return;
+        }
+        let handle = Handle::try_current();
+        let here = handle.as_ref().map(|handle| (std::thread::current().id(), handle.id())).ok();
+        match (core.runtimes.flusher_due, handle) {
+            (Some(due), _) if here == Some(due) => {}
+            (None, Ok(handle)) => {
+                core.runtimes.flusher_due = here;
+                let Some(tasks) = core.runtimes.get(handle.id()) else {
+                    return self.spawn_tasks(core, &handle);
+                };
+                let flusher = tasks.flusher.take();
+                core.wake_later(flusher);
+            }
+            // Outside of any runtime there is no flusher, and one that is due elsewhere runs when a
+            // guest suspends there, not here.
+            (_, Err(_)) | (Some(_), Ok(_)) => drop(self.combine(core)),
+        }
+    }
+
+    fn spawn_tasks(self: &Arc<Self>, mut core: LockedCore<'_>, handle: &Handle) {
+        let id = handle.id();
+        core.runtimes.add(id);
+        // Not under the lock: a runtime that is shutting down drops its tasks at once.
+        drop(core);
+        let driver = Arc::downgrade(self);
+        handle.spawn(flush(Weak::clone(&driver), id));
+        handle.spawn(reap(Reaper { driver, id }));
+    }
+}
+
+/// The flusher: enters with what is queued whenever it is woken, for as long as the ring lives.
+async fn flush(driver: Weak<Driver>, id: runtime::Id) {
+    poll_fn(|cx| {
+        let Some(driver) = driver.upgrade() else { return Poll::Ready(()) };
+        let waker = cx.waker().clone();
+        let mut core = driver.lock();
+        core.runtimes.flusher_due = None;
+        let replaced = core.runtimes.get(id).and_then(|tasks| tasks.flusher.replace(waker));
+        core.drop_later(replaced);
+        drop(driver.combine(core));
+        Poll::Pending
+    })
+    .await;
+}
+
+/// The reaper of a runtime, which has its tasks for as long as this lives.
+struct Reaper {
+    driver: Weak<Driver>,
+    id: runtime::Id,
+}
+
+/// The reaper: reaps whenever the eventfd was signalled, for as long as the ring and the runtime
+/// live.
+async fn reap(reaper: Reaper) {
+    // A runtime without I/O panics here; what completes at once works there all the same.
+    let watch = || reaper.driver.upgrade().map(|driver| driver.eventfd.watch());
+    let signals = match catch_unwind(AssertUnwindSafe(watch)) {
+        Ok(Some(Ok(signals))) => Some(signals),
+        Ok(None) => return,
+        Ok(Some(Err(error))) => {
+            tracing::error!(%error, "datagrams will not wake guests in this runtime");
+            None
+        }
+        Err(_) => {
+            tracing::error!("datagrams will not wake guests in this runtime: enable its I/O");
+            None
+        }
+    };
+    poll_fn(|cx| {
+        // Edge-triggered: the counter need not be read, only the readiness cleared.
+        while let Some(Poll::Ready(readiness)) =
+            signals.as_ref().map(|signals| signals.poll_read_ready(cx))
+        {
+            match readiness {
+                Ok(mut readiness) => readiness.clear_ready(),
+                Err(_runtime_is_gone) => return Poll::Ready(()),
+            }
+        }
+        let Some(driver) = reaper.driver.upgrade() else { return Poll::Ready(()) };
+        let waker = cx.waker().clone();
+        let mut core = driver.lock();
+        let replaced = core.runtimes.get(reaper.id).and_then(|tasks| tasks.reaper.replace(waker));
+        core.drop_later(replaced);
+        let core = driver.combine(core);
+        let has_more = core.ring.has_cached_work();
+        drop(core);
+        if has_more {
+            // A batch at a time, and between them the guests.
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    })
+    .await;
+}
+
+impl Drop for Reaper {
+    /// The runtime is shutting down, and its flusher with it: this enters with what is queued. The
+    /// guests that wait in other runtimes are woken, and start reapers there.
+    fn drop(&mut self) {
+        let Some(driver) = self.driver.upgrade() else { return };
+        let mut core = driver.lock();
+        core.runtimes.flusher_due = None;
+        if let Some(ended) = core.runtimes.remove(self.id) {
+            core.drop_later(ended.reaper);
+            core.drop_later(ended.flusher);
+        }
+        let mut core = driver.combine(core);
+        core.wake_all();
+    }
+}

@@ -1,7 +1,0 @@
-//! The `wasi-uring` command.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    wasi_uring::cli::main()
-}

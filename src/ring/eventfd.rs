@@ -1,0 +1,49 @@
+//! The eventfd that the kernel signals for a completion, while notifications are enabled.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+#[derive(Debug)]
+pub(crate) struct EventFd(File);
+
+impl EventFd {
+    #[expect(unsafe_code, reason = "eventfd(2)")]
+    pub(crate) fn new() -> io::Result<Self> {
+        // SAFETY: eventfd(2) takes no pointers.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: eventfd(2) has just made this descriptor, and nothing else owns it.
+        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// Signals it as a completion does.
+    pub(crate) fn signal(&self) {
+        // It fails only where the counter is at its limit, which is signal enough.
+        let _ = (&self.0).write(&1_u64.to_ne_bytes());
+    }
+
+    /// Registers a duplicate with the current runtime, edge-triggered: the counter need not be
+    /// read.
+    #[expect(unsafe_code, reason = "tokio watches a descriptor number")]
+    pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let fd = OwnedFd::from(self.0.try_clone()?);
+        // SAFETY: the `AsyncFd` owns the duplicate, so its number stays open while it is watched.
+        Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+    }
+}
+
+impl AsRawFd for EventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}

@@ -1,0 +1,81 @@
+//! A number of sockets that may exist at once: a ring's table has one, and so has every guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Refuses at once when it is used up, and never waits.
+///
+/// Two counters that only grow, one for each side; the units in use are their difference.
+#[derive(Debug)]
+pub(crate) struct Quota {
+    taken: AtomicU64,
+    returned: AtomicU64,
+    capacity: u64,
+}
+
+impl Quota {
+    pub(crate) fn new(capacity: u32) -> Arc<Self> {
+        Arc::new(Self {
+            taken: AtomicU64::new(0),
+            returned: AtomicU64::new(0),
+            capacity: capacity.into(),
+        })
+    }
+
+    /// Takes a unit; `false` if all are in use.
+    pub(crate) fn take(&self) -> bool {
+        let one_more = |taken: u64| {
+            // Acquire: what the thread did that returned a unit is seen by the one that takes it.
+            let in_use = taken.saturating_sub(self.returned.load(Ordering::Acquire));
+            (in_use < self.capacity).then_some(taken + 1)
+        };
+        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    /// As `take`, without an atomic read-modify-write: for a caller that is the only one to take. A
+    /// guest's calls come one after the other, and each that creates a socket borrows its `UdpCtx`
+    /// mutably.
+    pub(crate) fn take_exclusive(&self) -> bool {
+        let taken = self.taken.load(Ordering::Relaxed);
+        let has_unit = taken.saturating_sub(self.returned.load(Ordering::Acquire)) < self.capacity;
+        if has_unit {
+            self.taken.store(taken + 1, Ordering::Relaxed);
+        }
+        has_unit
+    }
+
+    /// Returns a unit.
+    pub(crate) fn put_back(&self) {
+        self.returned.fetch_add(1, Ordering::Release);
+    }
+
+    /// Units in use now.
+    pub(crate) fn in_use(&self) -> u64 {
+        let returned = self.returned.load(Ordering::Acquire);
+        self.taken().saturating_sub(returned)
+    }
+
+    /// Units ever taken.
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.capacity
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quota_refuses_when_used_up_and_takes_units_back() {
+        let quota = Quota::new(2);
+        assert!(quota.take() && quota.take());
+        assert!(!quota.take() && !quota.take());
+        quota.put_back();
+        assert!(quota.take());
+        assert_eq!((quota.in_use(), quota.taken()), (2, 3));
+    }
+}

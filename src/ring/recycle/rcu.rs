@@ -1,0 +1,172 @@
+//! Grace periods of the kernel's RCU, and a timer: a thread of their own waits for them, because a
+//! grace period takes milliseconds.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::ring::eventfd::EventFd;
+
+/// Waits until every read-side critical section of the kernel's RCU that has begun is over. A packet
+/// that had found a socket before is delivered to it by then (membarrier(2)).
+///
+/// On a machine with one CPU the call does not wait: packets are delivered by softirqs, and none is
+/// half-way there while a thread runs.
+#[expect(unsafe_code, reason = "membarrier(2)")]
+pub(super) fn wait() -> io::Result<()> {
+    let (flags, cpu_id) = (0, 0);
+    // SAFETY: membarrier(2) takes no pointers.
+    let result =
+        unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, flags, cpu_id) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// One grace period at a time, and a timer.
+pub(crate) struct Rcu {
+    /// Until the thread has it.
+    eventfd: Option<EventFd>,
+    requests: Option<Sender<Request>>,
+    state: Arc<State>,
+    /// Grace periods begun, and taken note of as over.
+    begun: u64,
+    ended: u64,
+    has_timer: bool,
+    has_reported_failure: bool,
+}
+
+enum Request {
+    Grace,
+    Timer(Duration),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RcuEvent {
+    /// The grace period that was begun last is over.
+    GraceOver,
+    TimerExpired,
+    /// No more grace periods will end.
+    Failed,
+}
+
+/// What the thread writes and the ring reads.
+#[derive(Debug, Default)]
+struct State {
+    over: AtomicU64,
+    has_failed: AtomicBool,
+    has_expired: AtomicBool,
+}
+
+impl Rcu {
+    /// The thread starts with the first request, and signals the eventfd for each event.
+    pub(crate) fn new(eventfd: EventFd) -> Self {
+        Self {
+            eventfd: Some(eventfd),
+            requests: None,
+            state: Arc::default(),
+            begun: 0,
+            ended: 0,
+            has_timer: false,
+            has_reported_failure: false,
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        if let Some(eventfd) = self.eventfd.take() {
+            let (sender, receiver) = channel();
+            let state = Arc::clone(&self.state);
+            let thread = std::thread::Builder::new().name("wasi-uring-rcu".to_owned());
+            if let Ok(_detached) = thread.spawn(move || serve(&receiver, &state, &eventfd)) {
+                self.requests = Some(sender);
+            }
+        }
+        let sent = self.requests.as_ref().map(|requests| requests.send(request));
+        if !matches!(sent, Some(Ok(()))) {
+            self.state.has_failed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn begin_grace(&mut self) {
+        self.begun += 1;
+        self.request(Request::Grace);
+    }
+
+    /// Sets the timer unless it is set.
+    pub(super) fn set_timer(&mut self, after: Duration) {
+        if !self.has_timer {
+            self.has_timer = true;
+            self.request(Request::Timer(after));
+        }
+    }
+
+    fn event(&self) -> Option<RcuEvent> {
+        if !self.has_reported_failure && self.state.has_failed.load(Ordering::Relaxed) {
+            return Some(RcuEvent::Failed);
+        }
+        // The last one that was begun: the sockets of others are gone. Acquire pairs with the
+        // thread's Release, so what the ring queues from now on comes after the grace period.
+        if self.ended < self.begun && self.state.over.load(Ordering::Acquire) == self.begun {
+            return Some(RcuEvent::GraceOver);
+        }
+        let has_expired = self.has_timer && self.state.has_expired.load(Ordering::Relaxed);
+        has_expired.then_some(RcuEvent::TimerExpired)
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_quiet(&self) -> bool {
+        self.state.over.load(Ordering::Relaxed) == self.begun
+    }
+
+    pub(super) fn has_event(&self) -> bool {
+        self.event().is_some()
+    }
+
+    /// The next event; each comes once.
+    pub(super) fn take_event(&mut self) -> Option<RcuEvent> {
+        let event = self.event();
+        match event {
+            Some(RcuEvent::GraceOver) => self.ended = self.begun,
+            Some(RcuEvent::TimerExpired) => {
+                self.state.has_expired.store(false, Ordering::Relaxed);
+                self.has_timer = false;
+            }
+            Some(RcuEvent::Failed) => self.has_reported_failure = true,
+            None => {}
+        }
+        event
+    }
+}
+
+/// The thread: serves until the ring has dropped its end of the channel.
+fn serve(requests: &Receiver<Request>, state: &State, eventfd: &EventFd) {
+    let mut timer: Option<Instant> = None;
+    loop {
+        let request = match timer {
+            Some(at) => requests.recv_timeout(at.saturating_duration_since(Instant::now())),
+            None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match request {
+            Ok(Request::Grace) => match wait() {
+                Ok(()) => {
+                    state.over.fetch_add(1, Ordering::Release);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "membarrier failed: sockets are not recycled any more");
+                    state.has_failed.store(true, Ordering::Relaxed);
+                }
+            },
+            Ok(Request::Timer(after)) => {
+                // An instant beyond the clock's range never comes.
+                timer = Instant::now().checked_add(after);
+                continue;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                timer = None;
+                state.has_expired.store(true, Ordering::Relaxed);
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        eventfd.signal();
+    }
+}

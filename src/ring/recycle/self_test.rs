@@ -1,0 +1,313 @@
+//! The self-test: before any ring caches a socket, sockets of a ring of its own leave behind on
+//! purpose what a former owner could, on the running kernel.
+
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use io_uring::IoUring;
+
+use super::rcu;
+use crate::datagram::{Family, RawAddr};
+use crate::limits::DRAINS_MAX;
+use crate::ring::op::{BindOp, Op, SocketOption};
+use crate::ring::queues::{Queues, SlotIndex};
+
+/// How long what was sent over loopback may take.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What recycling may rely on in the sockets of one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum FamilySupport {
+    /// A disconnect restores every socket, or only those that were never connected.
+    Works { also_connected: bool },
+    /// Why not.
+    Unsupported(String),
+    /// This kernel has no such family.
+    NoFamily,
+}
+
+/// What was found out about each family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Support {
+    pub(crate) v4: FamilySupport,
+    pub(crate) v6: FamilySupport,
+}
+
+impl Support {
+    pub(crate) fn of(&self, family: Family) -> &FamilySupport {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+
+    /// Whether anything is recycled.
+    pub(crate) fn is_any(&self) -> bool {
+        [&self.v4, &self.v6].iter().any(|support| matches!(support, FamilySupport::Works { .. }))
+    }
+
+    /// Logs what is not recycled, and why.
+    pub(crate) fn log(&self) {
+        for (family, support) in [("IPv4", &self.v4), ("IPv6", &self.v6)] {
+            match support {
+                FamilySupport::Works { also_connected } => {
+                    tracing::debug!(family, also_connected, "closed sockets are recycled");
+                }
+                FamilySupport::NoFamily => {}
+                FamilySupport::Unsupported(reason) => {
+                    tracing::warn!(family, %reason, "closed sockets are not recycled");
+                }
+            }
+        }
+    }
+
+    /// No family is recycled.
+    pub(crate) fn none(why: &str) -> Self {
+        let unsupported = FamilySupport::Unsupported(why.to_owned());
+        Self { v4: unsupported.clone(), v6: unsupported }
+    }
+}
+
+/// What this kernel leaves of a socket's former owner. Tested once per process, unless something
+/// else than the kernel has prevented the test: a namespace without loopback, say.
+pub(crate) fn support() -> Support {
+    static TESTED: Mutex<[Option<FamilySupport>; 2]> = Mutex::new([None, None]);
+    let mut tested = TESTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let [v4, v6] = &mut *tested;
+    Support { v4: family_support(Family::V4, v4), v6: family_support(Family::V6, v6) }
+}
+
+fn family_support(family: Family, tested: &mut Option<FamilySupport>) -> FamilySupport {
+    if let Some(support) = tested {
+        return support.clone();
+    }
+    let ran = SelfTest::of(family).map_err(Trace::from).and_then(|mut test| test.run());
+    let support = match ran {
+        Ok(also_connected) => FamilySupport::Works { also_connected },
+        Err(Trace::Left(what)) => FamilySupport::Unsupported(what.to_owned()),
+        Err(Trace::Untested(error)) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            FamilySupport::NoFamily
+        }
+        Err(Trace::Untested(error)) => {
+            return FamilySupport::Unsupported(format!("could not be tested: {error}"));
+        }
+    };
+    tested.insert(support).clone()
+}
+
+/// Why sockets of a family are not recycled.
+#[derive(Debug)]
+enum Trace {
+    /// What the former owner has left.
+    Left(&'static str),
+    Untested(io::Error),
+}
+
+impl From<io::Error> for Trace {
+    fn from(error: io::Error) -> Self {
+        Self::Untested(error)
+    }
+}
+
+fn unless(is_good: bool, left: &'static str) -> Result<(), Trace> {
+    if is_good { Ok(()) } else { Err(Trace::Left(left)) }
+}
+
+/// Which steps of recycling are taken: all of them, save in the unit test below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Steps {
+    unbinds: bool,
+    drains: bool,
+}
+
+struct SelfTest {
+    queues: Queues,
+    family: Family,
+    loopback: IpAddr,
+    everywhere: IpAddr,
+    /// Another socket to exchange datagrams with.
+    peer: UdpSocket,
+    steps: Steps,
+}
+
+/// A socket on the ring, and a descriptor of the same socket to look at it.
+struct Subject {
+    slot: SlotIndex,
+    view: UdpSocket,
+}
+
+impl SelfTest {
+    fn of(family: Family) -> io::Result<Self> {
+        let io = IoUring::builder().dontfork().build(8)?;
+        io.submitter().register_files_sparse(2)?;
+        let (loopback, everywhere): (IpAddr, IpAddr) = match family {
+            Family::V4 => (Ipv4Addr::LOCALHOST.into(), Ipv4Addr::UNSPECIFIED.into()),
+            Family::V6 => (Ipv6Addr::LOCALHOST.into(), Ipv6Addr::UNSPECIFIED.into()),
+        };
+        let peer = UdpSocket::bind((loopback, 0))?;
+        peer.set_read_timeout(Some(PATIENCE))?;
+        let steps = Steps { unbinds: true, drains: true };
+        Ok(Self { queues: Queues::new(io), family, loopback, everywhere, peer, steps })
+    }
+
+    /// Whether sockets that were connected are as good as those that never were.
+    fn run(&mut self) -> Result<bool, Trace> {
+        let [read, connected] = [self.open(0, self.loopback)?, self.open(1, self.everywhere)?];
+        self.leave_a_datagram(&read)?;
+        self.leave_a_peer_and_an_error(&connected)?;
+        self.unbind(&read)?;
+        self.unbind(&connected)?;
+        rcu::wait()?;
+        self.drain(&read)?;
+        self.drain(&connected)?;
+        self.is_like_new(&read, self.loopback)?;
+        self.is_like_new(&connected, self.everywhere)?;
+        Ok(self.has_forgotten_its_peer(&connected))
+    }
+
+    fn leave_a_datagram(&mut self, subject: &Subject) -> Result<(), Trace> {
+        self.peer.send_to(b"late", subject.view.local_addr()?)?;
+        // Is it there?
+        subject.view.peek_from(&mut [0; 8])?;
+        Ok(())
+    }
+
+    fn leave_a_peer_and_an_error(&mut self, subject: &Subject) -> Result<(), Trace> {
+        let closed = UdpSocket::bind((self.loopback, 0))?.local_addr()?;
+        subject.view.connect(closed)?;
+        // The first error shows that they come; the second is left.
+        subject.view.send(b"anybody?")?;
+        let refused = subject.view.peek(&mut [0; 8]).map_err(|error| error.kind());
+        if refused != Err(ErrorKind::ConnectionRefused) {
+            return Err(io::Error::other("a closed port of loopback does not refuse").into());
+        }
+        subject.view.send(b"anybody?")?;
+        Ok(())
+    }
+
+    /// Whether the next owner finds nothing but a new socket.
+    fn is_like_new(&mut self, subject: &Subject, ip: IpAddr) -> Result<(), Trace> {
+        let bind = Op::Bind(Box::new(self.bind_op(ip, true)));
+        self.run_op(subject.slot, &bind)
+            .map_err(|_| Trace::Left("an unbound socket cannot be bound again"))?;
+        let error = subject.view.take_error()?;
+        unless(error.is_none(), "a pending error is left")?;
+        unless(subject.view.peer_addr().is_err(), "the peer is left")?;
+        unless(subject.view.local_addr()?.ip() == ip, "the former address is left")?;
+        let at = SocketAddr::new(self.loopback, subject.view.local_addr()?.port());
+        self.peer.send_to(b"mine", at)?;
+        let mut bytes = [0; 8];
+        let (len, _) = subject.view.recv_from(&mut bytes)?;
+        unless(&bytes[..len] == b"mine", "a datagram is left")?;
+        // An owner that connects and disconnects leaves what it had bound to.
+        subject.view.connect(self.peer.local_addr()?)?;
+        self.disconnect(subject)?;
+        unless(subject.view.local_addr()?.ip() == ip, "a disconnect does not restore the address")?;
+        unless(subject.view.local_addr()?.port() == 0, "a disconnect does not give up the port")
+    }
+
+    /// IPv6 sockets have been seen to receive from their former peer only. `/proc` shows it, which a
+    /// loopback with one address cannot.
+    fn has_forgotten_its_peer(&mut self, subject: &Subject) -> bool {
+        let table = match self.family {
+            Family::V4 => "/proc/thread-self/net/udp",
+            Family::V6 => "/proc/thread-self/net/udp6",
+        };
+        let bind = Op::Bind(Box::new(self.bind_op(self.everywhere, true)));
+        if self.run_op(subject.slot, &bind).is_err() {
+            return false;
+        }
+        let Ok(at) = subject.view.local_addr() else { return false };
+        let Ok(table) = std::fs::read_to_string(table) else { return false };
+        // Number, local and remote address.
+        let (local, none) = (format!(":{:04X}", at.port()), ":0000");
+        table.lines().any(|line| {
+            let mut fields = line.split_whitespace().skip(1);
+            let is_ours = fields.next().is_some_and(|field| field.ends_with(&local));
+            let remote = fields.next().and_then(|field| field.strip_suffix(none));
+            is_ours && remote.is_some_and(|ip| ip.bytes().all(|digit| digit == b'0'))
+        })
+    }
+
+    // ---- what recycling does ----------------------------------------------------------------
+
+    fn unbind(&mut self, subject: &Subject) -> Result<(), Trace> {
+        if !self.steps.unbinds {
+            return Ok(());
+        }
+        self.disconnect(subject)?;
+        unless(subject.view.local_addr()?.port() == 0, "a disconnect does not give up the port")
+    }
+
+    fn disconnect(&mut self, subject: &Subject) -> io::Result<()> {
+        let unspec = Op::Connect(Box::new(RawAddr::unspec()));
+        self.run_op(subject.slot, &unspec).map(drop)
+    }
+
+    fn drain(&mut self, subject: &Subject) -> Result<(), Trace> {
+        for _ in 0..DRAINS_MAX {
+            if !self.steps.drains {
+                return Ok(());
+            }
+            match self.run_op(subject.slot, &Op::Drain(None)) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                _ => {}
+            }
+        }
+        Err(Trace::Left("a socket cannot be drained"))
+    }
+
+    // ---- operations -------------------------------------------------------------------------
+
+    fn bind_op(&self, ip: IpAddr, is_recycled: bool) -> BindOp {
+        let options =
+            if self.family == Family::V6 { vec![SocketOption::V6ONLY] } else { Vec::new() };
+        let mut bind = BindOp::new(self.family, options, SocketAddr::new(ip, 0));
+        bind.is_recycled = is_recycled;
+        bind
+    }
+
+    #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
+    fn open(&mut self, slot: u32, ip: IpAddr) -> io::Result<Subject> {
+        let slot = SlotIndex(slot);
+        let bind = Op::Bind(Box::new(self.bind_op(ip, false)));
+        self.run_op(slot, &bind)?;
+        let fd = self.run_op(slot, &Op::Install)?;
+        // SAFETY: FIXED_FD_INSTALL has just made this descriptor, and nothing else owns it.
+        let view = UdpSocket::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        view.set_read_timeout(Some(PATIENCE))?;
+        Ok(Subject { slot, view })
+    }
+
+    /// Runs an operation that completes once.
+    fn run_op(&mut self, slot: SlotIndex, op: &Op) -> io::Result<i32> {
+        let mut entries = Vec::new();
+        op.write(slot, 0, std::ptr::null(), &mut entries);
+        let result = self.queues.run_alone(&entries)?;
+        if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(family: Family, steps: Steps) -> Result<bool, Trace> {
+        SelfTest { steps, ..SelfTest::of(family).unwrap() }.run()
+    }
+
+    #[test]
+    fn every_step_of_recycling_is_needed_and_together_they_leave_nothing() {
+        for family in [Family::V4, Family::V6] {
+            let all = Steps { unbinds: true, drains: true };
+            assert!(run(family, all).is_ok());
+            let undrained = run(family, Steps { drains: false, ..all });
+            assert!(matches!(undrained, Err(Trace::Left(_))), "{undrained:?}");
+            let bound = run(family, Steps { unbinds: false, ..all });
+            assert!(matches!(bound, Err(Trace::Left(_))), "{bound:?}");
+        }
+    }
+}

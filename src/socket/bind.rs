@@ -1,0 +1,164 @@
+//! Binding, which makes the socket in the kernel too: in two steps (`start-bind` and `finish-bind` of
+//! WASI 0.2), in one (`bind` of WASI 0.3), or to any address before the first `connect` or `send`.
+
+use std::future::poll_fn;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
+use std::sync::MutexGuard;
+use std::task::{Context, Poll, ready};
+
+use crate::datagram::Family;
+use crate::error::{Errno, ErrorCode};
+use crate::limits::SENDS_MAX;
+use crate::ring::op::BindOp;
+use crate::socket::guest::GuestCtx;
+use crate::socket::policy::{SocketAddrUse, is_of_family};
+use crate::socket::{SocketState, State, UdpSocket, as_the_kernel_names};
+
+impl UdpSocket {
+    /// Validates the address, checks the policy and submits the bind.
+    pub(crate) fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
+        match self.lock().life {
+            SocketState::Unbound => {}
+            SocketState::Binding(_) | SocketState::Settled(_) => {
+                return Err(ErrorCode::ConcurrencyConflict);
+            }
+            SocketState::Bound => return Err(ErrorCode::InvalidState),
+        }
+        if !is_of_family(addr, self.family) {
+            return Err(ErrorCode::InvalidArgument);
+        }
+        self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
+        self.submit_bind(addr);
+        Ok(())
+    }
+
+    pub(crate) async fn finish_bind(&self) -> Result<(), ErrorCode> {
+        poll_fn(|cx| self.poll_finish(cx)).await
+    }
+
+    /// Both steps in one.
+    pub(crate) async fn bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
+        if self.is_bound().await {
+            return Err(ErrorCode::InvalidState);
+        }
+        self.discard_failed_bind().await;
+        self.start_bind(addr)?;
+        self.finish_bind().await
+    }
+
+    /// Binds to any address and port unless the socket is bound. The policy is checked once for each
+    /// bind; `is_allowed` if the caller has done so for the first.
+    pub(super) async fn bind_anywhere(&self, mut is_allowed: bool) -> Result<(), ErrorCode> {
+        while !self.is_bound().await {
+            if !std::mem::take(&mut is_allowed) {
+                self.may_bind_anywhere()?;
+            }
+            self.discard_failed_bind().await;
+            self.submit_bind(anywhere(self.family));
+            match self.finish_bind().await {
+                // A call that came between has discarded the failure, and perhaps bound the socket.
+                Err(ErrorCode::NotInProgress) => {}
+                result => return result,
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the policy for the bind to any address and port that the kernel would do by itself.
+    pub(super) fn may_bind_anywhere(&self) -> Result<(), ErrorCode> {
+        self.ctx.policy.check(anywhere(self.family), SocketAddrUse::UdpBind)
+    }
+
+    /// Submits SOCKET, the options and BIND as one chain, whose memory is the ring's from here. The
+    /// chain reaches the kernel even if the guest never waits for it.
+    fn submit_bind(&self, addr: SocketAddr) {
+        let options = self.lock().options.to_set(self.family);
+        let bind = Box::new(BindOp::new(self.family, options, addr));
+        let GuestCtx { driver, guest, .. } = &*self.ctx;
+        let slot = self.slot.get().copied();
+        let (slot, in_flight) = driver.submit_bind(*guest, slot, bind);
+        self.slot.get_or_init(|| slot);
+        // Where the guest left a part open the kernel chooses it, and it must be queried later.
+        let is_known = addr.port() != 0 && !addr.ip().is_unspecified();
+        let mut state = self.lock();
+        state.life = SocketState::Binding(Box::new(in_flight));
+        state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
+    }
+
+    /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
+    pub(super) async fn first_in_line<T>(&self, bind: impl Future<Output = T>) -> T {
+        let _alone = self.sends.acquire_many(SENDS_MAX).await;
+        let mut bind = pin!(bind);
+        poll_fn(|cx| {
+            let poll = bind.as_mut().poll(cx);
+            if poll.is_pending() {
+                let waker = cx.waker().clone();
+                // Dropped at the block's end, with the lock released.
+                let _previous = self.lock().binder.replace(waker);
+            }
+            poll
+        })
+        .await
+    }
+
+    /// Discards the failure of a bind whose call was cancelled.
+    async fn discard_failed_bind(&self) {
+        let _failure = self.finish_bind().await;
+    }
+
+    /// Waits for a bind in flight; whether the socket is bound then.
+    pub(super) async fn is_bound(&self) -> bool {
+        poll_fn(|cx| self.poll_settled(cx).map(|state| state.is_bound())).await
+    }
+
+    /// Ready with a bind's result, which is returned once.
+    fn poll_finish(&self, cx: &mut Context<'_>) -> Poll<Result<(), ErrorCode>> {
+        let mut state = ready!(self.poll_settled(cx));
+        let SocketState::Settled(result) = state.life else {
+            return Poll::Ready(Err(ErrorCode::NotInProgress));
+        };
+        state.life = if result.is_ok() { SocketState::Bound } else { SocketState::Unbound };
+        Poll::Ready(result)
+    }
+
+    /// Ready, with the state locked, when no bind is in flight.
+    fn poll_settled(&self, cx: &mut Context<'_>) -> Poll<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        // Taken out to be polled with the state unlocked. What is left there is the guest's answer
+        // if the poll unwinds.
+        let unwound = SocketState::Settled(Err(ErrorCode::Unknown));
+        let mut bind = match std::mem::replace(&mut state.life, unwound) {
+            SocketState::Binding(bind) => bind,
+            settled @ (SocketState::Unbound | SocketState::Settled(_) | SocketState::Bound) => {
+                state.life = settled;
+                return Poll::Ready(state);
+            }
+        };
+        drop(state);
+        let Poll::Ready(result) = bind.poll_result(cx) else {
+            self.lock().life = SocketState::Binding(bind);
+            return Poll::Pending;
+        };
+        drop(bind);
+        let result = result.map(drop).map_err(|errno| match errno {
+            // bind(2): the address is not of the socket's family.
+            Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,
+            errno => errno.into(),
+        });
+        let mut state = self.lock();
+        state.life = SocketState::Settled(result);
+        let Some(binder) = state.binder.take() else { return Poll::Ready(state) };
+        drop(state);
+        binder.wake();
+        Poll::Ready(self.lock())
+    }
+}
+
+/// What a socket is bound to whose guest has not bound it.
+fn anywhere(family: Family) -> SocketAddr {
+    match family {
+        Family::V4 => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        Family::V6 => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}

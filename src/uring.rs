@@ -1,0 +1,131 @@
+//! What a host holds: the handle of a ring, and how it is configured.
+
+use std::sync::Arc;
+
+use crate::driver::Driver;
+use crate::error::SetupError;
+use crate::limits::{QUEUE_BYTES_DEFAULT, QUEUE_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT};
+use crate::ring::receive_queue::QueueLimits;
+use crate::ring::recycle::pool::Recycle;
+use crate::stats::Stats;
+
+/// A ring and its fixed-file table: the handle that every guest's sockets are made through.
+///
+/// Cheap to clone, and usable from any thread under any tokio runtime with I/O enabled
+/// (`enable_io`), several at once included. The ring goes away with its last handle, and sockets
+/// hold handles of their own.
+///
+/// One for each thread is best: threads that share one wait for each other. On a multi-thread
+/// runtime make as many as it has workers and give them to guests in turn.
+///
+/// Its threads must be in one network namespace (and one cgroup, and under one security label): a
+/// socket is made in those of the thread that enters the kernel for it, and recycled with them.
+#[derive(Clone, Debug)]
+pub struct Uring {
+    driver: Arc<Driver>,
+}
+
+impl Uring {
+    /// Starts configuring a ring.
+    pub fn builder() -> UringBuilder {
+        UringBuilder {
+            sockets: SOCKETS_DEFAULT,
+            queue: QueueLimits { datagrams: QUEUE_DATAGRAMS_DEFAULT, bytes: QUEUE_BYTES_DEFAULT },
+            recycle: Recycle::default(),
+        }
+    }
+
+    /// Closes the sockets that are cached for new owners now. Those that guests close from now on
+    /// are cached as before.
+    ///
+    /// When it returns they are closed, unless another thread is inside the kernel for the ring;
+    /// then that thread closes them.
+    pub fn close_cached(&self) {
+        self.driver.close_cached();
+    }
+
+    /// The ring's counters so far, completions that no thread has reaped yet included.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        // What came when no runtime was left to reap is counted, too.
+        self.driver.reap();
+        self.driver.snapshot()
+    }
+
+    /// What the sockets of a guest go through.
+    pub(crate) fn driver(&self) -> &Arc<Driver> {
+        &self.driver
+    }
+}
+
+/// Configures a [`Uring`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct UringBuilder {
+    sockets: u32,
+    queue: QueueLimits,
+    recycle: Recycle,
+}
+
+impl UringBuilder {
+    /// Slots of the fixed-file table, which bound the sockets open at once over all guests: 1 to
+    /// [`SOCKETS_MAX`](crate::limits::SOCKETS_MAX), by default [`SOCKETS_DEFAULT`]. With a number
+    /// out of that range, [`build`](Self::build) fails.
+    ///
+    /// A closed socket keeps its slot until the kernel has let go of it, which takes a moment when
+    /// the receive was armed by another thread; leave some capacity for those.
+    ///
+    /// The kernel registers no table larger than the soft `RLIMIT_NOFILE`, though the sockets
+    /// in it do not count against that limit.
+    pub fn sockets(mut self, sockets: u32) -> Self {
+        self.sockets = sockets;
+        self
+    }
+
+    /// Datagrams that may wait in one socket's queue before its receive is paused and the kernel's
+    /// own buffer (`SO_RCVBUF`) takes over: 1 to `usize::MAX` (0 counts as 1), by default
+    /// [`QUEUE_DATAGRAMS_DEFAULT`].
+    ///
+    /// What the kernel delivers before it ends the receive of a full queue is still queued: at most
+    /// what the ring's 128 buffers hold, each a message of up to 64 datagrams and 65,507 bytes.
+    pub fn queue_datagrams(mut self, datagrams: usize) -> Self {
+        self.queue.datagrams = datagrams.max(1);
+        self
+    }
+
+    /// Payload bytes that may wait in one socket's queue before its receive is paused, as with
+    /// [`queue_datagrams`](Self::queue_datagrams): 1 to `usize::MAX` (0 counts as 1), by default
+    /// [`QUEUE_BYTES_DEFAULT`]. Whichever limit is reached first pauses it.
+    pub fn queue_bytes(mut self, bytes: usize) -> Self {
+        self.queue.bytes = bytes.max(1);
+        self
+    }
+
+    /// How closed sockets are cached for new owners, which is cheaper than to make and free them:
+    /// by default [`Recycle::default`], and not at all with [`Recycle::OFF`].
+    ///
+    /// A socket is cached if its guest has only bound it to port 0, connected it, sent and received;
+    /// the next owner of its family cannot distinguish it from a new one. The first `build` of a
+    /// process tests on the running kernel what that rests on (some 20 ms). Where something of the
+    /// former owner is left in a family's sockets, or in connected ones, those are not cached, and
+    /// the log and [`doctor`](crate::doctor) say why. [`Stats::closed_instead`] counts the sockets
+    /// that were not cached. A ring that caches some has a thread that waits for the kernel.
+    ///
+    /// Turn it off on a host that holds received packets back behind the kernel's socket look-up
+    /// (netfilter's NFQUEUE in the INPUT hook): one that is let go after the quarantine could still
+    /// reach the socket of a connected predecessor.
+    pub fn recycle(mut self, recycle: Recycle) -> Self {
+        self.recycle = recycle;
+        self
+    }
+
+    /// Sets the ring up and checks that this kernel does everything sockets need.
+    ///
+    /// # Errors
+    ///
+    /// A [`SetupError`] that names what is missing and what to change.
+    pub fn build(self) -> Result<Uring, SetupError> {
+        let driver = Driver::build(self.sockets, self.queue, self.recycle)?;
+        Ok(Uring { driver: Arc::new(driver) })
+    }
+}

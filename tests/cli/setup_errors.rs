@@ -1,0 +1,348 @@
+//! Machines without io_uring, or with too little of something: made for real, by seccomp filters,
+//! rlimits and capabilities. The library names cause and remedy; the command says them on.
+
+mod tool;
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::{env, fs, thread};
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+use serde_json::Value;
+use tool::{Ended, LIFE, arg, end, end_without_stderr, guests, run, wrapped};
+use wasi_uring::{KERNEL_MIN, SetupError, Uring};
+
+const ENOSYS: i32 = libc::ENOSYS;
+const EPERM: i32 = libc::EPERM;
+const EACCES: i32 = libc::EACCES;
+
+/// Runs something in a thread in which a system call always fails with this errno. Processes
+/// started there inherit the filter; the other tests' threads do not.
+fn with_filter<T: Send>(call: i64, errno: i32, what: impl FnOnce() -> T + Send) -> T {
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(call, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.unsigned_abs()),
+        env::consts::ARCH.try_into().expect("an architecture seccomp knows"),
+    );
+    let program: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one rule");
+    thread::scope(|scope| {
+        let filtered = scope.spawn(|| {
+            apply_filter(&program).expect("a filter can always be added");
+            what()
+        });
+        filtered.join().expect("the test's own part")
+    })
+}
+
+/// Why a ring cannot be built in a thread under such a filter.
+fn build_error(call: i64, errno: i32) -> SetupError {
+    with_filter(call, errno, || Uring::builder().build().expect_err("a forbidden system call"))
+}
+
+/// Runs the command under such a filter.
+fn run_filtered(call: i64, errno: i32, args: &[&str]) -> Ended {
+    with_filter(call, errno, || run(args))
+}
+
+/// Limits and capabilities are the whole process's: the test runs once more, alone in a process
+/// started by `wrapper`, and there does its part. `test` is the test's own name.
+fn in_child(wrapper: &[&str], test: &str, part: impl FnOnce()) {
+    const CHILD: &str = "WASI_URING_TEST_CHILD";
+    if env::var_os(CHILD).is_some() {
+        return part();
+    }
+    let this = env::current_exe().expect("the test's own file");
+    let mut line = wrapper.iter().copied().chain([arg(&this), "--exact", test, "--nocapture"]);
+    let mut command = Command::new(line.next().expect("the test's own file at least"));
+    command.args(line).env(CHILD, "1");
+    let ended = end(command).with_code(0);
+    assert!(ended.stdout.contains("1 passed"), "no such test: {ended}");
+}
+
+/// Starts a program that may lock less memory than a ring takes.
+fn with_little_memlock() -> Vec<&'static str> {
+    const CAP_IPC_LOCK: u32 = 14;
+    let mut wrapper = vec!["prlimit", "--memlock=65536:65536"];
+    let status = fs::read_to_string("/proc/self/status").expect("proc is mounted");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("CapEff");
+    let effective = u64::from_str_radix(effective.trim(), 16).expect("hexadecimal");
+    if effective & (1 << CAP_IPC_LOCK) != 0 {
+        wrapper.extend(["setpriv", "--bounding-set", "-ipc_lock", "--inh-caps", "-ipc_lock"]);
+    }
+    wrapper
+}
+
+#[track_caller]
+fn assert_says(error: &SetupError, parts: &[&str]) {
+    let text = error.to_string();
+    for part in parts {
+        assert!(text.contains(part), "nothing about {part:?} in {text:?}");
+    }
+}
+
+mod library {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_io_uring_is_told_apart() {
+        let error = build_error(libc::SYS_io_uring_setup, ENOSYS);
+        assert!(matches!(error, SetupError::NoIoUring), "{error:?}");
+        assert_says(&error, &["no io_uring", "ENOSYS", &format!("use Linux {KERNEL_MIN}")]);
+    }
+
+    #[test]
+    fn a_seccomp_filter_is_told_apart_from_other_refusals() {
+        for errno in [EPERM, EACCES] {
+            let error = build_error(libc::SYS_io_uring_setup, errno);
+            let SetupError::DeniedBySeccomp { errno: found } = &error else { panic!("{error:?}") };
+            assert_eq!(found.raw_os_error(), Some(errno));
+            assert_says(
+                &error,
+                &["seccomp", "allow io_uring_setup, io_uring_enter and io_uring_register"],
+            );
+        }
+    }
+
+    /// A profile may let the ring be made and forbid its use.
+    #[test]
+    fn a_filter_on_the_rings_other_system_calls_is_seccomp_as_well() {
+        for call in [libc::SYS_io_uring_register, libc::SYS_io_uring_enter] {
+            let error = build_error(call, EPERM);
+            assert!(matches!(error, SetupError::DeniedBySeccomp { .. }), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_table_beyond_the_open_files_limit_is_named_with_both_numbers() {
+        let test = "library::a_table_beyond_the_open_files_limit_is_named_with_both_numbers";
+        in_child(&[], test, || {
+            rlimit::setrlimit(rlimit::Resource::NOFILE, 256, 256).unwrap();
+            let error = Uring::builder().sockets(4096).build().unwrap_err();
+            let SetupError::TableBeyondNofile { sockets: 4096, limit: 256 } = &error else {
+                panic!("{error:?}")
+            };
+            assert_says(&error, &["4096", "256", "open-files limit", "ulimit -n 4096", "fewer"]);
+            // The limit itself is not beyond it.
+            Uring::builder().sockets(256).build().unwrap();
+        });
+    }
+
+    #[test]
+    fn locked_memory_that_is_used_up_is_named_with_its_limit() {
+        let test = "library::locked_memory_that_is_used_up_is_named_with_its_limit";
+        in_child(&with_little_memlock(), test, || {
+            let error = Uring::builder().build().unwrap_err();
+            assert!(matches!(error, SetupError::Memlock { limit: 65536 }), "{error:?}");
+            assert_says(
+                &error,
+                &["ENOMEM", "locked-memory limit of 65536", "ulimit -l", "CAP_IPC_LOCK"],
+            );
+        });
+    }
+
+    #[test]
+    fn values_out_of_range_are_named_with_the_range() {
+        for value in [0, wasi_uring::limits::SOCKETS_MAX + 1, u32::MAX] {
+            let error = Uring::builder().sockets(value).build().unwrap_err();
+            assert!(matches!(error, SetupError::OutOfRange { option: "sockets", .. }), "{error:?}");
+            assert_says(&error, &["sockets must be between 1 and 1048576", &value.to_string()]);
+        }
+    }
+}
+
+mod command {
+    use super::*;
+
+    const SETUP: i64 = libc::SYS_io_uring_setup;
+
+    #[test]
+    fn uring_without_io_uring_is_exit_code_2_with_cause_and_remedy() {
+        let args = ["run", "--backend", "uring", LIFE, "bind", "1"];
+        run_filtered(SETUP, ENOSYS, &args).with_code(2).says(&[
+            "ENOSYS",
+            "use Linux",
+            "wasi-uring doctor",
+        ]);
+        run_filtered(SETUP, EPERM, &args).with_code(2).says(&[
+            "seccomp",
+            "allow io_uring_setup",
+            "wasi-uring doctor",
+        ]);
+    }
+
+    #[test]
+    fn auto_without_io_uring_runs_the_guest_on_stock_and_says_so_once() {
+        for (errno, cause) in [(ENOSYS, "ENOSYS"), (EPERM, "seccomp")] {
+            for runtime in ["per-core", "multi-thread"] {
+                let options = ["--guests", "8", "--threads", "2", "--runtime", runtime, "--stats"];
+                let args = [&["run"], &options[..], &[LIFE, "pair", "10"]].concat();
+                let ended = run_filtered(SETUP, errno, &args).with_code(0).says(&[cause]);
+                assert_eq!(ended.lines_with("no io_uring: UDP sockets are wasmtime-wasi's"), 1);
+                assert_eq!(ended.stats()["backend"], "stock", "{ended}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_log_has_colours_on_terminals_only() {
+        let ended = run_filtered(SETUP, EPERM, &["run", LIFE, "bind", "1"]).with_code(0);
+        assert!(ended.says(&["WARN"]).lines_with("\x1b") == 0);
+    }
+
+    #[test]
+    fn auto_falls_back_where_there_is_memory_for_one_ring_of_two() {
+        let mut wrapper = with_little_memlock();
+        wrapper[1] = "--memlock=131072:131072";
+        let args = ["run", "--guests", "2", "--threads", "2", "--stats", LIFE, "pair", "10"];
+        let ended = end(wrapped(&wrapper, args)).with_code(0).says(&["locked-memory limit"]);
+        assert_eq!(ended.lines_with("no io_uring"), 1, "{ended}");
+        assert_eq!(ended.stats()["backend"], "stock", "{ended}");
+    }
+
+    #[test]
+    fn auto_falls_back_even_if_nobody_reads_that_it_does() {
+        with_filter(SETUP, EPERM, || {
+            end_without_stderr(tool::command(["run", LIFE, "pair", "10"])).with_code(0);
+        });
+    }
+
+    /// tokio-uring's runtime is an io_uring itself, whatever the guests' sockets are.
+    #[test]
+    fn a_tokio_uring_runtime_without_io_uring_fails_and_does_not_panic() {
+        for backend in ["auto", "stock"] {
+            let options = ["--backend", backend, "--runtime", "tokio-uring"];
+            let args = [&["run"], &options[..], &[LIFE, "bind", "1"]].concat();
+            let ended = run_filtered(SETUP, EPERM, &args).says(&["tokio-uring", "per-core"]);
+            assert!(matches!(ended.code, Some(1 | 2)), "{ended}");
+            assert!(!ended.stderr.contains("panicked"), "{ended}");
+        }
+    }
+
+    #[test]
+    fn stock_does_not_ask_for_io_uring() {
+        let args = ["run", "--backend", "stock", LIFE, "pair", "1"];
+        let ended = run_filtered(SETUP, EPERM, &args).with_code(0);
+        assert_eq!(ended.stderr, "");
+    }
+
+    #[test]
+    fn comparing_backends_without_io_uring_fails_with_cause_and_remedy() {
+        for args in [&["demo", "--guests", "1"][..], &["bench", "create", "--guests", "1"]] {
+            let ended = run_filtered(SETUP, EPERM, args).says(&["seccomp", "allow io_uring_setup"]);
+            assert!(matches!(ended.code, Some(1 | 2)), "{ended}");
+        }
+    }
+
+    /// Runs the command under a hard open-files limit of 256.
+    fn with_few_files(args: &[&str]) -> Ended {
+        end(wrapped(&["prlimit", "--nofile=128:256"], args))
+    }
+
+    #[test]
+    fn a_table_beyond_the_open_files_limit_is_exit_code_2_with_the_remedy() {
+        let args = ["run", "--backend", "uring", "--sockets", "4096", LIFE, "bind", "1"];
+        with_few_files(&args).with_code(2).says(&["4096", "256", "ulimit -n 4096"]);
+    }
+
+    #[test]
+    fn without_a_number_of_sockets_the_table_fits_the_limit() {
+        for runtime in ["per-core", "multi-thread"] {
+            let options = ["--backend", "uring", "--guests", "4", "--runtime", runtime];
+            let args = [&["run"], &options[..], &[LIFE, "pair", "10"]].concat();
+            let ended = with_few_files(&args).with_code(0);
+            assert_eq!(ended.stderr, "");
+        }
+    }
+
+    /// Sockets on the ring are no files: more of them than files are open at once.
+    #[test]
+    fn sockets_on_the_ring_do_not_count_as_open_files() {
+        let guest = guests::hoarding("hoards_under_a_limit.wat", 256, 1);
+        let args = ["run", "--backend", "uring", "--threads", "1", arg(&guest)];
+        with_few_files(&args).with_code(0);
+    }
+
+    #[test]
+    fn the_demo_runs_fewer_guests_where_files_are_few_and_says_so() {
+        let ended = with_few_files(&["demo", "--guests", "1000", "--rounds", "1"]).with_code(0);
+        let ended = ended.says(&["the open-files limit is 256"]);
+        assert!(ended.stdout.contains("times as fast"), "{ended}");
+    }
+
+    #[test]
+    fn locked_memory_that_is_used_up_is_exit_code_2_with_the_remedy() {
+        let args = ["run", "--backend", "uring", LIFE, "bind", "1"];
+        end(wrapped(&with_little_memlock(), args)).with_code(2).says(&[
+            "ENOMEM",
+            "locked-memory limit of 65536",
+            "ulimit -l",
+        ]);
+        let ended = end(wrapped(&with_little_memlock(), ["run", LIFE, "bind", "1"]));
+        ended.with_code(0).says(&["no io_uring", "locked-memory limit of 65536"]);
+    }
+}
+
+mod doctor {
+    use super::*;
+
+    /// The JSON report's checks that say "missing".
+    #[track_caller]
+    fn missing(ended: &Ended) -> Vec<(String, String, String)> {
+        let report: Value = serde_json::from_str(&ended.stdout).expect("a report");
+        assert_eq!(report["works"], false, "{ended}");
+        let checks = report["checks"].as_array().expect("checks");
+        let text = |check: &Value, field: &str| check[field].as_str().unwrap_or("").to_owned();
+        checks
+            .iter()
+            .filter(|check| check["verdict"] == "missing")
+            .map(|check| (text(check, "name"), text(check, "found"), text(check, "remedy")))
+            .collect()
+    }
+
+    #[test]
+    fn it_names_a_missing_io_uring_and_the_remedy() {
+        for (errno, cause, remedy) in [
+            (ENOSYS, "no io_uring", "6.11"),
+            (EPERM, "refused by a seccomp filter", "allow io_uring_setup"),
+        ] {
+            let call = libc::SYS_io_uring_setup;
+            let ended = run_filtered(call, errno, &["doctor", "--json"]).with_code(1);
+            let missing = missing(&ended);
+            assert!(!missing.is_empty());
+            for (name, found, says) in missing {
+                assert!(found.contains(cause) && says.contains(remedy), "{name}: {found}, {says}");
+            }
+            let text = run_filtered(call, errno, &["doctor"]).with_code(1).stdout;
+            let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            for part in ["MISSING", cause, remedy, "--backend auto"] {
+                assert!(text.contains(part), "nothing about {part:?} in {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn it_names_locked_memory_and_the_remedy() {
+        let ended = end(wrapped(&with_little_memlock(), ["doctor", "--json"])).with_code(1);
+        let missing = missing(&ended);
+        assert!(!missing.is_empty());
+        for (name, found, says) in missing {
+            assert!(
+                found.contains("ENOMEM") && says.contains("ulimit -l"),
+                "{name}: {found}, {says}"
+            );
+        }
+    }
+
+    #[test]
+    fn few_open_files_are_a_note_and_not_a_failure() {
+        let ended = end(wrapped(&["prlimit", "--nofile=256:256"], ["doctor", "--json"]));
+        let ended = ended.with_code(0);
+        let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let checks = report["checks"].as_array().unwrap();
+        let nofile = checks.iter().find(|check| check["name"] == "RLIMIT_NOFILE").unwrap();
+        assert_eq!(nofile["verdict"], "limited");
+        assert!(nofile["found"].as_str().unwrap().contains("256"), "{nofile}");
+        assert!(nofile["remedy"].as_str().unwrap().contains("ulimit -n"), "{nofile}");
+    }
+}

@@ -1,0 +1,303 @@
+//! The ring under every kind of tokio runtime, and several at once. Runtimes that end are in
+//! `endings.rs`, of the same binary.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod endings;
+mod panics;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::mpsc;
+
+use common::{
+    BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, eventually, native,
+    payloads, side_by_side, uring, within,
+};
+use tokio::runtime::Builder;
+use wasi_uring::Uring;
+
+/// Binds two sockets, sends both ways, drops both.
+async fn echo(rig: &mut Rig) {
+    let a = rig.endpoint(LOOPBACK).await;
+    let b = rig.endpoint(LOOPBACK).await;
+    for n in 0..10_u8 {
+        for (from, to) in [(a, b), (b, a)] {
+            assert_eq!(rig.send_one(from.outgoing, &[n], Some(to.local)).await, Ok(1));
+            let received = rig.receive_blocking(to.incoming).await.unwrap();
+            assert_eq!(payloads(&received), [[n]]);
+        }
+    }
+    rig.close(a).await;
+    rig.close(b).await;
+}
+
+async fn echo_in_a_store_of_its_own(uring: Uring) {
+    let mut rig = Rig::on_ring(&uring).await;
+    for _ in 0..5 {
+        echo(&mut rig).await;
+    }
+}
+
+/// `create-udp-socket`, `start-bind`, `finish-bind`, drop.
+async fn cycle(rig: &mut Rig) {
+    let socket = rig.create(IpAddressFamily::Ipv4).await.unwrap();
+    rig.bind(socket, LOOPBACK).await.unwrap();
+    rig.drop_socket(socket).await;
+}
+
+/// Runs that many guests at once in the current runtime, each in a task and a store of its own.
+async fn run_guests(uring: &Uring, guests: usize) {
+    let tasks: Vec<_> =
+        (0..guests).map(|_| tokio::spawn(echo_in_a_store_of_its_own(uring.clone()))).collect();
+    for task in tasks {
+        within(task).await.unwrap();
+    }
+    eventually("every slot is free", || uring.stats().sockets_open == 0).await;
+}
+
+#[test]
+fn guests_run_on_a_current_thread_runtime() {
+    block_on(run_guests(&uring(), 32));
+}
+
+#[test]
+fn guests_run_on_a_multi_thread_runtime() {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(within(run_guests(&uring(), 32)));
+}
+
+#[test]
+fn a_lone_guest_runs_on_the_main_thread_of_a_multi_thread_runtime() {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(within(echo_in_a_store_of_its_own(uring())));
+}
+
+#[test]
+fn guests_run_on_tokio_urings_runtime() {
+    tokio_uring::start(within(run_guests(&uring(), 8)));
+}
+
+#[test]
+fn one_ring_serves_two_runtimes_on_two_threads_at_once() {
+    let uring = uring();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                block_on(async {
+                    let tasks: Vec<_> = (0..8)
+                        .map(|_| tokio::spawn(echo_in_a_store_of_its_own(uring.clone())))
+                        .collect();
+                    for task in tasks {
+                        task.await.unwrap();
+                    }
+                });
+            });
+        }
+    });
+    block_on(eventually("every slot is free", || uring.stats().sockets_open == 0));
+}
+
+#[test]
+fn guests_of_two_runtimes_send_to_each_other() {
+    let uring = &uring();
+    let (to_second, from_first) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            block_on(async {
+                let mut rig = Rig::on_ring(uring).await;
+                let endpoint = rig.endpoint(LOOPBACK).await;
+                to_second.send(endpoint.local).unwrap();
+                for n in 0..100_u8 {
+                    let received = rig.receive_blocking(endpoint.incoming).await.unwrap();
+                    assert_eq!(payloads(&received), [[n]]);
+                    let back = common::sender(&received[0]);
+                    rig.send_one(endpoint.outgoing, &[n], Some(back)).await.unwrap();
+                }
+            });
+        });
+        scope.spawn(move || {
+            block_on(async {
+                let peer = from_first.recv().unwrap();
+                let mut rig = Rig::on_ring(uring).await;
+                let endpoint = rig.endpoint(LOOPBACK).await;
+                for n in 0..100_u8 {
+                    rig.send_one(endpoint.outgoing, &[n], Some(peer)).await.unwrap();
+                    let received = rig.receive_blocking(endpoint.incoming).await.unwrap();
+                    assert_eq!(payloads(&received), [[n]]);
+                }
+            });
+        });
+    });
+}
+
+/// Every datagram pauses the receive, and the guest drains the queue while the pause is still on
+/// its way, on the other worker.
+#[test]
+fn queues_of_one_datagram_pause_and_resume_under_two_workers() {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(within(async {
+        let [mut asking, mut answering] = two_guests(Backend::Uring).await;
+        let a = asking.endpoint(LOOPBACK).await;
+        let b = answering.endpoint(LOOPBACK).await;
+        let batch = |n: u32, to: SocketAddr| vec![common::datagram(&n.to_be_bytes(), Some(to)); 3];
+        let asked = tokio::spawn(async move {
+            for n in 0..1000_u32 {
+                asking.send_all(a.outgoing, &batch(n, b.local)).await.unwrap();
+                let received = asking.receive_exactly(a.incoming, 3).await;
+                assert_eq!(payloads(&received), [n.to_be_bytes(); 3]);
+            }
+        });
+        let answered = tokio::spawn(async move {
+            for n in 0..1000_u32 {
+                let received = answering.receive_exactly(b.incoming, 3).await;
+                assert_eq!(payloads(&received), [n.to_be_bytes(); 3]);
+                answering.send_all(b.outgoing, &batch(n, a.local)).await.unwrap();
+            }
+        });
+        asked.await.unwrap();
+        answered.await.unwrap();
+    }));
+}
+
+// ---- guests that compute ------------------------------------------------------------------------
+
+/// Closes a socket, which leaves work to do when the guest next suspends, and then computes,
+/// without a system call, until `stop`.
+async fn close_and_compute(mut rig: Rig, begun: mpsc::Sender<()>, stop: mpsc::Receiver<()>) {
+    cycle(&mut rig).await;
+    begun.send(()).unwrap();
+    while stop.try_recv() == Err(mpsc::TryRecvError::Empty) {
+        std::hint::spin_loop();
+    }
+}
+
+/// Fills its queue until its receive is paused, drains it, and waits for what comes then.
+async fn pause_and_resume(mut rig: Rig, endpoint: Endpoint) {
+    let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
+    for n in 0..10_u8 {
+        native.send_to(&[n], endpoint.local).unwrap();
+        native.send_to(&[n], endpoint.local).unwrap();
+        let received = rig.receive_exactly(endpoint.incoming, 2).await;
+        assert_eq!(payloads(&received), [[n], [n]]);
+    }
+}
+
+/// Two guests of one ring, on either backend, whose queues hold one datagram.
+async fn two_guests(backend: Backend) -> [Rig; 2] {
+    let uring = Uring::builder().sockets(16).queue_datagrams(1).queue_bytes(1).build().unwrap();
+    [Rig::new(backend, Setup::of(&uring)).await, Rig::new(backend, Setup::of(&uring)).await]
+}
+
+#[test]
+fn a_guest_that_computes_does_not_hold_up_another_runtimes() {
+    for backend in [Backend::Stock, Backend::Uring] {
+        let (begun, has_begun) = mpsc::channel();
+        let (stop, stopped) = mpsc::channel();
+        let (give, take) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            block_on(async {
+                let [computing, mut other] = two_guests(backend).await;
+                let endpoint = other.endpoint(LOOPBACK).await;
+                if backend == Backend::Uring {
+                    // On the very thread that will compute; wasmtime-wasi's cannot move at all.
+                    assert_eq!(other.receive(endpoint.incoming, 1).await, Ok(vec![]));
+                    give.send((other, endpoint)).unwrap();
+                }
+                close_and_compute(computing, begun, stopped).await;
+            });
+        });
+        has_begun.recv_timeout(BOUND).unwrap();
+        block_on(async {
+            if let Ok((other, endpoint)) = take.try_recv() {
+                pause_and_resume(other, endpoint).await;
+            } else {
+                let [mut other, _] = two_guests(backend).await;
+                let endpoint = other.endpoint(LOOPBACK).await;
+                pause_and_resume(other, endpoint).await;
+            }
+        });
+        drop(stop);
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_guest_that_computes_does_not_hold_up_another_workers() {
+    for backend in [Backend::Stock, Backend::Uring] {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(within(async {
+            let [computing, mut other] = two_guests(backend).await;
+            let (begun, has_begun) = mpsc::channel();
+            let (stop, stopped) = mpsc::channel();
+            let computing = tokio::spawn(close_and_compute(computing, begun, stopped));
+            has_begun.recv_timeout(BOUND).unwrap();
+            let other = tokio::spawn(async move {
+                let endpoint = other.endpoint(LOOPBACK).await;
+                pause_and_resume(other, endpoint).await;
+            });
+            let held_up = tokio::time::timeout(BOUND / 4, other).await;
+            drop(stop);
+            computing.await.unwrap();
+            held_up.unwrap_or_else(|_| panic!("{backend:?}: held up")).unwrap();
+        }));
+    }
+}
+
+// ---- enters -------------------------------------------------------------------------------------
+
+#[test]
+fn a_lone_guest_enters_once_per_cycle() {
+    block_on(async {
+        let uring = uring();
+        let mut rig = Rig::on_ring(&uring).await;
+        let before = uring.stats().enters;
+        for _ in 0..100 {
+            cycle(&mut rig).await;
+        }
+        let enters = uring.stats().enters - before;
+        assert!(enters <= 101, "{enters}");
+    });
+}
+
+#[test]
+fn a_lone_guest_is_served_without_yielding() {
+    block_on(async {
+        let mut rig = Rig::on_ring(&uring()).await;
+        let (_native, peer) = native::socket(Ipv4Addr::LOCALHOST);
+        for _ in 0..3 {
+            let life = async {
+                let endpoint = rig.endpoint(LOOPBACK).await;
+                rig.send_one(endpoint.outgoing, b"x", Some(peer)).await.unwrap();
+                assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
+                rig.close(endpoint).await;
+            };
+            tokio::select! {
+                biased;
+                () = life => {}
+                () = std::future::ready(()) => panic!("it waits, though nobody is before it"),
+            }
+        }
+    });
+}
+
+#[test]
+fn sixty_four_guests_on_one_thread_share_their_enters() {
+    const GUESTS: u64 = 64;
+    const LIVES: u64 = 50;
+    block_on(async {
+        let uring = uring();
+        let mut rigs = Vec::new();
+        for _ in 0..GUESTS {
+            rigs.push(Rig::on_ring(&uring).await);
+        }
+        let before = uring.stats().enters;
+        let lives = |mut rig| async move {
+            for _ in 0..LIVES {
+                cycle(&mut rig).await;
+            }
+        };
+        side_by_side(rigs.into_iter().map(lives)).await;
+        let enters = uring.stats().enters - before;
+        assert!(enters <= GUESTS * LIVES / 10, "{enters}");
+    });
+}
