@@ -7,7 +7,7 @@ mod figures;
 use std::cell::OnceCell;
 use std::path::Path;
 
-use figures::{ROUNDS, Unit, criterion, group, is_test, tell};
+use figures::{ROUNDS, Unit, criterion, give, group, is_test};
 use wasi_uring_cli::measure::idle::{Idleness, SOCKETS_DEFAULT, Taken, measure};
 use wasi_uring_cli::measure::{Backend, WasiArg};
 
@@ -27,7 +27,7 @@ fn main() {
             for backend in Backend::ALL {
                 for (part, of) in PARTS {
                     let name = format!("{}_{}/{part}", backend.name(), wasi.version());
-                    tell(&mut group, name, || {
+                    give(&mut group, name, || {
                         let measured = measured.get_or_init(|| {
                             measure(command, *wasi, sockets, rounds, || ())
                                 .expect("memory can be measured")

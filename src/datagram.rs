@@ -336,6 +336,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::regressions("tests/proptest-regressions/datagram.txt"))]
+
         #[test]
         fn an_address_survives_the_kernels_layout(addr: SocketAddr) {
             let raw = RawAddr::from(addr);

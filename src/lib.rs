@@ -177,3 +177,12 @@ pub use uring::{Uring, UringBuilder};
 #[cfg(all(doctest, feature = "p2", feature = "p3"))]
 #[doc = include_str!("../README.md")]
 struct ReadmeExample;
+
+/// Failing cases go into `file`, a path from the package's directory, as regressions to commit.
+#[cfg(test)]
+fn regressions(file: &'static str) -> proptest::test_runner::Config {
+    use proptest::test_runner::{Config, FileFailurePersistence};
+
+    let persistence = FileFailurePersistence::Direct(file);
+    Config { failure_persistence: Some(Box::new(persistence)), ..Config::default() }
+}

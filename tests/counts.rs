@@ -27,8 +27,8 @@ impl Wasi {
     /// The command's built-in guest.
     fn guest(self) -> &'static str {
         match self {
-            Self::P2 => include_str!("../src/cli/guests/life2.wat"),
-            Self::P3 => include_str!("../src/cli/guests/life3.wat"),
+            Self::P2 => include_str!("../src/cli/guests/cycle2.wat"),
+            Self::P3 => include_str!("../src/cli/guests/cycle3.wat"),
         }
     }
 }

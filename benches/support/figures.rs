@@ -1,14 +1,14 @@
 //! Figures that were measured in rounds, for criterion to judge.
 //!
-//! Contenders take turns, which criterion knows nothing of: it measures one after the other. So
-//! they are measured first, and it is told what each has taken in which round.
+//! Implementations take turns, which criterion knows nothing of: it measures one after the other. So
+//! they are measured first, and criterion gets what each took in which round.
 
 use std::time::Duration;
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BenchmarkGroup, Criterion, SamplingMode};
 
-/// Rounds, and samples that criterion is told.
+/// Rounds, and samples for criterion.
 pub(crate) const ROUNDS: usize = 10;
 
 /// `cargo test --benches` and `cargo bench -- --test` have each bench run once.
@@ -31,7 +31,7 @@ pub(crate) fn criterion(unit: Unit) -> Criterion<Unit> {
     Criterion::default().with_measurement(unit).configure_from_args()
 }
 
-/// How long criterion is to take for figures that it is only told.
+/// How long criterion is to take for figures that were measured before.
 const TELLING: Duration = Duration::from_millis(1);
 
 /// A group whose samples are one figure each.
@@ -42,8 +42,8 @@ pub(crate) fn group(criterion: &mut Criterion<Unit>, name: String) -> BenchmarkG
     group
 }
 
-/// Tells criterion figures, round by round; they are only asked for if it is to know.
-pub(crate) fn tell(
+/// Gives criterion figures, round by round; they are measured only if its filter selects them.
+pub(crate) fn give(
     group: &mut BenchmarkGroup<'_, Unit>,
     name: String,
     figures: impl Fn() -> Vec<f64>,

@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use wasi_uring::Recycle;
 use wasi_uring::limits::SOCKETS_MAX;
 
+use crate::benches;
+
 /// Runs WebAssembly guests whose UDP sockets live on an io_uring.
 #[derive(Parser)]
 #[command(name = "wasi-uring", version, about, arg_required_else_help = true)]
@@ -26,6 +28,8 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Measure both backends with the same guest, in alternation
     Bench(BenchArgs),
+    /// Write tables and pictures of results that `bench --json` has kept
+    Report(ReportArgs),
     /// Show what this kernel and these limits allow, and what to change
     Doctor(DoctorArgs),
 }
@@ -35,9 +39,9 @@ pub(crate) enum Command {
 pub(crate) enum BackendArg {
     /// The ring; an error if this machine has no io_uring
     Uring,
-    /// wasmtime-wasi's own sockets, untouched: the yardstick
+    /// wasmtime-wasi's own sockets, unchanged: the baseline
     Stock,
-    /// The ring if it can be had, else stock, which is said once
+    /// The ring if there is io_uring, else stock, which is said once
     Auto,
 }
 
@@ -93,7 +97,7 @@ pub(crate) enum NetArg {
 #[command(after_help = "\
 Examples:
   wasi-uring run guest.wasm
-  wasi-uring run --guests 1000 --threads 1 --stats guest.wasm life 100
+  wasi-uring run --guests 1000 --threads 1 --stats guest.wasm bind 100
   wasi-uring run --backend stock guest.wasm        # the same guest on wasmtime-wasi's sockets
   wasi-uring run --net all --env TOKEN resolver.wasm example.org
 
@@ -158,32 +162,14 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Args)]
-#[command(after_help = "\
-Names, and what one operation is:
-  create     create a socket and drop it
-  bind       create, bind to 127.0.0.1:0, drop
-  bind6      the same with ::1
-  pair       two sockets: create, bind, exchange a datagram each way, drop
-  dns        create, bind, connect, send, be answered, drop
-  echo       a round trip of 64 bytes between two sockets
-  echo_1200  the same with 1200 bytes
-  batch_N    N (1, 4 or 16) datagrams of 1200 bytes sent at once and received
-  batch_16_small  the same with 16 of 64 bytes
-  receive    ask another thread for 16 datagrams of 64 bytes, and receive them; the CPU time of
-             that thread, which delivers them, does not count
-  receive_1200  the same with 1200 bytes
-
-Two are no contest in speed:
-  flood    the latency of many sockets while another is flooded
-  idle     the memory of a socket that is bound, or waits for datagrams
-
-wasmtime-wasi takes 64 KiB of memory for each datagram that a guest of WASI 0.2 receives. malloc may
-give those of a batch back to the kernel each time, which makes the batch four times as dear; with
-MALLOC_TRIM_THRESHOLD_=1073741824 in the environment it keeps them.")]
+#[command(after_help = bench_help())]
 pub(crate) struct BenchArgs {
     /// What to measure [default: everything]
     #[arg(value_name = "NAME")]
     pub(crate) names: Vec<String>,
+    /// Measure nothing; print each bench's name, what is measured and what it does, separated by tabs
+    #[arg(long)]
+    pub(crate) list: bool,
     /// The WASI version of the guests; several values, several rows
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = WasiArg::ALL)]
     pub(crate) wasi: Vec<WasiArg>,
@@ -197,7 +183,7 @@ pub(crate) struct BenchArgs {
     /// Write the results here, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
-    /// Draw the results of the contests into this directory, as SVG
+    /// Draw the results of speed into this directory, as SVG
     #[arg(long, value_name = "DIR")]
     pub(crate) plot: Option<PathBuf>,
     /// Sockets for flood [default: 1000] and idle [default: 10000]
@@ -208,6 +194,34 @@ pub(crate) struct BenchArgs {
     /// per-core (one thread) or multi-thread
     #[arg(long, value_enum, default_value_t = RuntimeArg::PerCore)]
     pub(crate) runtime: RuntimeArg,
+}
+
+fn bench_help() -> String {
+    let names = benches::listed();
+    format!(
+        "\
+Names, and what one operation does (to open is to create and bind):
+{names}
+The CPU time of the thread that sends what is only received does not count.
+
+wasmtime-wasi allocates 64 KiB of memory for each datagram that a guest of WASI 0.2 receives. malloc
+may give those of a batch back to the kernel each time, which makes the batch cost four times as
+much; with MALLOC_TRIM_THRESHOLD_=1073741824 in the environment it keeps them."
+    )
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+`scripts/bench` measures what this reads. Nothing is measured here.")]
+pub(crate) struct ReportArgs {
+    /// Where results.json, guests.json, multi-thread.json and others.json are; README.md and the
+    /// pictures are written beside them
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// Also write the few most telling rows into this file, between `<!-- bench -->` and
+    /// `<!-- /bench -->`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) readme: Option<PathBuf>,
 }
 
 #[derive(Args)]

@@ -9,17 +9,21 @@ use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
 use crate::args::{BenchArgs, RuntimeArg};
+use crate::benches::{self, FLOOD, IDLE};
 use crate::measure::idle::{self, Idleness};
-use crate::measure::{BENCHES, Backend, Bench, Contender, Contest, Work, contend, flood};
+use crate::measure::{BENCHES, Backend, Bench, Harness, Implementation, Work, compare, flood};
+use crate::open_files;
 use crate::report::{Report, tables};
-use crate::{Failure, doctor, progress_bar, say};
-
-/// Benches that are no contest in speed.
-const FLOOD: &str = "flood";
-const IDLE: &str = "idle";
+use crate::terminal::{Failure, print, progress_bar, say};
 
 pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let names: Vec<_> = BENCHES.iter().map(|bench| bench.name).chain([FLOOD, IDLE]).collect();
+    if args.list {
+        for (name, kind, what) in benches::all() {
+            print(format_args!("{name}\t{kind}\t{what}"));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let names: Vec<_> = benches::all().map(|(name, ..)| name).collect();
     if let Some(unknown) = args.names.iter().find(|name| !names.contains(&name.as_str())) {
         let error =
             wasmtime::format_err!("no bench is named {unknown}; there are {}", names.join(", "));
@@ -41,21 +45,21 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
 
     let mut report = Report::new(args.rounds.get());
     let measured = measure(args, runtime, threads, &mut report);
-    report.is_complete = measured.is_ok();
-    // What was measured before something failed is kept; and nothing is no reason to forget what
-    // another run has left there.
-    let kept = if report.is_empty() { Ok(()) } else { keep(args, &report) };
+    report.complete = measured.is_ok();
+    // What was measured before something failed is written; but an empty report does not replace
+    // the file of another run.
+    let written = if report.is_empty() { Ok(()) } else { write(args, &report) };
     measured.map_err(Failure::run)?;
-    kept.map_err(Failure::run)?;
+    written.map_err(Failure::run)?;
     if args.rounds == NonZeroUsize::MIN {
-        say("one round has no spread: with more --rounds you see what to believe");
-    } else if report.is_noisy() {
+        say("one round has no spread: with more --rounds there is one");
+    } else if report.noisy {
         say("this machine was busy: where the spread is large, measure again with more --rounds");
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Measures what is asked for, and prints a table of each kind as soon as it is there.
+/// Measures the benches named, and prints a table of each kind as soon as it is there.
 fn measure(
     args: &BenchArgs,
     runtime: Runtime,
@@ -63,28 +67,28 @@ fn measure(
     report: &mut Report,
 ) -> wasmtime::Result<()> {
     let wanted = |name: &str| args.names.is_empty() || args.names.iter().any(|n| n == name);
-    let contest = Contest::new(args.recycle.limits(), threads)?;
+    let harness = Harness::new(args.recycle.limits(), threads)?;
     let benches: Vec<_> = BENCHES.iter().filter(|bench| wanted(bench.name)).collect();
     if !benches.is_empty() {
-        let measured = contests(args, &contest, &runtime, &benches, report);
-        tables::contests(&report.rows);
+        let measured = speed(args, &harness, &runtime, &benches, report);
+        tables::speed(report);
         measured?;
     }
     drop(runtime);
-    if wanted(FLOOD) {
-        let measured = floods(args, &contest, report);
-        tables::floods(&report.floods);
+    if wanted(FLOOD.name) {
+        let measured = floods(args, &harness, report);
+        tables::floods(report);
         measured?;
     }
-    if wanted(IDLE) {
-        let measured = idles(args, report);
-        tables::idles(&report.idles);
+    if wanted(IDLE.name) {
+        let measured = idle_memory(args, report);
+        tables::idle(report);
         measured?;
     }
     Ok(())
 }
 
-/// Before minutes are spent on results that nobody could keep.
+/// Before minutes are spent on results that cannot be written.
 fn check_outputs(args: &BenchArgs) -> wasmtime::Result<()> {
     if let Some(file) = &args.json {
         std::fs::OpenOptions::new()
@@ -99,15 +103,15 @@ fn check_outputs(args: &BenchArgs) -> wasmtime::Result<()> {
     Ok(())
 }
 
-/// A file has what there is so far, whatever ends this; a pipe has it all at the end.
-fn keep_so_far(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
+/// A file has what there is so far, however this ends; a pipe has it all at the end.
+fn write_so_far(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
     match &args.json {
         Some(file) if file.is_file() => report.write_json(file),
         Some(_) | None => Ok(()),
     }
 }
 
-fn keep(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
+fn write(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
     if let Some(file) = &args.json {
         report.write_json(file)?;
     }
@@ -124,56 +128,56 @@ fn keep(args: &BenchArgs, report: &Report) -> wasmtime::Result<()> {
 }
 
 /// Speed, bench by bench.
-fn contests(
+fn speed(
     args: &BenchArgs,
-    contest: &Contest,
+    harness: &Harness,
     runtime: &Runtime,
     benches: &[&'static Bench],
     report: &mut Report,
 ) -> wasmtime::Result<()> {
-    let contenders: Vec<_> = Contender::ALL
+    let implementations: Vec<_> = Implementation::ALL
         .into_iter()
-        .filter(|contender| contender.wasi().is_none_or(|wasi| args.wasi.contains(&wasi)))
+        .filter(|implementation| implementation.wasi().is_none_or(|wasi| args.wasi.contains(&wasi)))
         .collect();
     let rows = benches.len() * args.guests.len();
-    let progress = progress_bar(rows * (args.rounds.get() + 1) * contenders.len());
+    let progress = progress_bar(rows * (args.rounds.get() + 1) * implementations.len());
     for bench in benches {
         for guests in &args.guests {
             let work = Work::round(bench, guests.get());
             let step = || progress.inc(1);
-            let row = contend(contest, runtime, &contenders, work, args.rounds.get(), step);
-            report.rows.push(row?);
-            keep_so_far(args, report)?;
+            let row = compare(harness, runtime, &implementations, work, args.rounds.get(), step);
+            report.add_speed(&row?);
+            write_so_far(args, report)?;
         }
     }
     Ok(())
 }
 
 /// Latency of many sockets while another is flooded.
-fn floods(args: &BenchArgs, contest: &Contest, report: &mut Report) -> wasmtime::Result<()> {
+fn floods(args: &BenchArgs, harness: &Harness, report: &mut Report) -> wasmtime::Result<()> {
     let rounds = args.rounds.get();
     let sockets = args.sockets.map_or(flood::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
     let progress = progress_bar(flood::STEPS * rounds * Backend::ALL.len() * args.wasi.len());
     for wasi in &args.wasi {
-        let figures = flood::measure(contest, *wasi, sockets, rounds, &|| progress.inc(1));
-        report.floods.extend(figures?);
-        keep_so_far(args, report)?;
+        let figures = flood::measure(harness, *wasi, sockets, rounds, &|| progress.inc(1));
+        figures?.iter().for_each(|figures| report.add_flood(figures));
+        write_so_far(args, report)?;
     }
     Ok(())
 }
 
 /// Memory of sockets at rest.
-fn idles(args: &BenchArgs, report: &mut Report) -> wasmtime::Result<()> {
+fn idle_memory(args: &BenchArgs, report: &mut Report) -> wasmtime::Result<()> {
     let wanted = args.sockets.map_or(idle::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
-    let sockets = doctor::within_open_files(wanted);
+    let sockets = open_files::within_limit(wanted);
     let rounds = args.rounds.get();
     let kinds = Backend::ALL.len() * Idleness::ALL.len() * args.wasi.len();
     let progress = progress_bar(rounds * kinds);
     let command = std::env::current_exe()?;
     for wasi in &args.wasi {
         let idle = idle::measure(&command, *wasi, sockets, rounds, || progress.inc(1));
-        report.idles.extend(idle?);
-        keep_so_far(args, report)?;
+        idle?.iter().for_each(|idle| report.add_idle(idle));
+        write_so_far(args, report)?;
     }
     Ok(())
 }

@@ -7,15 +7,16 @@ use wasi_uring::Recycle;
 use wasmtime::error::Context;
 
 use crate::args::{DemoArgs, WasiArg};
-use crate::measure::{Backend, Bench, Contender, Contest, Work, contend, percent};
-use crate::{Failure, doctor, print, progress_bar, table};
+use crate::measure::{Backend, Bench, Harness, Implementation, Work, compare, percent};
+use crate::open_files;
+use crate::terminal::{Failure, print, progress_bar, table};
 
 /// Pairs of sockets that each guest opens per round.
 const PAIRS: usize = 10;
 
 pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
-    let guests = doctor::within_open_files(args.guests.get() * 2) / 2;
-    let contest = Contest::new(Recycle::default(), NonZeroUsize::MIN).map_err(Failure::run)?;
+    let guests = open_files::within_limit(args.guests.get() * 2) / 2;
+    let harness = Harness::new(Recycle::default(), NonZeroUsize::MIN).map_err(Failure::run)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -33,20 +34,22 @@ pub(crate) fn demo(args: &DemoArgs) -> Result<ExitCode, Failure> {
     let mut verdicts = Vec::new();
     let bench = Bench::named("pair").expect("one of BENCHES");
     for wasi in WasiArg::ALL {
-        let contenders = Backend::ALL.map(|backend| Contender::Guest(wasi, backend));
+        let implementations = Backend::ALL.map(|backend| Implementation::Guest(wasi, backend));
         let (work, rounds) = (Work::of(bench, guests, guests * PAIRS), args.rounds.get());
-        let row = contend(&contest, &runtime, &contenders, work, rounds, || progress.inc(1))
+        let row = compare(&harness, &runtime, &implementations, work, rounds, || progress.inc(1))
             .map_err(Failure::run)?;
-        let [stock, uring] = contenders;
-        for (contender, name) in [(stock, "stock (wasmtime-wasi)"), (uring, "uring (wasi-uring)")] {
+        let [stock, uring] = implementations;
+        for (implementation, name) in
+            [(stock, "stock (wasmtime-wasi)"), (uring, "uring (wasi-uring)")]
+        {
             // A pair is two sockets.
             table.add_row([
                 wasi.version().to_owned(),
                 name.to_owned(),
-                format!("{:.0}", row.per_second(contender) * 2.0),
-                format!("{:.2}", row.micros(contender).median / 2.0),
-                if contender == uring {
-                    format!("{:.3}", row.enters(contender) / 2.0)
+                format!("{:.0}", row.per_second(implementation) * 2.0),
+                format!("{:.2}", row.micros(implementation).median / 2.0),
+                if implementation == uring {
+                    format!("{:.3}", row.enters(implementation) / 2.0)
                 } else {
                     "–".to_owned()
                 },

@@ -7,7 +7,7 @@ use comfy_table::presets::NOTHING;
 use wasi_uring::doctor::{Check, Verdict, examine};
 
 use crate::args::DoctorArgs;
-use crate::{print, say};
+use crate::terminal::print;
 
 /// Exit code 1 when sockets on the ring do not work here.
 pub(crate) fn doctor(args: &DoctorArgs) -> ExitCode {
@@ -55,30 +55,5 @@ fn json(check: &Check) -> serde_json::Value {
         "verdict": verdict,
         "found": check.found,
         "remedy": check.remedy,
-    })
-}
-
-/// As many of the sockets wanted as wasmtime-wasi can have, whose each is a file; says so if they are
-/// fewer.
-pub(crate) fn within_open_files(wanted: usize) -> usize {
-    let limit = raise_nofile();
-    let most = usize::try_from(limit.saturating_sub(FILES_SPARE)).unwrap_or(usize::MAX).max(2);
-    if wanted > most {
-        say(format_args!(
-            "only {most} sockets instead of {wanted}: the open-files limit is {limit}, and each of \
-             wasmtime-wasi's is a file"
-        ));
-    }
-    wanted.min(most)
-}
-
-/// What a process has open beside sockets.
-const FILES_SPARE: u64 = 64;
-
-/// Raises the soft open-files limit to the hard one, for tables may not be larger; the limit then.
-pub(crate) fn raise_nofile() -> u64 {
-    rlimit::increase_nofile_limit(u64::MAX).unwrap_or_else(|error| {
-        tracing::debug!(%error, "the open-files limit cannot be raised");
-        rlimit::Resource::NOFILE.get_soft().unwrap_or(1024)
     })
 }

@@ -15,9 +15,9 @@ use wasmtime_wasi::p3;
 use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use crate::args::{BackendArg, NetArg};
-use crate::{Failure, say};
+use crate::terminal::{Failure, say};
 
-/// A store's data. Stores of the stock linker have no `udp`, and nothing there asks for it.
+/// A store's data. Stores of the stock linker have no `udp`, and nothing there reads it.
 pub(crate) struct Host {
     wasi: WasiCtx,
     table: ResourceTable,
@@ -47,10 +47,10 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Both, the yardstick first.
+    /// Both, the baseline first.
     pub const ALL: [Self; 2] = [Self::Stock, Self::Uring];
 
-    /// What it is asked for by.
+    /// Its name in options.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -209,7 +209,7 @@ impl Net {
             // Whatever a wildcard bind lets in is checked by its sender.
             NetArg::Loopback => ip.is_loopback() || (ip.is_unspecified() && is_local(use_)),
         };
-        // A stranger's datagram is dropped silently: the guest has not asked for it.
+        // A datagram from an address that is not allowed is dropped silently: the guest has not requested it.
         if !allowed && !matches!(use_, SocketAddrUse::UdpReceive | SocketAddrUse::TcpAccept) {
             self.report(addr, use_);
         }

@@ -1,9 +1,9 @@
-//! What is measured, who is measured at it, and what one run of it took.
+//! Measures: work, the implementations that do it, and what one run of it took.
 
-mod contest;
 pub(crate) mod flood;
+mod harness;
 pub mod idle;
-mod peer;
+mod native;
 mod row;
 mod source;
 
@@ -12,107 +12,20 @@ use std::time::{Duration, Instant};
 
 use cpu_time::ProcessTime;
 
-pub use self::contest::Contest;
-pub use self::peer::Peer;
-pub use self::row::{Row, contend};
+pub use self::harness::Harness;
+pub use self::native::Native;
+pub use self::row::{Row, compare};
 pub use crate::args::WasiArg;
+pub use crate::benches::{BENCHES, Bench};
 pub use crate::host::Backend;
 
 /// The guest that every measurement runs: its modes are in its header.
-pub(crate) fn life(wasi: WasiArg) -> &'static str {
+pub(crate) fn built_in_guest(wasi: WasiArg) -> &'static str {
     match wasi {
-        WasiArg::P2 => include_str!("guests/life2.wat"),
-        WasiArg::P3 => include_str!("guests/life3.wat"),
+        WasiArg::P2 => include_str!("guests/cycle2.wat"),
+        WasiArg::P3 => include_str!("guests/cycle3.wat"),
     }
 }
-
-/// What a guest does over and over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Operation {
-    Create,
-    Bind,
-    Bind6,
-    Pair,
-    Dns,
-    Echo,
-    Batch,
-    Receive,
-}
-
-impl Operation {
-    /// The mode of the built-in guest.
-    fn mode(self) -> &'static str {
-        match self {
-            Self::Create => "create",
-            Self::Bind => "bind",
-            Self::Bind6 => "bind6",
-            Self::Pair => "pair",
-            Self::Dns => "dns",
-            Self::Echo => "echo",
-            Self::Batch => "batch",
-            Self::Receive => "receive",
-        }
-    }
-}
-
-/// An operation that is measured.
-#[derive(Debug)]
-pub struct Bench {
-    /// What it is asked for by.
-    pub name: &'static str,
-    operation: Operation,
-    /// Of a datagram.
-    bytes: usize,
-    /// Sent at once.
-    datagrams: usize,
-    /// How often one guest alone does it in a round.
-    count: usize,
-}
-
-impl Bench {
-    const fn new(name: &'static str, operation: Operation, count: usize) -> Self {
-        Self { name, operation, bytes: 64, datagrams: 1, count }
-    }
-
-    const fn of(self, datagrams: usize, bytes: usize) -> Self {
-        Self { bytes, datagrams, ..self }
-    }
-
-    /// The bench of a name.
-    #[must_use]
-    pub fn named(name: &str) -> Option<&'static Self> {
-        BENCHES.iter().find(|bench| bench.name == name)
-    }
-}
-
-/// Every contest in speed.
-pub const BENCHES: &[Bench] = &[
-    Bench::new("create", Operation::Create, 200_000),
-    Bench::new("bind", Operation::Bind, 20_000),
-    Bench::new("bind6", Operation::Bind6, 20_000),
-    Bench::new("pair", Operation::Pair, 5_000),
-    Bench::new("dns", Operation::Dns, 6_000),
-    Bench::new("echo", Operation::Echo, 15_000),
-    Bench::new("echo_1200", Operation::Echo, 15_000).of(1, 1200),
-    Bench::new("batch_1", Operation::Batch, 10_000).of(1, 1200),
-    Bench::new("batch_4", Operation::Batch, 4_000).of(4, 1200),
-    Bench::new("batch_16", Operation::Batch, 1_000).of(16, 1200),
-    Bench::new("batch_16_small", Operation::Batch, 1_000).of(16, 64),
-    Bench::new("receive", Operation::Receive, 2_000).of(16, 64),
-    Bench::new("receive_1200", Operation::Receive, 2_000).of(16, 1200),
-];
-
-/// Bytes of the longest datagram.
-const BYTES_MAX: usize = 1200;
-
-const _: () = {
-    let mut at = 0;
-    while at < BENCHES.len() {
-        let bytes = BENCHES[at].bytes;
-        assert!(source::REQUEST_BYTES <= bytes && bytes <= BYTES_MAX);
-        at += 1;
-    }
-};
 
 /// Operations per guest, so that those that open sockets once are not measured doing so.
 const COUNT_MIN: usize = 100;
@@ -121,7 +34,7 @@ const COUNT_MIN: usize = 100;
 /// opening their sockets is a fiftieth of it then.
 const DATAGRAMS_MAX: usize = 400_000;
 
-/// What each guest is to do, and how often.
+/// What each guest does, and how often.
 #[derive(Clone, Debug)]
 pub struct Work {
     pub(crate) bench: &'static Bench,
@@ -151,21 +64,21 @@ impl Work {
     }
 }
 
-/// Who does the work.
+/// What does the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Contender {
+pub enum Implementation {
     /// The built-in guest.
     Guest(WasiArg, Backend),
     /// A native program.
-    Native(Peer),
+    Native(Native),
 }
 
-pub(crate) const STD: Contender = Contender::Native(Peer::Std);
-pub(crate) const TOKIO: Contender = Contender::Native(Peer::Tokio);
-pub(crate) const TOKIO_URING: Contender = Contender::Native(Peer::TokioUring);
-pub(crate) const FLOOR: Contender = Contender::Native(Peer::Floor);
+pub(crate) const STD: Implementation = Implementation::Native(Native::Std);
+pub(crate) const TOKIO: Implementation = Implementation::Native(Native::Tokio);
+pub(crate) const TOKIO_URING: Implementation = Implementation::Native(Native::TokioUring);
+pub(crate) const FLOOR: Implementation = Implementation::Native(Native::Floor);
 
-impl Contender {
+impl Implementation {
     /// All there are.
     pub const ALL: [Self; 8] = [
         Self::Guest(WasiArg::P2, Backend::Stock),
@@ -178,6 +91,12 @@ impl Contender {
         FLOOR,
     ];
 
+    /// Guests on the ring, each with the same guest on stock.
+    pub(crate) const AGAINST_STOCK: [(Self, Self); 2] = [
+        (Self::Guest(WasiArg::P2, Backend::Uring), Self::Guest(WasiArg::P2, Backend::Stock)),
+        (Self::Guest(WasiArg::P3, Backend::Uring), Self::Guest(WasiArg::P3, Backend::Stock)),
+    ];
+
     /// A guest's WASI version.
     pub(crate) fn wasi(self) -> Option<WasiArg> {
         match self {
@@ -187,11 +106,11 @@ impl Contender {
     }
 }
 
-impl fmt::Display for Contender {
+impl fmt::Display for Implementation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Guest(wasi, backend) => write!(f, "{} {}", backend.name(), wasi.version()),
-            Self::Native(peer) => f.write_str(peer.name()),
+            Self::Native(native) => f.write_str(native.name()),
         }
     }
 }
@@ -255,11 +174,6 @@ impl Summary {
         let median = quantile(2);
         let distance = if values.len() > 1 { quantile(3) - quantile(1) } else { f64::NAN };
         Self { median, spread: distance / 2.0 / median.abs() }
-    }
-
-    /// Whether the machine was too busy to believe the median.
-    pub(crate) fn is_noisy(self, spread_max: f64) -> bool {
-        self.spread > spread_max
     }
 }
 

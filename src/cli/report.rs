@@ -1,68 +1,247 @@
-//! What a run of the benches has shown, with where and how: as JSON, as pictures.
+//! What a run of the benches has shown, with where and how it was measured. JSON keeps it; tables,
+//! Markdown and pictures are made of it, at once or later by `wasi-uring report`.
 
+mod markdown;
 mod plot;
 pub(crate) mod tables;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
-use serde_json::{Value, json};
+use serde::{Deserialize, Deserializer, Serialize};
 use wasmtime::error::Context;
+use wasmtime::{bail, format_err};
 
+use self::plot::Picture;
+use crate::args::ReportArgs;
+use crate::benches::Bench;
 use crate::measure::idle::Idle;
-use crate::measure::{Contender, Row, Summary, flood};
+use crate::measure::{Implementation, Row, Summary, flood};
+use crate::terminal::{Failure, say};
 
 /// A spread above this says that the machine was too busy to believe the median.
-pub(crate) const SPREAD_MAX: f64 = 0.15;
+const SPREAD_MAX: f64 = 0.15;
 
 /// The same for ratios of p99, which are loose by nature.
-pub(crate) const FLOOD_SPREAD_MAX: f64 = 0.5;
+const FLOOD_SPREAD_MAX: f64 = 0.5;
 
 /// Whether malloc gives memory back (mallopt(3)), which wasmtime-wasi's batches depend on.
 const MALLOC_VARIABLE: &str = "MALLOC_TRIM_THRESHOLD_";
 
-/// What was measured.
+/// What was measured, where and how.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Report {
-    rounds: usize,
-    machine: Machine,
-    pub(crate) rows: Vec<Row>,
-    pub(crate) floods: Vec<flood::Figures>,
-    pub(crate) idles: Vec<Idle>,
-    /// Nothing failed, and all is in it.
-    pub(crate) is_complete: bool,
-}
-
-/// Where it was measured, and how.
-struct Machine {
     date: String,
     kernel: String,
     cpu: String,
     commit: String,
     command: String,
+    rounds: usize,
+    /// Nothing failed, and all is in it.
+    pub(crate) complete: bool,
+    /// Some figure cannot be believed.
+    pub(crate) noisy: bool,
+    results: Vec<Speed>,
+    floods: Vec<Flood>,
+    idle: Vec<Memory>,
 }
 
-impl Machine {
-    fn here() -> Self {
+/// A bench at one number of guests.
+#[derive(Serialize, Deserialize)]
+struct Speed {
+    bench: String,
+    /// What one operation does.
+    #[serde(default)]
+    what: String,
+    guests: usize,
+    operations_per_round: usize,
+    implementations: Vec<Measured>,
+    times_as_fast: Vec<Ratio>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Measured {
+    name: String,
+    cpu_micros: Figure,
+    #[serde(deserialize_with = "nullable")]
+    source_cpu_micros: f64,
+    #[serde(deserialize_with = "nullable")]
+    operations_per_second: f64,
+    #[serde(deserialize_with = "nullable")]
+    enters_per_operation: f64,
+    #[serde(deserialize_with = "nullable")]
+    suspensions_per_operation: f64,
+}
+
+/// How many times as fast one implementation is as another.
+#[derive(Serialize, Deserialize)]
+struct Ratio {
+    of: String,
+    to: String,
+    cpu: Figure,
+    wall: Figure,
+}
+
+/// The latency of sockets while another is flooded.
+#[derive(Serialize, Deserialize)]
+struct Flood {
+    wasi: String,
+    backend: String,
+    sockets: usize,
+    #[serde(deserialize_with = "nullable")]
+    calm_p50_micros: f64,
+    p99_micros: Windows,
+    flooded_to_calm: Figure,
+    flooded_in_bulk_to_calm: Figure,
+    requests: usize,
+    lost: usize,
+    held_up: usize,
+    #[serde(rename = "flood_per_second")]
+    datagrams_per_second: Rates,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Windows {
+    #[serde(deserialize_with = "nullable")]
+    calm: f64,
+    #[serde(deserialize_with = "nullable")]
+    elsewhere: f64,
+    #[serde(deserialize_with = "nullable")]
+    flooded: f64,
+    #[serde(deserialize_with = "nullable")]
+    flooded_in_bulk: f64,
+}
+
+/// Datagrams per second.
+#[derive(Serialize, Deserialize)]
+struct Rates {
+    #[serde(deserialize_with = "nullable")]
+    single: f64,
+    #[serde(deserialize_with = "nullable")]
+    in_bulk: f64,
+}
+
+/// The memory of a socket at rest.
+#[derive(Serialize, Deserialize)]
+struct Memory {
+    wasi: String,
+    backend: String,
+    idleness: String,
+    sockets: usize,
+    process_bytes: Figure,
+    kernel_bytes: Figure,
+}
+
+/// A median over the rounds, with its spread.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Figure {
+    #[serde(deserialize_with = "nullable")]
+    median: f64,
+    #[serde(deserialize_with = "nullable")]
+    spread: f64,
+    /// Too noisy to believe.
+    #[serde(default)]
+    noisy: bool,
+}
+
+impl Figure {
+    const UNKNOWN: Self = Self { median: f64::NAN, spread: f64::NAN, noisy: false };
+
+    fn new(summary: Summary, spread_max: f64) -> Self {
+        let Summary { median, spread } = summary;
+        Self { median, spread, noisy: spread > spread_max }
+    }
+}
+
+/// JSON has no NaN, which is what an unknown number is here.
+fn nullable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
+impl Speed {
+    fn new(row: &Row) -> Self {
+        let judged = |summary| Figure::new(summary, SPREAD_MAX);
+        let measured = |one: Implementation| Measured {
+            name: one.to_string(),
+            cpu_micros: judged(row.micros(one)),
+            source_cpu_micros: row.source_micros(one),
+            operations_per_second: row.per_second(one),
+            enters_per_operation: row.enters(one),
+            suspensions_per_operation: row.suspensions(one),
+        };
+        let ratio = |(one, other): (Implementation, Implementation)| Ratio {
+            of: one.to_string(),
+            to: other.to_string(),
+            cpu: judged(row.cpu_ratio(one, other)),
+            wall: judged(row.wall_ratio(one, other)),
+        };
+        let pairs = row
+            .implementations()
+            .flat_map(|one| row.baselines(one).map(move |baseline| (one, baseline)));
+        Self {
+            bench: row.work().bench.name.to_owned(),
+            what: row.work().bench.what.to_owned(),
+            guests: row.work().guests,
+            operations_per_round: row.work().operations(),
+            implementations: row.implementations().map(measured).collect(),
+            times_as_fast: pairs.map(ratio).collect(),
+        }
+    }
+
+    fn measured(&self, one: Implementation) -> Option<&Measured> {
+        let name = one.to_string();
+        self.implementations.iter().find(|measured| measured.name == name)
+    }
+
+    /// CPU time per operation; not a number if the implementation was not measured.
+    fn micros(&self, one: Implementation) -> f64 {
+        self.measured(one).map_or(f64::NAN, |measured| measured.cpu_micros.median)
+    }
+
+    fn ratio(&self, one: Implementation, other: Implementation) -> Option<&Ratio> {
+        let (one, other) = (one.to_string(), other.to_string());
+        self.times_as_fast.iter().find(|ratio| ratio.of == one && ratio.to == other)
+    }
+
+    fn cpu_ratio(&self, one: Implementation, other: Implementation) -> Figure {
+        self.ratio(one, other).map_or(Figure::UNKNOWN, |ratio| ratio.cpu)
+    }
+
+    /// Guests on the ring and the same on stock, where both were measured.
+    fn against_stock(&self) -> impl Iterator<Item = (Implementation, Implementation)> {
+        Implementation::AGAINST_STOCK
+            .into_iter()
+            .filter(|(ring, stock)| self.ratio(*ring, *stock).is_some())
+    }
+
+    /// The bench's words of today, or its name if the table no longer has it.
+    fn what(&self) -> &str {
+        Bench::named(&self.bench).map_or(&self.bench, |bench| bench.what)
+    }
+}
+
+impl Report {
+    /// An empty one of this machine and this command line.
+    pub(crate) fn new(rounds: usize) -> Self {
         let line = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
         let cpus = line("/proc/cpuinfo");
         let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let output = |program: &str, args: &[&str]| {
-            let output = std::process::Command::new(program).args(args).output().ok();
+            let output = Command::new(program).args(args).output().ok();
             let output = output.filter(|output| output.status.success());
             output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         };
         let unknown = || "unknown".to_owned();
+        // Of the source that the command was built from, if that is still where it was.
+        let describe = ["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"];
         Self {
             date: output("date", &["-u", "+%Y-%m-%d"]).unwrap_or_else(unknown),
             kernel: format!("Linux {}", line("/proc/sys/kernel/osrelease")),
             cpu: format!("{cores} × {}", model.map_or("unknown", |(_, model)| model.trim())),
-            // Of the source that the command was built from, if that is still where it was.
-            commit: output(
-                "git",
-                &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"],
-            )
-            .unwrap_or_else(unknown),
+            commit: output("git", &describe).unwrap_or_else(unknown),
             command: std::env::var(MALLOC_VARIABLE)
                 .ok()
                 .map(|value| format!("{MALLOC_VARIABLE}={value}"))
@@ -71,158 +250,190 @@ impl Machine {
                 .chain(std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()))
                 .collect::<Vec<_>>()
                 .join(" "),
+            rounds,
+            complete: false,
+            noisy: false,
+            results: Vec::new(),
+            floods: Vec::new(),
+            idle: Vec::new(),
         }
-    }
-}
-
-impl Report {
-    pub(crate) fn new(rounds: usize) -> Self {
-        let machine = Machine::here();
-        let (rows, floods, idles) = (Vec::new(), Vec::new(), Vec::new());
-        Self { rounds, machine, rows, floods, idles, is_complete: false }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.rows.is_empty() && self.floods.is_empty() && self.idles.is_empty()
+        self.results.is_empty() && self.floods.is_empty() && self.idle.is_empty()
     }
 
-    /// Whether some figure cannot be believed.
-    pub(crate) fn is_noisy(&self) -> bool {
-        let ratios = self
-            .rows
-            .iter()
-            .flat_map(|row| row.duels().map(|(one, stock)| row.cpu_ratio(one, stock)));
-        let idles = self.idles.iter().flat_map(|idle| [idle.process(), idle.kernel()]);
-        let floods = self.floods.iter().flat_map(|one| [one.flooded, one.flooded_in_bulk]);
-        ratios.chain(idles).any(|figure| figure.is_noisy(SPREAD_MAX))
-            || floods.into_iter().any(|figure| figure.is_noisy(FLOOD_SPREAD_MAX))
+    pub(crate) fn add_speed(&mut self, row: &Row) {
+        let speed = Speed::new(row);
+        let is_noisy = |(ring, stock)| speed.cpu_ratio(ring, stock).noisy;
+        self.noisy |= speed.against_stock().any(is_noisy);
+        self.results.push(speed);
     }
 
-    fn json(&self) -> Value {
-        let Machine { date, kernel, cpu, commit, command } = &self.machine;
-        let summary =
-            |Summary { median, spread }: Summary| json!({ "median": median, "spread": spread });
-        let judged = |figure: Summary, spread_max: f64| {
-            let Summary { median, spread } = figure;
-            json!({ "median": median, "spread": spread, "noisy": figure.is_noisy(spread_max) })
+    pub(crate) fn add_flood(&mut self, figures: &flood::Figures) {
+        let [calm, elsewhere, flooded, flooded_in_bulk] = figures.p99;
+        let [single, in_bulk] = figures.flood_per_second;
+        let flood = Flood {
+            wasi: figures.wasi.version().to_owned(),
+            backend: figures.backend.name().to_owned(),
+            sockets: figures.sockets,
+            calm_p50_micros: figures.calm_p50,
+            p99_micros: Windows { calm, elsewhere, flooded, flooded_in_bulk },
+            flooded_to_calm: Figure::new(figures.flooded, FLOOD_SPREAD_MAX),
+            flooded_in_bulk_to_calm: Figure::new(figures.flooded_in_bulk, FLOOD_SPREAD_MAX),
+            requests: figures.requests,
+            lost: figures.lost,
+            held_up: figures.held_up,
+            datagrams_per_second: Rates { single, in_bulk },
         };
-        let contender = |row: &Row, one: Contender| {
-            json!({
-                "name": one.to_string(),
-                "cpu_micros": summary(row.micros(one)),
-                "source_cpu_micros": row.source_micros(one),
-                "operations_per_second": row.per_second(one),
-                "enters_per_operation": row.enters(one),
-                "suspensions_per_operation": row.suspensions(one),
-            })
+        self.noisy |= flood.flooded_to_calm.noisy || flood.flooded_in_bulk_to_calm.noisy;
+        self.floods.push(flood);
+    }
+
+    pub(crate) fn add_idle(&mut self, idle: &Idle) {
+        let memory = Memory {
+            wasi: idle.wasi.version().to_owned(),
+            backend: idle.backend.name().to_owned(),
+            idleness: idle.idleness.name().to_owned(),
+            sockets: idle.sockets,
+            process_bytes: Figure::new(idle.process(), SPREAD_MAX),
+            kernel_bytes: Figure::new(idle.kernel(), SPREAD_MAX),
         };
-        let ratio = |row: &Row, one: Contender, other: Contender| {
-            json!({
-                "of": one.to_string(),
-                "to": other.to_string(),
-                "cpu": judged(row.cpu_ratio(one, other), SPREAD_MAX),
-                "wall": judged(row.wall_ratio(one, other), SPREAD_MAX),
-            })
-        };
-        let results = self.rows.iter().map(|row| {
-            json!({
-                "bench": row.work().bench.name,
-                "guests": row.work().guests,
-                "operations_per_round": row.work().operations(),
-                "contenders": row.contenders().map(|one| contender(row, one)).collect::<Vec<_>>(),
-                "times_as_fast": row
-                    .contenders()
-                    .flat_map(|one| row.yardsticks(one).map(move |other| (one, other)))
-                    .map(|(one, other)| ratio(row, one, other))
-                    .collect::<Vec<_>>(),
-            })
-        });
-        let floods = self.floods.iter().map(|flood| {
-            let [calm, elsewhere, flooded, in_bulk] = flood.p99;
-            let [datagrams, datagrams_in_bulk] = flood.flood_per_second;
-            json!({
-                "wasi": flood.wasi.version(),
-                "backend": flood.backend.name(),
-                "sockets": flood.sockets,
-                "calm_p50_micros": flood.calm_p50,
-                "p99_micros": {
-                    "calm": calm,
-                    "elsewhere": elsewhere,
-                    "flooded": flooded,
-                    "flooded_in_bulk": in_bulk,
-                },
-                "flooded_to_calm": judged(flood.flooded, FLOOD_SPREAD_MAX),
-                "flooded_in_bulk_to_calm": judged(flood.flooded_in_bulk, FLOOD_SPREAD_MAX),
-                "asked": flood.asked,
-                "lost": flood.lost,
-                "held_up": flood.held_up,
-                "flood_per_second": { "single": datagrams, "in_bulk": datagrams_in_bulk },
-            })
-        });
-        let idles = self.idles.iter().map(|idle| {
-            json!({
-                "wasi": idle.wasi.version(),
-                "backend": idle.backend.name(),
-                "idleness": idle.idleness.name(),
-                "sockets": idle.sockets,
-                "process_bytes": judged(idle.process(), SPREAD_MAX),
-                "kernel_bytes": judged(idle.kernel(), SPREAD_MAX),
-            })
-        });
-        json!({
-            "date": date,
-            "kernel": kernel,
-            "cpu": cpu,
-            "commit": commit,
-            "command": command,
-            "rounds": self.rounds,
-            "complete": self.is_complete,
-            "noisy": self.is_noisy(),
-            "results": results.collect::<Vec<_>>(),
-            "floods": floods.collect::<Vec<_>>(),
-            "idle": idles.collect::<Vec<_>>(),
-        })
+        self.noisy |= memory.process_bytes.noisy || memory.kernel_bytes.noisy;
+        self.idle.push(memory);
     }
 
     /// Replaces a file at once, so that no half of one is left; anything else is written to.
     pub(crate) fn write_json(&self, file: &Path) -> wasmtime::Result<()> {
-        let text = serde_json::to_string_pretty(&self.json())? + "\n";
-        let write = || {
-            if !file.is_file() {
-                return fs::write(file, &text);
-            }
-            let mut beside = file.as_os_str().to_owned();
-            beside.push(".part");
-            fs::write(&beside, &text)?;
-            fs::rename(&beside, file)
-        };
-        write().with_context(|| format!("cannot write {}", file.display()))
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        replace(file, &text)
     }
 
-    /// Draws pictures into a directory.
-    pub(crate) fn plot(&self, dir: &Path) -> wasmtime::Result<Vec<PathBuf>> {
-        let Machine { date, kernel, cpu, commit, .. } = &self.machine;
-        let rows: Vec<_> = self
-            .rows
-            .iter()
-            .map(|row| plot::Row {
-                bench: row.work().bench.name.to_owned(),
-                guests: row.work().guests,
-                contenders: row.contenders().map(|one| bar(row, one)).collect(),
-            })
-            .collect();
+    /// One that was written before, by a run that did not fail.
+    fn read_json(file: &Path) -> wasmtime::Result<Self> {
+        let text = fs::read_to_string(file);
+        let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+        let report: Self = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no JSON of `wasi-uring bench`", file.display()))?;
+        if !report.complete {
+            bail!("{} is of a run that failed", file.display());
+        }
+        Ok(report)
+    }
+
+    /// Draws pictures into a directory, as far as there are figures for them.
+    fn draw(&self, pictures: &[Picture], dir: &Path) -> wasmtime::Result<Vec<PathBuf>> {
+        let Self { date, kernel, cpu, commit, .. } = self;
+        let rows: Vec<_> = self.results.iter().map(plot::Row::from).collect();
         let caption = format!("{date}, {kernel}, {cpu}, {commit}");
-        plot::draw(&rows, &caption, dir)
+        plot::draw(pictures, &rows, &caption, dir)
             .with_context(|| format!("cannot draw into {}", dir.display()))
+    }
+
+    /// Draws every picture.
+    pub(crate) fn plot(&self, dir: &Path) -> wasmtime::Result<Vec<PathBuf>> {
+        self.draw(&Picture::ALL, dir)
     }
 }
 
-fn bar(row: &Row, one: Contender) -> plot::Bar {
-    let Summary { median, spread } = row.micros(one);
-    let times_stock = row.stock_of(one).map(|stock| {
-        let Summary { median, spread } = row.cpu_ratio(one, stock);
-        (median, spread)
-    });
-    let (name, per_second) = (one.to_string(), row.per_second(one));
-    plot::Bar { name, micros: median, spread, per_second, times_stock }
+impl From<&Speed> for plot::Row {
+    fn from(speed: &Speed) -> Self {
+        let times_stock = |name: &str| {
+            let (ring, stock) = speed.against_stock().find(|(ring, _)| ring.to_string() == name)?;
+            let Figure { median, spread, .. } = speed.cpu_ratio(ring, stock);
+            Some((median, spread))
+        };
+        let bar = |measured: &Measured| plot::Bar {
+            name: measured.name.clone(),
+            micros: measured.cpu_micros.median,
+            spread: measured.cpu_micros.spread,
+            per_second: measured.operations_per_second,
+            times_stock: times_stock(&measured.name),
+        };
+        Self {
+            bench: speed.bench.clone(),
+            guests: speed.guests,
+            implementations: speed.implementations.iter().map(bar).collect(),
+        }
+    }
+}
+
+fn replace(file: &Path, text: &str) -> wasmtime::Result<()> {
+    let write = || {
+        if !file.is_file() {
+            return fs::write(file, text);
+        }
+        let mut beside = file.as_os_str().to_owned();
+        beside.push(".part");
+        fs::write(&beside, text)?;
+        fs::rename(&beside, file)
+    };
+    write().with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// The JSON files that `scripts/bench` leaves in a directory.
+struct Kept {
+    /// Every bench of speed.
+    results: Report,
+    /// Some of them, on a multi-thread runtime.
+    multi_thread: Report,
+    /// Some of them, at many numbers of guests.
+    guests: Report,
+    /// What is not speed.
+    others: Report,
+}
+
+impl Kept {
+    fn read(dir: &Path) -> wasmtime::Result<Self> {
+        let read = |name| Report::read_json(&dir.join(name).with_extension("json"));
+        Ok(Self {
+            results: read("results")?,
+            multi_thread: read("multi-thread")?,
+            guests: read("guests")?,
+            others: read("others")?,
+        })
+    }
+}
+
+/// `wasi-uring report`: tables and pictures of results that were measured before.
+pub(crate) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
+    let kept = Kept::read(&args.dir).map_err(Failure::usage)?;
+    let readme = match &args.readme {
+        None => None,
+        Some(readme) => {
+            let text = with_headline(readme, &args.dir, &kept.results).map_err(Failure::usage)?;
+            Some((readme, text))
+        }
+    };
+    let mut written = write_report(&args.dir, &kept).map_err(Failure::run)?;
+    if let Some((readme, text)) = readme {
+        replace(readme, &text).map_err(Failure::run)?;
+        written.push(readme.clone());
+    }
+    for file in written {
+        say(format_args!("wrote {}", file.display()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_report(dir: &Path, kept: &Kept) -> wasmtime::Result<Vec<PathBuf>> {
+    let tables = dir.join("README.md");
+    replace(&tables, &markdown::document(kept))?;
+    let mut written = vec![tables];
+    written.extend(kept.results.draw(&Picture::OF_FEW_GUESTS, dir)?);
+    written.extend(kept.guests.draw(&[Picture::Guests], dir)?);
+    Ok(written)
+}
+
+/// A document with these results between its marks.
+fn with_headline(readme: &Path, dir: &Path, results: &Report) -> wasmtime::Result<String> {
+    let text = fs::read_to_string(readme);
+    let text = text.with_context(|| format!("cannot read {}", readme.display()))?;
+    let from = readme.parent().unwrap_or(Path::new(""));
+    let all = dir.strip_prefix(from).unwrap_or(dir).join(OsStr::new("README.md"));
+    let headline = markdown::headline(results, &all.to_string_lossy());
+    markdown::replace_marked(&text, &headline).ok_or_else(|| {
+        let (begin, end) = (markdown::BEGIN, markdown::END);
+        format_err!("{} has no {begin} … {end}", readme.display())
+    })
 }

@@ -14,7 +14,8 @@ use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
 use crate::args::{RunArgs, RuntimeArg};
 use crate::host::{self, Backend, GuestConfig, Net, Program};
-use crate::{Failure, doctor, say};
+use crate::open_files;
+use crate::terminal::{Failure, say};
 
 /// Failures worth a line each.
 const FAILURES_TOLD_MAX: usize = 10;
@@ -70,7 +71,7 @@ impl<'a> Plan<'a> {
         let guests = args.guests.get();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = args.threads.map_or(cores, usize::from).min(guests);
-        let files = u32::try_from(doctor::raise_nofile()).unwrap_or(u32::MAX);
+        let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
         let largest = files.min(SOCKETS_MAX);
         // Some files are for sockets kept for new owners, unless they are few.
         let is_ample = largest >= 2 * CACHED_SOCKETS_DEFAULT;

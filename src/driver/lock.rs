@@ -138,7 +138,7 @@ impl AfterUnlock {
 
     fn run(&mut self) {
         if let Some(left) = self.0.take() {
-            left.run();
+            (*left).run();
         }
     }
 }
@@ -152,11 +152,15 @@ impl Drop for AfterUnlock {
 impl Left {
     /// Each by itself, so that one that panics keeps none of the others from its turn.
     #[inline(never)]
-    fn run(self: Box<Self>) {
-        let Self { woken, dropped, failed, warning } = *self;
+    fn run(self) {
+        let Self { woken, dropped, failed, warning } = self;
         let mut has_panicked = false;
-        woken.into_iter().for_each(|waker| has_panicked |= !contained(|| waker.wake()));
-        dropped.into_iter().for_each(|waker| has_panicked |= !contained(|| drop(waker)));
+        for waker in woken {
+            has_panicked |= !contained(|| waker.wake());
+        }
+        for waker in dropped {
+            has_panicked |= !contained(|| drop(waker));
+        }
         if let Some(errno) = failed {
             contained(|| tracing::error!(%errno, "io_uring_enter failed"));
         }

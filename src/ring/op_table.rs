@@ -345,6 +345,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::regressions("tests/proptest-regressions/op_table.txt"))]
+
         // The test plays the kernel: completions in any order, callers that leave at any time,
         // stale completions in between. Proptest prints the seed of a failing run.
         #[test]

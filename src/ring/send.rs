@@ -254,6 +254,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::regressions("tests/proptest-regressions/send.txt"))]
+
         /// The test plays the kernel, attempt by attempt: a path that takes datagrams of up to
         /// `path_max` bytes coalesced, datagrams that are refused whatever comes, and a thread
         /// that exits now and then.

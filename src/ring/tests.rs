@@ -6,7 +6,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use proptest::test_runner::FileFailurePersistence;
 
 use super::buffers::BufferId;
 use super::op::Sent;
@@ -129,14 +128,10 @@ impl Rig {
     }
 }
 
-/// From the package's directory.
-const REGRESSIONS: &str = "tests/proptest-regressions/ring.txt";
-
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 48,
-        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
-        ..ProptestConfig::default()
+        ..crate::regressions("tests/proptest-regressions/ring.txt")
     })]
 
     /// Kills: a lost re-arm, a buffer kept, a message not split, a queue shared by successive

@@ -3,19 +3,20 @@
 mod tool;
 
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
 use tool::{
-    LIFE, LIFE_3, arg, command, end, end_without_stderr, end_without_stdout, file, guests, run,
+    CYCLE, CYCLE_3, arg, command, end, end_without_stderr, end_without_stdout, file, guests, run,
     wait, wrapped,
 };
 
 const BACKENDS: [&str; 3] = ["stock", "uring", "auto"];
 const RUNTIMES: [&str; 3] = ["per-core", "multi-thread", "tokio-uring"];
 /// The built-in guest of each WASI version.
-const LIVES: [&str; 2] = [LIFE, LIFE_3];
+const CYCLES: [&str; 2] = [CYCLE, CYCLE_3];
 const MODES: [&str; 7] = ["create", "bind", "bind6", "pair", "echo", "dns", "batch"];
 const BENCHES: [&str; 13] = [
     "create",
@@ -38,11 +39,12 @@ mod exit_codes {
 
     #[test]
     fn every_mode_of_the_built_in_guest_ends_well_on_every_backend() {
-        for (backend, life) in BACKENDS.iter().flat_map(|backend| LIVES.map(|life| (backend, life)))
+        for (backend, cycle) in
+            BACKENDS.iter().flat_map(|backend| CYCLES.map(|cycle| (backend, cycle)))
         {
             for mode in MODES {
-                eprintln!("{mode} of {life} on {backend}");
-                let ended = run(&["run", "--backend", backend, life, mode, "10"]).with_code(0);
+                eprintln!("{mode} of {cycle} on {backend}");
+                let ended = run(&["run", "--backend", backend, cycle, mode, "10"]).with_code(0);
                 assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("", ""));
             }
         }
@@ -52,12 +54,13 @@ mod exit_codes {
     fn eight_guests_on_two_threads_end_well_on_every_runtime() {
         for runtime in RUNTIMES {
             for backend in BACKENDS {
-                for (life, mode) in
-                    LIVES.iter().flat_map(|life| ["bind", "pair", "dns"].map(|mode| (life, mode)))
+                for (cycle, mode) in CYCLES
+                    .iter()
+                    .flat_map(|cycle| ["bind", "pair", "dns"].map(|mode| (cycle, mode)))
                 {
-                    eprintln!("{mode} of {life} on {backend}, {runtime}");
+                    eprintln!("{mode} of {cycle} on {backend}, {runtime}");
                     let options = ["--guests", "8", "--threads", "2", "--runtime", runtime];
-                    let args = [&["run", "--backend", backend], &options[..], &[life, mode, "20"]];
+                    let args = [&["run", "--backend", backend], &options[..], &[cycle, mode, "20"]];
                     run(&args.concat()).with_code(0);
                 }
             }
@@ -66,7 +69,7 @@ mod exit_codes {
 
     #[test]
     fn the_built_in_guests_refuse_arguments_they_do_not_know() {
-        for life in LIVES {
+        for cycle in CYCLES {
             for args in [
                 &["nonsense", "1"][..],
                 &["create"],
@@ -79,9 +82,9 @@ mod exit_codes {
                 &["create", "1", "0", "64", "17"],
                 &["create", "1", "0", "64", "16", "1"],
             ] {
-                run(&[&["run", life], args].concat()).with_code(1).says(&["returned an error"]);
+                run(&[&["run", cycle], args].concat()).with_code(1).says(&["returned an error"]);
             }
-            run(&["run", life, "create", "1", "0", "1200", "16"]).with_code(0);
+            run(&["run", cycle, "create", "1", "0", "1200", "16"]).with_code(0);
         }
     }
 
@@ -141,13 +144,13 @@ mod exit_codes {
     fn a_wrong_command_line_is_exit_code_2_and_teaches() {
         let lines: &[&[&str]] = &[
             &["run"],
-            &["run", "--backend", "epoll", LIFE],
-            &["run", "--guests", "0", LIFE],
-            &["run", "--threads", "none", LIFE],
-            &["run", "--net", "everything", LIFE],
-            &["run", "--sockets", "0", LIFE],
-            &["run", "--no-such-option", LIFE],
-            &["walk", LIFE],
+            &["run", "--backend", "epoll", CYCLE],
+            &["run", "--guests", "0", CYCLE],
+            &["run", "--threads", "none", CYCLE],
+            &["run", "--net", "everything", CYCLE],
+            &["run", "--sockets", "0", CYCLE],
+            &["run", "--no-such-option", CYCLE],
+            &["walk", CYCLE],
             &["doctor", "--xml"],
             &["demo", "--guests", "-1"],
             &["bench", "--runtime", "none"],
@@ -158,13 +161,13 @@ mod exit_codes {
         }
         run(&[]).with_code(2).says(&["Usage: wasi-uring", "demo", "doctor"]);
         // A value outside its range is named with the range and where it was written.
-        run(&["run", "--backend", "epoll", LIFE]).says(&["stock", "uring", "auto"]);
+        run(&["run", "--backend", "epoll", CYCLE]).says(&["stock", "uring", "auto"]);
     }
 
     #[test]
     fn more_sockets_than_a_table_can_have_are_exit_code_2_and_the_range_is_said() {
         for backend in ["uring", "auto"] {
-            run(&["run", "--backend", backend, "--sockets", "4000000000", LIFE, "bind", "1"])
+            run(&["run", "--backend", backend, "--sockets", "4000000000", CYCLE, "bind", "1"])
                 .with_code(2)
                 .says(&["sockets", "1048576", "4000000000"]);
         }
@@ -238,7 +241,7 @@ mod net {
     use super::*;
 
     const HERE: [u8; 4] = [127, 0, 0, 1];
-    /// TEST-NET-1 (RFC 5737): nobody's.
+    /// TEST-NET-1 (RFC 5737): no host has it.
     const ELSEWHERE: [u8; 4] = [192, 0, 2, 1];
 
     /// The exit codes under `none`, `loopback` and `all`: 0 is allowed, 1 is refused.
@@ -256,7 +259,7 @@ mod net {
     fn none_refuses_even_loopback() {
         under_each(&guests::binding("bind_here.wat", HERE, 1), [1, 0, 0]);
         for backend in BACKENDS {
-            run(&["run", "--backend", backend, "--net", "none", LIFE, "bind", "1"]).with_code(1);
+            run(&["run", "--backend", backend, "--net", "none", CYCLE, "bind", "1"]).with_code(1);
         }
     }
 
@@ -270,7 +273,7 @@ mod net {
     fn loopback_is_the_default() {
         let guest = guests::binding("bind_elsewhere_by_default.wat", ELSEWHERE, 1);
         run(&["run", arg(&guest)]).with_code(1);
-        run(&["run", LIFE, "pair", "1"]).with_code(0);
+        run(&["run", CYCLE, "pair", "1"]).with_code(0);
     }
 
     #[test]
@@ -329,7 +332,7 @@ mod env {
 
     #[test]
     fn a_name_that_is_not_there_is_exit_code_2_and_says_how_to_give_a_value() {
-        run(&["run", "--env", "WASI_URING_TEST_MISSING", LIFE, "bind", "1"])
+        run(&["run", "--env", "WASI_URING_TEST_MISSING", CYCLE, "bind", "1"])
             .with_code(2)
             .says(&["no variable WASI_URING_TEST_MISSING", "--env WASI_URING_TEST_MISSING=VALUE"]);
     }
@@ -352,26 +355,27 @@ mod stats {
     #[test]
     fn sixty_four_guests_share_their_enters_and_leave_no_socket_open() {
         let options = ["--backend", "uring", "--threads", "1", "--guests", "64", "--stats"];
-        for life in LIVES {
-            let ended = run(&[&["run"], &options[..], &[life, "bind", "50"]].concat()).with_code(0);
+        for cycle in CYCLES {
+            let ended =
+                run(&[&["run"], &options[..], &[cycle, "bind", "50"]].concat()).with_code(0);
             let stats = ended.stats();
-            let lives = 64 * 50;
+            let cycles = 64 * 50;
             assert_eq!(stats["backend"], "uring");
-            assert_eq!(number(&stats, "sockets_created"), lives);
+            assert_eq!(number(&stats, "sockets_created"), cycles);
             assert_eq!(number(&stats, "sockets_open"), 0, "{stats}");
             // At least SOCKET, BIND and CLOSE each.
-            assert!(number(&stats, "submissions") >= 3 * lives, "{stats}");
+            assert!(number(&stats, "submissions") >= 3 * cycles, "{stats}");
             assert!(number(&stats, "completions") > 0, "{stats}");
             assert!(number(&stats, "completions") <= number(&stats, "submissions"), "{stats}");
             let enters = number(&stats, "enters");
-            assert!(enters > 0 && enters * 10 < lives, "{stats}");
+            assert!(enters > 0 && enters * 10 < cycles, "{stats}");
         }
     }
 
     #[test]
     fn datagrams_and_bytes_are_counted_each_way() {
-        for life in LIVES {
-            let stats = run(&["run", "--backend", "uring", "--stats", life, "echo", "10"]).stats();
+        for cycle in CYCLES {
+            let stats = run(&["run", "--backend", "uring", "--stats", cycle, "echo", "10"]).stats();
             for (field, expected) in [
                 ("sockets_created", 2),
                 ("datagrams_sent", 20),
@@ -393,7 +397,7 @@ mod stats {
     #[test]
     fn datagrams_of_64_guests_share_their_enters() {
         let options = ["--backend", "uring", "--threads", "1", "--guests", "64", "--stats"];
-        let stats = run(&[&["run"], &options[..], &[LIFE, "echo", "100"]].concat()).stats();
+        let stats = run(&[&["run"], &options[..], &[CYCLE, "echo", "100"]].concat()).stats();
         let datagrams = number(&stats, "datagrams_received");
         assert_eq!(datagrams, 2 * 64 * 100, "{stats}");
         assert!(number(&stats, "enters") * 10 <= datagrams, "{stats}");
@@ -404,13 +408,13 @@ mod stats {
     #[test]
     fn guests_of_a_large_crowd_enter_for_themselves() {
         let options = ["--backend", "uring", "--threads", "1", "--guests", "300", "--stats"];
-        let stats = run(&[&["run"], &options[..], &[LIFE, "echo", "100"]].concat()).stats();
+        let stats = run(&[&["run"], &options[..], &[CYCLE, "echo", "100"]].concat()).stats();
         assert!(number(&stats, "enters") * 10 >= 7 * 2 * 30_000, "{stats}");
     }
 
     #[test]
     fn batches_travel_as_one_message_each() {
-        let stats = run(&["run", "--backend", "uring", "--stats", LIFE, "batch", "100"]).stats();
+        let stats = run(&["run", "--backend", "uring", "--stats", CYCLE, "batch", "100"]).stats();
         assert_eq!(number(&stats, "datagrams_sent"), 1600, "{stats}");
         assert_eq!(number(&stats, "datagrams_coalesced"), 1600, "{stats}");
         assert_eq!(number(&stats, "gso_refusals"), 0, "{stats}");
@@ -422,19 +426,20 @@ mod stats {
 
     /// Kills: sockets that stay in quarantine, or on their way out of it.
     #[test]
-    fn short_lives_are_led_by_recycled_sockets_unless_that_is_turned_off() {
+    fn short_cycles_use_recycled_sockets_unless_that_is_turned_off() {
         let options = ["--backend", "uring", "--threads", "1", "--guests", "16", "--stats"];
-        let lives = |more: &[&str]| {
-            run(&[&["run"], &options[..], more, &[LIFE, "bind", "10000"]].concat()).stats()
+        let cycles = |more: &[&str]| {
+            run(&[&["run"], &options[..], more, &[CYCLE, "bind", "10000"]].concat()).stats()
         };
-        // A grace period has been seen to take seconds, longer than all these lives.
-        let stats = (0..10).map(|_| lives(&[])).find(|stats| number(stats, "sockets_recycled") > 0);
+        // A grace period has been seen to take seconds, longer than all these cycles.
+        let stats =
+            (0..10).map(|_| cycles(&[])).find(|stats| number(stats, "sockets_recycled") > 0);
         let stats = stats.expect("some are recycled");
         assert_eq!(number(&stats, "sockets_created"), 160_000);
         let kept_or_closed = number(&stats, "sockets_cached") + closed_instead(&stats);
         assert_eq!(kept_or_closed, 160_000 - number(&stats, "sockets_recycled"), "{stats}");
 
-        let stats = lives(&["--no-recycle"]);
+        let stats = cycles(&["--no-recycle"]);
         assert_eq!(number(&stats, "sockets_recycled") + number(&stats, "sockets_cached"), 0);
         assert_eq!(closed_instead(&stats), 0, "{stats}");
     }
@@ -450,7 +455,7 @@ mod stats {
         let options = ["--backend", "uring", "--threads", "2", "--guests", "4", "--stats"];
         for runtime in RUNTIMES {
             let runtime = ["--runtime", runtime];
-            let args = [&["run"], &options[..], &runtime[..], &[LIFE, "bind", "25"]].concat();
+            let args = [&["run"], &options[..], &runtime[..], &[CYCLE, "bind", "25"]].concat();
             let stats = run(&args).with_code(0).stats();
             assert_eq!(number(&stats, "rings"), 2, "{stats}");
             assert_eq!(number(&stats, "sockets_created"), 100, "{stats}");
@@ -460,13 +465,13 @@ mod stats {
 
     #[test]
     fn stock_says_that_it_is_stock() {
-        let ended = run(&["run", "--backend", "stock", "--stats", LIFE, "bind", "1"]).with_code(0);
+        let ended = run(&["run", "--backend", "stock", "--stats", CYCLE, "bind", "1"]).with_code(0);
         assert_eq!(ended.stats()["backend"], "stock");
     }
 
     #[test]
     fn auto_says_what_it_decided_on() {
-        let ended = run(&["run", "--stats", LIFE, "bind", "1"]).with_code(0);
+        let ended = run(&["run", "--stats", CYCLE, "bind", "1"]).with_code(0);
         assert_eq!(ended.stats()["backend"], "uring");
     }
 
@@ -478,13 +483,13 @@ mod stats {
     }
 
     /// strace's total of system calls of one run.
-    fn system_calls(life: &str, lives: u32) -> u64 {
-        let name = format!("strace_{lives}.txt");
+    fn system_calls(cycle: &str, cycles: u32) -> u64 {
+        let name = format!("strace_{cycles}.txt");
         let report = file(&name, "");
         let strace = ["strace", "-f", "-c", "-o", arg(&report)];
-        let lives = lives.to_string();
+        let cycles = cycles.to_string();
         let options = ["--backend", "uring", "--threads", "1", "--guests", "64"];
-        let args = [&["run"], &options[..], &[life, "bind", &lives]].concat();
+        let args = [&["run"], &options[..], &[cycle, "bind", &cycles]].concat();
         end(wrapped(&strace, args)).with_code(0);
         let report = std::fs::read_to_string(&report).unwrap();
         let total = report.lines().rfind(|line| line.trim_end().ends_with(" total"));
@@ -492,16 +497,18 @@ mod stats {
         calls.unwrap_or_else(|| panic!("no total in strace's report:\n{report}"))
     }
 
-    /// Starting up costs the same however long guests live, so the difference is what lives cost.
+    /// Starting up costs the same however long guests live, so the difference is what cycles cost.
     #[test]
-    fn strace_counts_at_most_a_tenth_of_a_system_call_per_life_of_64_guests() {
+    fn strace_counts_at_most_a_tenth_of_a_system_call_per_cycle_of_64_guests() {
         let (few, many) = (20, 220);
-        for life in LIVES {
-            let (calls_few, calls_many) = (system_calls(life, few), system_calls(life, many));
-            let lives = u64::from(many - few) * 64;
+        for cycle in CYCLES {
+            let (calls_few, calls_many) = (system_calls(cycle, few), system_calls(cycle, many));
+            let cycles = u64::from(many - few) * 64;
             let calls = calls_many.saturating_sub(calls_few);
-            eprintln!("{calls} system calls for {lives} lives ({calls_few}, {calls_many} in all)");
-            assert!(calls * 10 <= lives, "{calls} system calls for {lives} lives of {life}");
+            eprintln!(
+                "{calls} system calls for {cycles} cycles ({calls_few}, {calls_many} in all)"
+            );
+            assert!(calls * 10 <= cycles, "{calls} system calls for {cycles} cycles of {cycle}");
         }
     }
 }
@@ -512,8 +519,8 @@ mod quotas {
     #[test]
     fn sockets_bounds_what_a_guest_may_hold() {
         let args = ["run", "--backend", "uring", "--sockets"];
-        run(&[&args[..], &["1", LIFE, "pair", "1"]].concat()).with_code(1);
-        run(&[&args[..], &["2", LIFE, "pair", "1"]].concat()).with_code(0);
+        run(&[&args[..], &["1", CYCLE, "pair", "1"]].concat()).with_code(1);
+        run(&[&args[..], &["2", CYCLE, "pair", "1"]].concat()).with_code(0);
     }
 
     /// A socket that its guest has dropped makes room for the next, though its CLOSE is on the way.
@@ -526,7 +533,7 @@ mod quotas {
                 eprintln!("{mode}, {guests} guests and {sockets} sockets on {runtime}");
                 let options = ["--sockets", sockets, "--guests", guests, "--threads", "1"];
                 let args = [&["run", "--backend", "uring", "--runtime", runtime], &options[..]];
-                run(&[&args.concat(), &[LIFE, mode, "200"][..]].concat()).with_code(0);
+                run(&[&args.concat(), &[CYCLE, mode, "200"][..]].concat()).with_code(0);
             }
         }
     }
@@ -538,7 +545,7 @@ mod quotas {
             eprintln!("{runtime}");
             let options = ["--sockets", "16", "--guests", "8", "--threads", "2"];
             let args = [&["run", "--backend", "uring", "--runtime", runtime], &options[..]];
-            run(&[&args.concat(), &[LIFE, "pair", "500"][..]].concat()).with_code(0);
+            run(&[&args.concat(), &[CYCLE, "pair", "500"][..]].concat()).with_code(0);
         }
     }
 
@@ -556,8 +563,8 @@ mod quotas {
 
     #[test]
     fn a_guest_that_wants_100_000_sockets_fails_alone() {
-        let lives = 2000;
-        let guest = guests::hoarding_by_stdin("hoards_alone.wat", lives);
+        let cycles = 2000;
+        let guest = guests::hoarding_by_stdin("hoards_alone.wat", cycles);
         for threads in ["1", "2"] {
             let options = ["--guests", "4", "--sockets", "64", "--threads", threads, "--stats"];
             let args = [&["run", "--backend", "uring"], &options[..], &[arg(&guest)]].concat();
@@ -572,7 +579,7 @@ mod quotas {
             let ended = wait(child).with_code(1).says(&["guest 0 returned an error"]);
             assert_eq!(ended.lines_with("guest "), 1, "{ended}");
             assert!(
-                ended.stderr.contains(&format!("\"sockets_created\":{}", 16 + 3 * lives)),
+                ended.stderr.contains(&format!("\"sockets_created\":{}", 16 + 3 * cycles)),
                 "{ended}"
             );
             assert!(ended.stderr.contains("\"sockets_open\":0"), "{ended}");
@@ -594,9 +601,10 @@ mod help {
             ("demo", "--guests --rounds"),
             (
                 "bench",
-                "NAME create bind bind6 pair dns echo echo_1200 batch_N receive flood idle --wasi 0.2 0.3 \
-                 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
+                "NAME create bind bind6 pair dns echo echo_1200 batch_16 receive flood idle --list --wasi \
+                 0.2 0.3 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
             ),
+            ("report", "DIR results.json --readme README.md scripts/bench"),
             ("doctor", "--json"),
         ];
         let overview = run(&["--help"]).with_code(0).stdout;
@@ -638,8 +646,8 @@ mod closed_pipes {
     fn nobody_reading_stderr_is_no_panic() {
         let refused = guests::binding("refused_to_nobody.wat", [192, 0, 2, 1], 1);
         for (code, args) in [
-            (0, &["run", "--stats", LIFE, "bind", "1"][..]),
-            (0, &["run", "--stats", "--backend", "stock", LIFE, "bind", "1"]),
+            (0, &["run", "--stats", CYCLE, "bind", "1"][..]),
+            (0, &["run", "--stats", "--backend", "stock", CYCLE, "bind", "1"]),
             (1, &["run", arg(&refused)]),
             (2, &["run", "/nowhere"]),
             (2, &["run", "--no-such-option"]),
@@ -653,6 +661,31 @@ mod closed_pipes {
 
 mod measuring {
     use super::*;
+
+    const KEPT: [&str; 4] = ["results.json", "guests.json", "multi-thread.json", "others.json"];
+
+    fn top_level() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    }
+
+    /// An empty directory.
+    fn directory(name: &str) -> PathBuf {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    fn read(file: &Path) -> String {
+        std::fs::read_to_string(file).unwrap()
+    }
+
+    /// Copies this repository's results.
+    fn copy_kept(dir: &Path) {
+        for name in KEPT {
+            std::fs::copy(top_level().join("benches/results").join(name), dir.join(name)).unwrap();
+        }
+    }
 
     #[test]
     fn demo_compares_both_backends_in_a_table() {
@@ -676,7 +709,7 @@ mod measuring {
     }
 
     #[test]
-    fn every_contest_has_guests_of_both_versions_a_native_side_and_a_floor() {
+    fn every_bench_has_guests_of_both_versions_a_native_side_and_a_floor() {
         let args = [&["bench"], &BENCHES[..], &["--guests", "3", "--rounds", "1"]].concat();
         let ended = run(&args).with_code(0);
         let rows: Vec<Vec<_>> = ended
@@ -712,9 +745,9 @@ mod measuring {
         let results = report["results"].as_array().unwrap();
         assert_eq!(results.len(), 4);
         for result in results {
-            let contenders = result["contenders"].as_array().unwrap();
+            let implementations = result["implementations"].as_array().unwrap();
             let names: Vec<_> =
-                contenders.iter().map(|one| one["name"].as_str().unwrap()).collect();
+                implementations.iter().map(|one| one["name"].as_str().unwrap()).collect();
             assert_eq!(
                 names,
                 [
@@ -728,7 +761,7 @@ mod measuring {
                     "floor"
                 ],
             );
-            for one in contenders {
+            for one in implementations {
                 assert!(one["cpu_micros"]["median"].as_f64() > Some(0.0), "{one}");
                 assert!(one["operations_per_second"].as_f64() > Some(0.0), "{one}");
             }
@@ -776,14 +809,14 @@ mod measuring {
         assert_eq!(std::fs::read_to_string(&json).unwrap(), kept);
     }
 
-    /// 65 receivers ask at two sockets.
+    /// 65 receivers send requests to two sockets.
     #[test]
     fn a_multi_thread_runtime_is_measured_and_what_is_unknown_is_null() {
         let options = ["--guests", "65", "--rounds", "1", "--runtime", "multi-thread"];
         let report = report("multi.json", &[&["bind", "receive"], &options[..]].concat());
         assert_eq!(report["complete"], true, "{report}");
         for result in report["results"].as_array().unwrap() {
-            for one in result["contenders"].as_array().unwrap() {
+            for one in result["implementations"].as_array().unwrap() {
                 let name = one["name"].as_str().unwrap();
                 let is_counted = name.starts_with("uring") || name == "floor";
                 let enters = one["enters_per_operation"].as_f64();
@@ -801,8 +834,8 @@ mod measuring {
         let floods = on_the_ring(&report["floods"]);
         assert_eq!(floods.len(), 2, "{report}");
         for flood in floods {
-            // Two rounds of four windows, in each of which every socket was asked fifteen times.
-            assert_eq!((&flood["asked"], &flood["lost"]), (&11880.into(), &0.into()), "{flood}");
+            // Two rounds of four windows, in each of which every socket got fifteen requests.
+            assert_eq!((&flood["requests"], &flood["lost"]), (&11880.into(), &0.into()), "{flood}");
         }
     }
 
@@ -825,36 +858,88 @@ mod measuring {
     }
 
     #[test]
-    fn readme_tables_are_made_of_a_runs_json() {
-        let dir = file("tables", "").with_extension("d");
-        std::fs::create_dir_all(&dir).unwrap();
-        let readme =
-            file("tables.md", "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n");
-        for (name, benches) in [
-            ("results.json", &["bind", "--guests", "2"][..]),
-            ("others.json", &["idle", "flood", "--sockets", "50"]),
-            ("multi-thread.json", &["echo", "--guests", "2", "--runtime", "multi-thread"]),
-        ] {
-            let options = ["--rounds", "1", "--json", arg(&dir.join(name))].map(str::to_owned);
-            let options = options.each_ref().map(String::as_str);
-            run(&[&["bench"], benches, &options].concat()).with_code(0);
+    fn report_makes_tables_and_pictures_of_what_bench_has_kept() {
+        let dir = directory("report");
+        let measured = [
+            &["bind", "--guests", "1,2"][..],
+            &["bind", "--guests", "1,2,4"],
+            &["echo", "--guests", "2", "--runtime", "multi-thread"],
+            &["idle", "flood", "--sockets", "50"],
+        ];
+        for (name, args) in KEPT.into_iter().zip(measured) {
+            let kept = dir.join(name);
+            run(&[&["bench"], args, &["--rounds", "1", "--json", arg(&kept)]].concat())
+                .with_code(0);
         }
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/bench-table");
-        let made = Command::new(script).args([&dir, &readme]).status().unwrap();
-        assert!(made.success(), "{made}");
-        let text = std::fs::read_to_string(&readme).unwrap();
-        for part in [
-            "before\n",
-            "| create, bind, drop | 2 | 0.3 | ",
-            "| echo round trip, 64 bytes | 2 | 0.2 | ",
-            "| receiving | uring | 0.2 | ",
-            "| uring | 0.3 | ",
-            "0 of 2940 |",
-            "\nafter\n",
-        ] {
-            assert!(text.contains(part), "no {part:?} in\n{text}");
-        }
+        let readme = dir.join("ABOUT.md");
+        std::fs::write(&readme, "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n")
+            .unwrap();
+        let ended = run(&["report", arg(&dir), "--readme", arg(&readme)]).with_code(0);
+
+        let has = |file: &str, parts: &[&str]| {
+            let text = read(&dir.join(file));
+            for part in parts {
+                assert!(text.contains(part), "no {part:?} in {file}\n{text}");
+            }
+            assert!(ended.stderr.contains(file), "{ended}");
+            text
+        };
+        let headline = "\nAll figures: [README.md](README.md).\n";
+        let text = has("ABOUT.md", &["before\n", "| create, bind, drop | ", headline, "\nafter\n"]);
         assert!(!text.contains("yesterday"), "{text}");
+        has(
+            "README.md",
+            &[
+                "| bind | create, bind, drop | 2 | 0.3 | ",
+                "| echo | echo round trip, 64 bytes | 2 | 0.2 | ",
+                "| receiving | uring | 0.2 | ",
+                "| uring | 0.3 | ",
+                "0 of 2940 |",
+            ],
+        );
+        for picture in ["overview.svg", "sockets.svg", "guests.svg"] {
+            has(picture, &["<svg", "bind"]);
+        }
+    }
+
+    #[test]
+    fn report_says_what_it_misses() {
+        let dir = directory("report_of_nothing");
+        run(&["report", arg(&dir)]).with_code(2).says(&["results.json", "No such file"]);
+        copy_kept(&dir);
+        let readme = dir.join("ABOUT.md");
+        std::fs::write(&readme, "unmarked").unwrap();
+        run(&["report", arg(&dir), "--readme", arg(&readme)])
+            .with_code(2)
+            .says(&["ABOUT.md", "<!-- bench -->"]);
+        assert_eq!(read(&readme), "unmarked");
+        assert!(!dir.join("README.md").exists(), "half of it was written");
+        std::fs::write(dir.join("guests.json"), "{").unwrap();
+        run(&["report", arg(&dir)]).with_code(2).says(&["guests.json"]);
+    }
+
+    /// No figure was edited by hand, and the writer was not changed without running it.
+    #[test]
+    fn the_documents_of_this_repository_are_what_report_writes() {
+        let top = top_level();
+        let copy = directory("report_of_this_repository");
+        let kept = copy.join("benches/results");
+        std::fs::create_dir_all(&kept).unwrap();
+        copy_kept(&kept);
+        let readme = copy.join("README.md");
+        std::fs::copy(top.join("README.md"), &readme).unwrap();
+        let ended = run(&["report", arg(&kept), "--readme", arg(&readme)]).with_code(0);
+        let written: Vec<_> = ended.stderr.lines().collect();
+        assert_eq!(written.len(), 6, "{ended}");
+        for line in written {
+            let file = Path::new(line.strip_prefix("wasi-uring: wrote ").unwrap());
+            let committed = top.join(file.strip_prefix(&copy).unwrap());
+            assert!(
+                read(file) == read(&committed),
+                "`wasi-uring report` writes another {}",
+                committed.display()
+            );
+        }
     }
 
     #[test]

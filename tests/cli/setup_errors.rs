@@ -9,7 +9,7 @@ use std::{env, fs, thread};
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use serde_json::Value;
-use tool::{Ended, LIFE, arg, end, end_without_stderr, guests, run, wrapped};
+use tool::{CYCLE, Ended, arg, end, end_without_stderr, guests, run, wrapped};
 use wasi_uring::{KERNEL_MIN, SetupError, Uring};
 
 const ENOSYS: i32 = libc::ENOSYS;
@@ -158,7 +158,7 @@ mod command {
 
     #[test]
     fn uring_without_io_uring_is_exit_code_2_with_cause_and_remedy() {
-        let args = ["run", "--backend", "uring", LIFE, "bind", "1"];
+        let args = ["run", "--backend", "uring", CYCLE, "bind", "1"];
         run_filtered(SETUP, ENOSYS, &args).with_code(2).says(&[
             "ENOSYS",
             "use Linux",
@@ -176,7 +176,7 @@ mod command {
         for (errno, cause) in [(ENOSYS, "ENOSYS"), (EPERM, "seccomp")] {
             for runtime in ["per-core", "multi-thread"] {
                 let options = ["--guests", "8", "--threads", "2", "--runtime", runtime, "--stats"];
-                let args = [&["run"], &options[..], &[LIFE, "pair", "10"]].concat();
+                let args = [&["run"], &options[..], &[CYCLE, "pair", "10"]].concat();
                 let ended = run_filtered(SETUP, errno, &args).with_code(0).says(&[cause]);
                 assert_eq!(ended.lines_with("no io_uring: UDP sockets are wasmtime-wasi's"), 1);
                 assert_eq!(ended.stats()["backend"], "stock", "{ended}");
@@ -186,7 +186,7 @@ mod command {
 
     #[test]
     fn the_log_has_colours_on_terminals_only() {
-        let ended = run_filtered(SETUP, EPERM, &["run", LIFE, "bind", "1"]).with_code(0);
+        let ended = run_filtered(SETUP, EPERM, &["run", CYCLE, "bind", "1"]).with_code(0);
         assert!(ended.says(&["WARN"]).lines_with("\x1b") == 0);
     }
 
@@ -194,7 +194,7 @@ mod command {
     fn auto_falls_back_where_there_is_memory_for_one_ring_of_two() {
         let mut wrapper = with_little_memlock();
         wrapper[1] = "--memlock=131072:131072";
-        let args = ["run", "--guests", "2", "--threads", "2", "--stats", LIFE, "pair", "10"];
+        let args = ["run", "--guests", "2", "--threads", "2", "--stats", CYCLE, "pair", "10"];
         let ended = end(wrapped(&wrapper, args)).with_code(0).says(&["locked-memory limit"]);
         assert_eq!(ended.lines_with("no io_uring"), 1, "{ended}");
         assert_eq!(ended.stats()["backend"], "stock", "{ended}");
@@ -203,7 +203,7 @@ mod command {
     #[test]
     fn auto_falls_back_even_if_nobody_reads_that_it_does() {
         with_filter(SETUP, EPERM, || {
-            end_without_stderr(tool::command(["run", LIFE, "pair", "10"])).with_code(0);
+            end_without_stderr(tool::command(["run", CYCLE, "pair", "10"])).with_code(0);
         });
     }
 
@@ -212,7 +212,7 @@ mod command {
     fn a_tokio_uring_runtime_without_io_uring_fails_and_does_not_panic() {
         for backend in ["auto", "stock"] {
             let options = ["--backend", backend, "--runtime", "tokio-uring"];
-            let args = [&["run"], &options[..], &[LIFE, "bind", "1"]].concat();
+            let args = [&["run"], &options[..], &[CYCLE, "bind", "1"]].concat();
             let ended = run_filtered(SETUP, EPERM, &args).says(&["tokio-uring", "per-core"]);
             assert!(matches!(ended.code, Some(1 | 2)), "{ended}");
             assert!(!ended.stderr.contains("panicked"), "{ended}");
@@ -221,7 +221,7 @@ mod command {
 
     #[test]
     fn stock_does_not_ask_for_io_uring() {
-        let args = ["run", "--backend", "stock", LIFE, "pair", "1"];
+        let args = ["run", "--backend", "stock", CYCLE, "pair", "1"];
         let ended = run_filtered(SETUP, EPERM, &args).with_code(0);
         assert_eq!(ended.stderr, "");
     }
@@ -241,7 +241,7 @@ mod command {
 
     #[test]
     fn a_table_beyond_the_open_files_limit_is_exit_code_2_with_the_remedy() {
-        let args = ["run", "--backend", "uring", "--sockets", "4096", LIFE, "bind", "1"];
+        let args = ["run", "--backend", "uring", "--sockets", "4096", CYCLE, "bind", "1"];
         with_few_files(&args).with_code(2).says(&["4096", "256", "ulimit -n 4096"]);
     }
 
@@ -249,7 +249,7 @@ mod command {
     fn without_a_number_of_sockets_the_table_fits_the_limit() {
         for runtime in ["per-core", "multi-thread"] {
             let options = ["--backend", "uring", "--guests", "4", "--runtime", runtime];
-            let args = [&["run"], &options[..], &[LIFE, "pair", "10"]].concat();
+            let args = [&["run"], &options[..], &[CYCLE, "pair", "10"]].concat();
             let ended = with_few_files(&args).with_code(0);
             assert_eq!(ended.stderr, "");
         }
@@ -272,13 +272,13 @@ mod command {
 
     #[test]
     fn locked_memory_that_is_used_up_is_exit_code_2_with_the_remedy() {
-        let args = ["run", "--backend", "uring", LIFE, "bind", "1"];
+        let args = ["run", "--backend", "uring", CYCLE, "bind", "1"];
         end(wrapped(&with_little_memlock(), args)).with_code(2).says(&[
             "ENOMEM",
             "locked-memory limit of 65536",
             "ulimit -l",
         ]);
-        let ended = end(wrapped(&with_little_memlock(), ["run", LIFE, "bind", "1"]));
+        let ended = end(wrapped(&with_little_memlock(), ["run", CYCLE, "bind", "1"]));
         ended.with_code(0).says(&["no io_uring", "locked-memory limit of 65536"]);
     }
 }

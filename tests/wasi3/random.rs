@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 use crate::common::target::{Target, target};
 use crate::common::{Backend, LOOPBACK, LOOPBACK_6, Setup, native};
@@ -129,8 +130,15 @@ fn transcript(
     })
 }
 
+/// From the package's directory.
+const REGRESSIONS: &str = "tests/proptest-regressions/wasi3.txt";
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 100,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(REGRESSIONS))),
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn any_sequence_of_calls_is_answered_alike(

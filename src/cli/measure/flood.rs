@@ -1,10 +1,10 @@
 //! What a flood at one socket costs the others.
 //!
-//! All guests run on one thread, and with them a client that paces questions to those that answer
+//! All guests run on one thread, and with them a client that paces requests to those that answer
 //! and takes the time. The flood comes from another thread, so that it takes no CPU time from them
-//! but by what it makes of it. What other programs take is not the flood's doing either: a
-//! question during which the guests' thread waited for its CPU is told apart, for one such wait of
-//! 15 ms is the slowest hundredth of a window.
+//! but by the work it makes for the kernel. Other programs' CPU time is not the flood's doing either:
+//! a request during which the guests' thread waited for its CPU is counted apart, because one such
+//! wait of 15 ms is the slowest hundredth of a window.
 
 use std::fs::File;
 use std::io::{IoSlice, Read};
@@ -29,38 +29,38 @@ use wasmtime::error::Context;
 use wasmtime::{bail, format_err};
 use wasmtime_wasi::WasiCtx;
 
-use super::{Backend, Contest, Summary, WasiArg};
+use super::{Backend, Harness, Summary, WasiArg};
 use crate::args::NetArg;
 use crate::host::{GuestConfig, Net, Program};
-use crate::say;
+use crate::terminal::say;
 
-/// Sockets unless told otherwise: one is flooded, the others answer.
+/// Sockets by default: one is flooded, the others answer.
 pub(crate) const SOCKETS_DEFAULT: usize = 1000;
 
-/// Every so often so many sockets are asked.
+/// The client sends so many requests each time.
 const PACE: Duration = Duration::from_millis(1);
-const QUESTIONS_PER_PACE: usize = 10;
+const REQUESTS_PER_PACE: usize = 10;
 
-/// How often each is asked in a window, which takes 1.5 seconds with a thousand.
-const QUESTIONS_PER_SOCKET: usize = 15;
+/// Requests to each socket in a window, which takes 1.5 seconds with a thousand.
+const REQUESTS_PER_SOCKET: usize = 15;
 
 /// The same between the windows.
-const QUESTIONS_TO_SETTLE: usize = 2;
+const REQUESTS_TO_SETTLE: usize = 2;
 
 /// How long an answer may take before it counts as lost.
-const PATIENCE: Duration = Duration::from_secs(2);
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
 
-/// How long the guests' thread may wait for its CPU in the course of a question.
+/// How long the guests' thread may wait for its CPU in the course of a request.
 const CPU_WAIT_MAX: Duration = Duration::from_micros(250);
 
-/// Bytes of a question.
-const QUESTION_BYTES: usize = 64;
+/// Bytes of a request.
+const REQUEST_BYTES: usize = 64;
 
 /// Where the flood goes in a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flooded {
-    Nobody,
-    /// A plain socket that nobody reads: the flood's cost to the machine.
+    Nothing,
+    /// A plain socket that is never read: the flood's cost to the machine.
     Elsewhere,
     /// A guest's socket, datagram by datagram.
     Guest,
@@ -69,7 +69,7 @@ enum Flooded {
 }
 
 const WINDOWS: [Flooded; 4] =
-    [Flooded::Nobody, Flooded::Elsewhere, Flooded::Guest, Flooded::GuestInBulk];
+    [Flooded::Nothing, Flooded::Elsewhere, Flooded::Guest, Flooded::GuestInBulk];
 
 /// Steps of the progress bar per backend and round.
 pub(crate) const STEPS: usize = WINDOWS.len();
@@ -77,12 +77,12 @@ pub(crate) const STEPS: usize = WINDOWS.len();
 /// Datagrams in a message of a flood in bulk.
 const BULK_DATAGRAMS: usize = 64;
 
-/// What the others' questions met in one window.
+/// What the others' requests met in one window.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
     p50: Duration,
     p99: Duration,
-    asked: usize,
+    requests: usize,
     lost: usize,
     /// Answered, but other programs had the CPU meanwhile; not in the quantiles.
     held_up: usize,
@@ -105,7 +105,7 @@ pub(crate) struct Figures {
     /// A flooded p99 by the calm one of its round.
     pub(crate) flooded: Summary,
     pub(crate) flooded_in_bulk: Summary,
-    pub(crate) asked: usize,
+    pub(crate) requests: usize,
     pub(crate) lost: usize,
     pub(crate) held_up: usize,
     /// Datagrams of the flood and of the flood in bulk.
@@ -114,7 +114,7 @@ pub(crate) struct Figures {
 
 /// Measures both backends in turn, round by round.
 pub(crate) fn measure(
-    contest: &Contest,
+    harness: &Harness,
     wasi: WasiArg,
     sockets: usize,
     rounds: usize,
@@ -123,7 +123,7 @@ pub(crate) fn measure(
     // Else the scheduler may put the flood beside the guests for some of the time.
     let cpus = Cpus::allowed()?;
     pin(cpus.first)?;
-    let measured = measure_pinned(contest, wasi, sockets, rounds, step, &cpus);
+    let measured = measure_pinned(harness, wasi, sockets, rounds, step, &cpus);
     sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
     let [stock, uring] = measured?;
     let figures = |backend, rounds: &[Round]| figures(wasi, backend, sockets, rounds);
@@ -131,7 +131,7 @@ pub(crate) fn measure(
 }
 
 fn measure_pinned(
-    contest: &Contest,
+    harness: &Harness,
     wasi: WasiArg,
     sockets: usize,
     rounds: usize,
@@ -144,19 +144,19 @@ fn measure_pinned(
         let mut backends: Vec<_> = backends.collect();
         backends.rotate_left(round % 2);
         for (backend, measured) in backends {
-            // One population at a time, for a thousand guests at rest are still in the way.
+            // One population at a time, because a thousand guests at rest are still in the way.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let windows = runtime.block_on(async {
                 let population =
-                    Population::start(contest.program(wasi, backend), contest.ring(0), sockets)
+                    Population::start(harness.program(wasi, backend), harness.ring(0), sockets)
                         .await?;
                 let mut windows = [Window::default(); 4];
-                // Each has its turn to be the first.
+                // Each is the first once.
                 for at in 0..windows.len() {
                     let at = (at + round) % windows.len();
-                    // Warms up, and lets go what the last flood has left.
-                    population.window(Flooded::Nobody, QUESTIONS_TO_SETTLE, cpus).await?;
-                    let window = population.window(WINDOWS[at], QUESTIONS_PER_SOCKET, cpus).await?;
+                    // Warms up, and lets guests finish with what the last flood has left.
+                    population.window(Flooded::Nothing, REQUESTS_TO_SETTLE, cpus).await?;
+                    let window = population.window(WINDOWS[at], REQUESTS_PER_SOCKET, cpus).await?;
                     tracing::debug!(backend = backend.name(), flooded = ?WINDOWS[at], ?window);
                     windows[at] = window;
                     step();
@@ -215,7 +215,7 @@ fn figures(wasi: WasiArg, backend: Backend, sockets: usize, rounds: &[Round]) ->
         p99: [0, 1, 2, 3].map(|at| summary(&|windows| micros(windows[at].p99)).median),
         flooded: ratio(2),
         flooded_in_bulk: ratio(3),
-        asked: total(|window| window.asked),
+        requests: total(|window| window.requests),
         lost: total(|window| window.lost),
         held_up: total(|window| window.held_up),
         flood_per_second: [2, 3].map(|at| summary(&|windows| windows[at].flood).median),
@@ -225,10 +225,10 @@ fn figures(wasi: WasiArg, backend: Backend, sockets: usize, rounds: &[Round]) ->
 /// Guests at work, and a client beside them.
 struct Population {
     client: Arc<UdpSocket>,
-    answerers: Vec<SocketAddr>,
+    servers: Vec<SocketAddr>,
     /// The guest's that is flooded.
     sink: SocketAddr,
-    /// Nobody's.
+    /// No guest's.
     elsewhere: UdpSocket,
     epoch: Instant,
     _guests: JoinSet<wasmtime::Result<()>>,
@@ -248,98 +248,99 @@ impl Population {
             let port = reports_to.local_addr()?.port().to_string();
             let mut wasi = WasiCtx::builder();
             net.configure(&mut wasi);
-            wasi.args(&["life", mode, "999999999", &port]);
+            wasi.args(&["cycle", mode, "999999999", &port]);
             let config = GuestConfig { wasi, net: &net, uring: Some(ring), sockets_max: 1 };
             let mut instance = program.instantiate(config).await?;
             guests.spawn(async move { instance.run().await });
         }
-        let sink = hello(&sinks_client, &mut guests).await?;
-        let mut answerers = Vec::new();
-        while answerers.len() + 1 < sockets {
-            answerers.push(hello(&client, &mut guests).await?);
+        let sink = reported_addr(&sinks_client, &mut guests).await?;
+        let mut servers = Vec::new();
+        while servers.len() + 1 < sockets {
+            servers.push(reported_addr(&client, &mut guests).await?);
         }
         let (client, epoch) = (Arc::new(client), Instant::now());
-        Ok(Self { client, answerers, sink, elsewhere, epoch, _guests: guests })
+        Ok(Self { client, servers, sink, elsewhere, epoch, _guests: guests })
     }
 
     async fn window(
         &self,
         flooded: Flooded,
-        questions_per_socket: usize,
+        requests_per_socket: usize,
         cpus: &Cpus,
     ) -> wasmtime::Result<Window> {
         let flood = match flooded {
-            Flooded::Nobody => None,
+            Flooded::Nothing => None,
             Flooded::Elsewhere => Some(Flood::start(self.elsewhere.local_addr()?, 1, cpus)?),
             Flooded::Guest => Some(Flood::start(self.sink, 1, cpus)?),
             Flooded::GuestInBulk => Some(Flood::start(self.sink, BULK_DATAGRAMS, cpus)?),
         };
-        let asked = self.answerers.len() * questions_per_socket;
+        let requests = self.servers.len() * requests_per_socket;
         let window = u64::try_from(self.epoch.elapsed().as_nanos())?;
-        let asking = tokio::spawn(ask(
+        let sending = tokio::spawn(send_requests(
             Arc::clone(&self.client),
-            self.answerers.clone(),
+            self.servers.clone(),
             (self.epoch, window),
-            asked,
+            requests,
         ));
         let cpu_wait = CpuWait::of_this_thread();
-        let mut latencies = Vec::with_capacity(asked);
+        let mut latencies = Vec::with_capacity(requests);
         let mut held_up = 0;
-        let mut bytes = [0; QUESTION_BYTES];
-        while latencies.len() + held_up < asked {
-            let Ok(received) = timeout(PATIENCE, self.client.recv_from(&mut bytes)).await else {
+        let mut bytes = [0; REQUEST_BYTES];
+        while latencies.len() + held_up < requests {
+            let Ok(received) = timeout(ANSWER_TIME_MAX, self.client.recv_from(&mut bytes)).await
+            else {
                 break;
             };
             let (len, _) = received?;
             let now = u64::try_from(self.epoch.elapsed().as_nanos())?;
-            let Some(question) = Question::read(&bytes[..len]) else {
-                bail!("an answer is not what was asked");
+            let Some(request) = Request::read(&bytes[..len]) else {
+                bail!("an answer is not what was sent");
             };
             // An answer that came too late for the last window was counted as lost there.
-            if question.window != window {
+            if request.window != window {
                 continue;
             }
-            if cpu_wait.so_far().saturating_sub(question.waited_before) > CPU_WAIT_MAX {
+            if cpu_wait.so_far().saturating_sub(request.waited_before) > CPU_WAIT_MAX {
                 held_up += 1;
             } else {
-                latencies.push(Duration::from_nanos(now - question.due));
+                latencies.push(Duration::from_nanos(now - request.due));
             }
         }
-        asking.await.map_err(|error| format_err!("{error}"))??;
+        sending.await.map_err(|error| format_err!("{error}"))??;
         let rate = flood.as_ref().map_or(0.0, Flood::rate);
         drop(flood);
-        let lost = asked - latencies.len() - held_up;
-        latencies.resize(asked - held_up, PATIENCE);
+        let lost = requests - latencies.len() - held_up;
+        latencies.resize(requests - held_up, ANSWER_TIME_MAX);
         latencies.sort();
         let quantile = |of_hundred: usize| {
             let at = latencies.len().saturating_sub(1) * of_hundred / 100;
-            latencies.get(at).copied().unwrap_or(PATIENCE)
+            latencies.get(at).copied().unwrap_or(ANSWER_TIME_MAX)
         };
-        Ok(Window { p50: quantile(50), p99: quantile(99), asked, lost, held_up, flood: rate })
+        Ok(Window { p50: quantile(50), p99: quantile(99), requests, lost, held_up, flood: rate })
     }
 }
 
-/// Where a guest is, as it tells; an error if one has ended instead.
-async fn hello(
+/// The address of a guest that reports it; an error if one has ended instead.
+async fn reported_addr(
     socket: &UdpSocket,
     guests: &mut JoinSet<wasmtime::Result<()>>,
 ) -> wasmtime::Result<SocketAddr> {
-    match timeout(PATIENCE, socket.recv_from(&mut [0; QUESTION_BYTES])).await {
+    match timeout(ANSWER_TIME_MAX, socket.recv_from(&mut [0; REQUEST_BYTES])).await {
         Ok(received) => Ok(received?.1),
         Err(_) => match guests.try_join_next() {
             Some(ended) => bail!("a guest ended: {ended:?}"),
-            None => bail!("a guest has not said where it is"),
+            None => bail!("no guest has reported its address"),
         },
     }
 }
 
-/// Asks the answerers in turn, at an even pace. A question counts from when it was due: that the
-/// guests have kept this thread from asking it is part of the wait.
-async fn ask(
+/// Sends requests to the servers in turn, at an even pace. A request's time counts from when it was
+/// due: if the guests kept this thread from sending it, that is part of the wait.
+async fn send_requests(
     client: Arc<UdpSocket>,
-    answerers: Vec<SocketAddr>,
+    servers: Vec<SocketAddr>,
     (epoch, window): (Instant, u64),
-    asked: usize,
+    requests: usize,
 ) -> wasmtime::Result<()> {
     // Tokio's own clock ticks in milliseconds.
     let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
@@ -352,34 +353,34 @@ async fn ask(
     let cpu_wait = CpuWait::of_this_thread();
     let mut waited_before = cpu_wait.so_far();
     let mut due = start;
-    for (at, answerer) in answerers.iter().cycle().take(asked).enumerate() {
-        if at % QUESTIONS_PER_PACE == 0 {
+    for (at, server) in servers.iter().cycle().take(requests).enumerate() {
+        if at % REQUESTS_PER_PACE == 0 {
             due += PACE;
             waited_before = cpu_wait.so_far();
             while Instant::now() < due {
                 let mut expired = timer.readable().await?;
-                // How often does not matter: the clock is asked.
+                // How often it expired does not matter: the loop reads the clock.
                 let _ = expired.try_io(|timer| timer.get_ref().read(&mut [0; 8]));
             }
         }
         let due = u64::try_from((due - epoch).as_nanos())?;
-        let question = Question { due, window, waited_before };
-        client.send_to(&question.write(), answerer).await.context("asking")?;
+        let request = Request { due, window, waited_before };
+        client.send_to(&request.write(), server).await.context("sending a request")?;
     }
     Ok(())
 }
 
-/// What travels with a question and comes back with the answer, in nanoseconds.
-struct Question {
+/// The contents of a request and of its answer, in nanoseconds.
+struct Request {
     due: u64,
     window: u64,
-    /// What the guests' thread had waited for its CPU when the question was not yet due.
+    /// What the guests' thread had waited for its CPU before the request was due.
     waited_before: Duration,
 }
 
-impl Question {
-    fn write(&self) -> [u8; QUESTION_BYTES] {
-        let mut bytes = [0; QUESTION_BYTES];
+impl Request {
+    fn write(&self) -> [u8; REQUEST_BYTES] {
+        let mut bytes = [0; REQUEST_BYTES];
         let waited = u64::try_from(self.waited_before.as_nanos()).unwrap_or(u64::MAX);
         for (field, value) in bytes.chunks_exact_mut(8).zip([self.due, self.window, waited]) {
             field.copy_from_slice(&value.to_ne_bytes());
@@ -402,7 +403,7 @@ impl CpuWait {
         Self(File::open("/proc/thread-self/schedstat").ok())
     }
 
-    /// Zero where the kernel does not tell.
+    /// Zero where the kernel does not count it.
     fn so_far(&self) -> Duration {
         let read = || {
             let mut text = [0; 64];
@@ -435,14 +436,14 @@ impl Flood {
     fn start(target: SocketAddr, datagrams: usize, cpus: &Cpus) -> wasmtime::Result<Self> {
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         let target = SockaddrStorage::from(target);
-        let segment = u16::try_from(QUESTION_BYTES)?;
+        let segment = u16::try_from(REQUEST_BYTES)?;
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count) = (Arc::clone(&stop), Arc::clone(&sent));
         let cpu = cpus.last;
         let thread = std::thread::spawn(move || {
             // If not, it is measured all the same.
             let _ = pin(cpu);
-            let bytes = vec![0; QUESTION_BYTES * datagrams];
+            let bytes = vec![0; REQUEST_BYTES * datagrams];
             let control = [ControlMessage::UdpGsoSegments(&segment)];
             let control = if datagrams > 1 { &control[..] } else { &[] };
             while !stopped.load(Ordering::Relaxed) {

@@ -13,9 +13,9 @@ use std::time::Duration;
 use wasmtime::bail;
 use wasmtime::error::Context;
 
-use super::{Backend, Summary, WasiArg, life};
+use super::{Backend, Summary, WasiArg, built_in_guest};
 
-/// Sockets that one guest holds unless told otherwise, open files permitting.
+/// Sockets that one guest holds by default, open files permitting.
 pub const SOCKETS_DEFAULT: usize = 10_000;
 
 /// How long a guest may take to open its sockets.
@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 pub enum Idleness {
     /// They are bound, and that is all.
     Bound,
-    /// They have asked for datagrams.
+    /// A receive is armed on each.
     Receiving,
 }
 
@@ -46,8 +46,8 @@ impl Idleness {
     /// The mode of the built-in guest.
     fn mode(self) -> &'static str {
         match self {
-            Self::Bound => "keep",
-            Self::Receiving => "hold",
+            Self::Bound => "bound",
+            Self::Receiving => "await",
         }
     }
 }
@@ -112,7 +112,12 @@ impl Idle {
                 .stdout(Stdio::null())
                 .spawn()?,
         );
-        child.0.stdin.take().context("no stdin")?.write_all(life(self.wasi).as_bytes())?;
+        child
+            .0
+            .stdin
+            .take()
+            .context("no stdin")?
+            .write_all(built_in_guest(self.wasi).as_bytes())?;
         if host.recv_from(&mut [0; 64]).is_err() {
             bail!("{} guest with {sockets} sockets did not get ready", self.backend.name());
         }
@@ -168,7 +173,7 @@ const SETTLE: Duration = Duration::from_millis(100);
 const SETTLE_ROUNDS_MAX: u32 = 50;
 const SETTLED_BYTES: f64 = 65_536.0;
 
-/// Ends with whoever measures it.
+/// A process that holds the sockets, killed when its measurement ends.
 struct Holder(Child);
 
 impl Drop for Holder {

@@ -1,6 +1,6 @@
-//! Who sends what one-way receivers receive: a thread of its own.
+//! The thread that sends what one-way receivers receive.
 //!
-//! A receiver asks with a few bytes, and the reply is a batch of datagrams. So none has more of them
+//! A receiver sends a request of a few bytes, and the reply is a batch of datagrams. So none has more of them
 //! under way than its receive buffer holds, however slow it is. The batch is one sendmmsg(2), within
 //! which the kernel delivers one datagram after the other: how many a receiver finds waiting depends
 //! on how fast it is, as with traffic from elsewhere.
@@ -17,18 +17,16 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 
-use super::{Bench, Operation, Work};
-
-/// Bytes of a request, which each datagram of the reply begins with.
-pub(super) const REQUEST_BYTES: usize = 4;
+use super::{Bench, Work};
+use crate::benches::{Operation, REQUEST_BYTES};
 
 /// Receivers for each socket: their requests fit a receive buffer of the usual 208 KiB.
 const RECEIVERS_MAX: usize = 64;
 
-/// Longer than anybody's turn takes.
+/// Longer than one round of all receivers takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Where receivers ask.
+/// The thread, and the sockets that receivers send their requests to.
 pub(super) struct Source {
     addrs: Vec<SocketAddr>,
     running: Option<Running>,
@@ -58,21 +56,21 @@ impl Source {
         let bench = work.bench;
         let thread = thread::spawn(move || {
             let cpu = ThreadTime::now();
-            let mut asked = HashMap::new();
-            let served = serve(&sockets, Reply::of(bench), &ended, &mut asked);
+            let mut requested = HashMap::new();
+            let served = serve(&sockets, Reply::of(bench), &ended, &mut requested);
             if served.is_err() {
-                // Whoever waits, or asks yet, is not to wait for ever: this is no datagram of theirs.
-                for (receiver, at) in &asked {
+                // Lest receivers wait for ever, those of later requests too: a datagram too short fails them.
+                for (receiver, at) in &requested {
                     let _ = sockets[*at].send_to(&[], receiver);
                 }
-                let _ = serve(&sockets, Reply::REFUSAL, &ended, &mut asked);
+                let _ = serve(&sockets, Reply::REFUSAL, &ended, &mut requested);
             }
             served.map(|()| cpu.elapsed())
         });
         Ok(Self { addrs, running: Some(Running { end, thread }) })
     }
 
-    /// Whom a receiver asks; port 0 where nobody does.
+    /// The address for a receiver's requests; port 0 where the operation has none.
     pub(super) fn addr(&self, receiver: usize) -> SocketAddr {
         let addr = self.addrs.get(receiver / RECEIVERS_MAX);
         addr.copied().unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 0).into())
@@ -90,12 +88,12 @@ impl Source {
     }
 }
 
-/// What is sent to whoever asks.
+/// What is sent for a request.
 #[derive(Clone, Copy)]
 struct Reply {
     bytes: usize,
     datagrams: usize,
-    /// How long nobody asks, once somebody has, before a datagram must have been lost.
+    /// After this time without a request, once there has been one, a datagram must have been lost.
     patience: Option<Duration>,
 }
 
@@ -108,12 +106,12 @@ impl Reply {
     }
 }
 
-/// Replies until the pipe is closed; notes who has asked at which socket.
+/// Replies until the pipe is closed; records which receiver has sent requests to which socket.
 fn serve(
     sockets: &[UdpSocket],
     reply: Reply,
     ended: &PipeReader,
-    asked: &mut HashMap<SocketAddr, usize>,
+    requested: &mut HashMap<SocketAddr, usize>,
 ) -> io::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     for (at, socket) in sockets.iter().enumerate() {
@@ -140,7 +138,7 @@ fn serve(
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),
                 };
-                asked.insert(receiver, at);
+                requested.insert(receiver, at);
                 let datagrams = vec![[IoSlice::new(&datagram[..reply.bytes])]; reply.datagrams];
                 let to = vec![Some(SockaddrStorage::from(receiver)); reply.datagrams];
                 let flags = MsgFlags::empty();

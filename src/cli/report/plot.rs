@@ -13,13 +13,15 @@ use std::path::{Path, PathBuf};
 
 use plotters::prelude::*;
 
+use crate::benches::{BENCHES, BYTES_MAX, Bench, Operation};
+
 use page::{
     Area, Axis, BAR_HALF, Drawn, GAP, GRID, HEAD_ROOM, HPos, INK, Look, PAPER, Page, SMALL, TEXT,
     VALUE_ROOM, X_ROOM, Y_ROOM, axes, bold, cell, cell_width, counted, fit, float, linear_ticks,
     listed, log_ticks, look_of, mark, pixels, rank, scaled, short, text, wide,
 };
 
-/// One contender's figures in one bench.
+/// One implementation's figures in one bench.
 #[derive(Clone, Debug)]
 pub(crate) struct Bar {
     pub(crate) name: String,
@@ -39,7 +41,7 @@ pub(crate) struct Bar {
 pub(crate) struct Row {
     pub(crate) bench: String,
     pub(crate) guests: usize,
-    pub(crate) contenders: Vec<Bar>,
+    pub(crate) implementations: Vec<Bar>,
 }
 
 // Pixels.
@@ -51,14 +53,8 @@ const BENCH_GAP: i32 = 8;
 const OVERVIEW_NAME_ROOM: i32 = 220;
 const NAME_ROOM_MAX: i32 = 150;
 
-/// Benches that open sockets, how many per operation, and what an operation is.
-const LIFE: [(&str, f64, &str); 4] = [
-    ("create", 1.0, "create, drop"),
-    ("bind", 1.0, "create, bind, drop"),
-    ("pair", 2.0, "open two, a datagram each way"),
-    ("dns", 1.0, "connect, ask, be answered"),
-];
-const LIFE_GUESTS_MAX: usize = 64;
+/// Most guests of a panel of sockets.
+const SOCKETS_GUESTS_MAX: usize = 64;
 const PAIRS: [(&str, &str); 2] = [("stock 0.2", "uring 0.2"), ("stock 0.3", "uring 0.3")];
 /// Numbers of guests, and sizes of batches, that make a line.
 const GUESTS_MIN: usize = 3;
@@ -72,29 +68,66 @@ const FIGURES: Range<f64> = 1e-9..1e15;
 const GUESTS: &str = "stock, uring: WebAssembly guests of WASI 0.2 or 0.3, on wasmtime-wasi's \
     sockets or on the ring.";
 const NATIVES: &str = "std, tokio, tokio-uring: native programs. floor: the bare ring.";
-/// What no contender can be better than; it shall not set the scale.
+/// No implementation can be better than it; it shall not set the scale.
 const FLOOR: &str = "floor";
 /// How much longer than the longest other bar the floor's is drawn.
 const FLOOR_MAX: f64 = 1.2;
 
-/// Draws into `dir` what `rows` have the figures for; `caption` tells where they were measured.
-/// Answers which files it wrote. The same input gives the same bytes.
+/// What can be drawn.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Picture {
+    /// Sockets per second.
+    Sockets,
+    /// Cost against the number of guests.
+    Guests,
+    /// Cost against the size of a batch.
+    Batch,
+    /// How many times as fast as stock the ring is.
+    Overview,
+}
+
+impl Picture {
+    pub(crate) const ALL: [Self; 4] = [Self::Sockets, Self::Guests, Self::Batch, Self::Overview];
+
+    /// Those that need no more than two numbers of guests.
+    pub(crate) const OF_FEW_GUESTS: [Self; 3] = [Self::Sockets, Self::Batch, Self::Overview];
+
+    fn file_name(self) -> &'static str {
+        match self {
+            Self::Sockets => "sockets.svg",
+            Self::Guests => "guests.svg",
+            Self::Batch => "batch.svg",
+            Self::Overview => "overview.svg",
+        }
+    }
+
+    fn draw(self, rows: &[Row], caption: &str) -> Drawn<Option<String>> {
+        match self {
+            Self::Sockets => sockets(rows, caption),
+            Self::Guests => guests(rows, caption),
+            Self::Batch => batch(rows, caption),
+            Self::Overview => overview(rows, caption),
+        }
+    }
+}
+
+/// Draws into `dir` those of the pictures that `rows` have the figures for; `caption` says where they
+/// were measured. Returns the paths of the files it wrote. The same input gives the same bytes.
 ///
 /// # Errors
 ///
 /// That of the file that could not be written, with its path.
-pub(crate) fn draw(rows: &[Row], caption: &str, dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let plots = [
-        ("sockets.svg", sockets(rows, caption)),
-        ("guests.svg", guests(rows, caption)),
-        ("batch.svg", batch(rows, caption)),
-        ("overview.svg", overview(rows, caption)),
-    ];
+pub(crate) fn draw(
+    pictures: &[Picture],
+    rows: &[Row],
+    caption: &str,
+    dir: &Path,
+) -> io::Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
-    for (name, plot) in plots {
-        let path = dir.join(name);
+    for picture in pictures {
+        let path = dir.join(picture.file_name());
         let at = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
-        if let Some(svg) = plot.map_err(io::Error::other).map_err(at)? {
+        if let Some(svg) = picture.draw(rows, caption).map_err(io::Error::other).map_err(at)? {
             fs::create_dir_all(dir).and_then(|()| fs::write(&path, svg)).map_err(at)?;
             paths.push(path);
         }
@@ -115,20 +148,22 @@ struct Line<'a> {
 /// Sockets per second: a panel per bench, since their scales differ tenfold.
 fn sockets(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
     let mut panels = Vec::new();
-    for (bench, per_operation, what) in LIFE {
+    let benches = BENCHES.iter().filter(|bench| bench.sockets > 0);
+    for Bench { name: bench, what, sockets, .. } in benches {
         let has_figure = |bar: &&Bar| FIGURES.contains(&bar.per_second);
-        let rows = rows.iter().filter(|row| row.bench == bench && row.guests <= LIFE_GUESTS_MAX);
-        let rows = rows.filter(|row| row.contenders.iter().any(|bar| has_figure(&bar)));
+        let rows =
+            rows.iter().filter(|row| row.bench == *bench && row.guests <= SOCKETS_GUESTS_MAX);
+        let rows = rows.filter(|row| row.implementations.iter().any(|bar| has_figure(&bar)));
         let Some(row) = rows.max_by_key(|row| row.guests) else { continue };
-        let mut bars: Vec<_> = row.contenders.iter().filter(has_figure).collect();
+        let mut bars: Vec<_> = row.implementations.iter().filter(has_figure).collect();
         bars.sort_by_key(|bar| rank(&bar.name));
         let line = |bar: &&Bar| {
-            let value = bar.per_second * per_operation;
+            let value = bar.per_second * f64::from(*sockets);
             let (name, shown) = (bar.name.clone(), format!("{}/s", scaled(value)));
             Line { bench: "", name, value, spread: 0.0, shown, look: look_of(&bar.name) }
         };
         let what = format!("{what} · {}", counted(row.guests));
-        panels.push((bench, what, bars.iter().map(line).collect::<Vec<_>>()));
+        panels.push((*bench, what, bars.iter().map(line).collect::<Vec<_>>()));
     }
     let lines = panels.iter().flat_map(|(_, _, lines)| lines);
     let names = listed(lines.map(|line| &*line.name));
@@ -187,7 +222,7 @@ fn overview(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
                 look: look_of(&ring.name),
             })
         };
-        groups.push((row, row.contenders.iter().filter_map(line).collect()));
+        groups.push((row, row.implementations.iter().filter_map(line).collect()));
     }
     groups.retain(|(_, lines)| !lines.is_empty());
     let benches = listed(rows.iter().map(|row| &*row.bench));
@@ -287,7 +322,7 @@ fn bars(root: &Area, cell: &Area, head: [&str; 2], lines: &[Line], x: Axis, name
     root.draw(&PathElement::new(base, INK.stroke_width(1)))
 }
 
-/// A contender's guests or datagrams, CPU time and relative spread, in ascending order.
+/// A implementation's guests or datagrams, CPU time and relative spread, in ascending order.
 type Curve<'a> = (&'a str, Vec<(usize, f64, f64)>);
 
 /// Curves over one bench, or over one number of guests.
@@ -301,10 +336,10 @@ impl<'a> Panel<'a> {
     /// Of rows, where on the x axis they are, and how many operations their figures are for.
     fn new(name: String, rows: &[(&'a Row, usize, f64)]) -> Self {
         let mut curves = Vec::new();
-        let bars = rows.iter().flat_map(|(row, ..)| &row.contenders);
-        for contender in listed(bars.map(|bar| &*bar.name)) {
+        let bars = rows.iter().flat_map(|(row, ..)| &row.implementations);
+        for implementation in listed(bars.map(|bar| &*bar.name)) {
             let of_row = |(row, x, operations): &(&'a Row, usize, f64)| {
-                let bar = row.contenders.iter().find(|bar| bar.name == contender)?;
+                let bar = row.implementations.iter().find(|bar| bar.name == implementation)?;
                 let micros = bar.micros / operations;
                 FIGURES.contains(&micros).then(|| (*x, micros, bounded(bar.spread)))
             };
@@ -312,7 +347,7 @@ impl<'a> Panel<'a> {
             points.sort_by_key(|(x, ..)| *x);
             points.dedup_by_key(|(x, ..)| *x);
             if !points.is_empty() {
-                curves.push((contender, points));
+                curves.push((implementation, points));
             }
         }
         let mut xs: Vec<_> =
@@ -338,9 +373,12 @@ fn guests(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
 
 /// CPU time per datagram against the datagrams of a batch.
 fn batch(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
-    let size = |row: &Row| row.bench.strip_prefix("batch_")?.parse().ok().filter(|size| *size > 0);
-    let sized = |row| size(row).map(|size| (row, size, float(size)));
-    let mut rows: Vec<_> = rows.iter().filter_map(sized).collect();
+    let sized = rows.iter().filter_map(|row| {
+        let bench = Bench::named(&row.bench)?;
+        let is_sized = bench.operation == Operation::Batch && bench.bytes == BYTES_MAX;
+        is_sized.then(|| (row, bench.datagrams, float(bench.datagrams)))
+    });
+    let mut rows: Vec<_> = sized.collect();
     rows.sort_by_key(|(row, ..)| row.guests);
     let mut panels = Vec::new();
     for rows in rows.chunk_by(|(a, ..), (b, ..)| a.guests == b.guests) {

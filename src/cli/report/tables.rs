@@ -1,13 +1,13 @@
-//! What a run of the benches has shown, as tables.
+//! Results as tables on a terminal.
 
-use super::{FLOOD_SPREAD_MAX, SPREAD_MAX};
-use crate::measure::idle::Idle;
-use crate::measure::{Contender, FLOOR, Row, STD, Summary, TOKIO, TOKIO_URING, flood, percent};
-use crate::{print, table};
+use super::{Figure, Flood, Memory, Report, Speed};
+use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
+use crate::terminal::{print, table};
 
 /// Speed, bench by bench.
-pub(crate) fn contests(rows: &[Row]) {
-    if rows.is_empty() {
+pub(crate) fn speed(report: &Report) {
+    let results = &report.results;
+    if results.is_empty() {
         return;
     }
     let mut guests = table([
@@ -24,32 +24,18 @@ pub(crate) fn contests(rows: &[Row]) {
         "suspends/op",
         "spread",
     ]);
-    for row in rows {
-        for (uring, stock) in row.duels() {
-            let ratio = row.cpu_ratio(uring, stock);
-            guests.add_row([
-                row.work().bench.name.to_owned(),
-                uring.wasi().map_or_else(String::new, |wasi| wasi.version().to_owned()),
-                row.work().guests.to_string(),
-                number(row.micros(stock).median, 2),
-                number(row.micros(uring).median, 2),
-                number(ratio.median, 2),
-                number(row.wall_ratio(uring, stock).median, 2),
-                number(row.cpu_ratio(uring, STD).median, 2),
-                number(row.cpu_ratio(uring, FLOOR).median, 2),
-                number(row.enters(uring), 3),
-                format!("{:.2}, {:.2}", row.suspensions(stock), row.suspensions(uring)),
-                spread(ratio, SPREAD_MAX),
-            ]);
+    for speed in results {
+        for (uring, stock) in speed.against_stock() {
+            guests.add_row(guest_row(speed, uring, stock));
         }
     }
     print(guests);
     let mut natives =
         table(["bench", "guests", "std µs", "tokio µs", "tokio-uring µs", "floor µs"]);
-    for row in rows {
-        let micros = |native: Contender| number(row.micros(native).median, 2);
+    for speed in results {
+        let micros = |native: Implementation| number(speed.micros(native), 2);
         let [std, tokio, tokio_uring, floor] = [STD, TOKIO, TOKIO_URING, FLOOR].map(micros);
-        let (bench, guests) = (row.work().bench.name.to_owned(), row.work().guests.to_string());
+        let (bench, guests) = (speed.bench.clone(), speed.guests.to_string());
         natives.add_row([bench, guests, std, tokio, tokio_uring, floor]);
     }
     print(natives);
@@ -61,11 +47,32 @@ pub(crate) fn contests(rows: &[Row]) {
     );
 }
 
+fn guest_row(speed: &Speed, uring: Implementation, stock: Implementation) -> [String; 12] {
+    let ratio = speed.cpu_ratio(uring, stock);
+    let wall = speed.ratio(uring, stock).map_or(f64::NAN, |ratio| ratio.wall.median);
+    let measured = [uring, stock].map(|one| speed.measured(one));
+    let [enters, _] = measured.map(|one| one.map_or(f64::NAN, |one| one.enters_per_operation));
+    let [suspensions, on_stock] =
+        measured.map(|one| one.map_or(f64::NAN, |one| one.suspensions_per_operation));
+    [
+        speed.bench.clone(),
+        uring.wasi().map_or_else(String::new, |wasi| wasi.version().to_owned()),
+        speed.guests.to_string(),
+        number(speed.micros(stock), 2),
+        number(speed.micros(uring), 2),
+        number(ratio.median, 2),
+        number(wall, 2),
+        number(speed.cpu_ratio(uring, STD).median, 2),
+        number(speed.cpu_ratio(uring, FLOOR).median, 2),
+        number(enters, 3),
+        format!("{on_stock:.2}, {suspensions:.2}"),
+        spread(ratio),
+    ]
+}
+
 /// Latency of the others while one socket is flooded.
-pub(crate) fn floods(floods: &[flood::Figures]) {
-    if floods.is_empty() {
-        return;
-    }
+pub(crate) fn floods(report: &Report) {
+    let Some(first) = report.floods.first() else { return };
     let mut table = table([
         "flood",
         "WASI",
@@ -80,64 +87,69 @@ pub(crate) fn floods(floods: &[flood::Figures]) {
         "held up",
         "flood, bulk per s",
     ]);
-    for flood in floods {
-        let [calm, elsewhere, flooded, in_bulk] = flood.p99;
-        let [single, bulk] = flood.flood_per_second;
-        let times =
-            |ratio: Summary| format!("{:.2} {}", ratio.median, spread(ratio, FLOOD_SPREAD_MAX));
-        table.add_row([
-            flood.backend.name().to_owned(),
-            flood.wasi.version().to_owned(),
-            format!("{:.0} µs", flood.calm_p50),
-            format!("{calm:.0} µs"),
-            format!("{elsewhere:.0} µs"),
-            format!("{flooded:.0} µs"),
-            format!("{in_bulk:.0} µs"),
-            times(flood.flooded),
-            times(flood.flooded_in_bulk),
-            format!("{} of {}", flood.lost, flood.asked),
-            flood.held_up.to_string(),
-            format!("{single:.0}, {bulk:.0}"),
-        ]);
+    for flood in &report.floods {
+        table.add_row(flood_row(flood));
     }
     print(table);
     print(format_args!(
         "{} sockets answer a paced client; one more is flooded from another thread, by single \
          datagrams or in bulk, or a plain socket is (elsewhere). Medians of the rounds' p99, without \
-         the questions held up by other programs that had the guests' CPU.",
-        floods[0].sockets - 1,
+         the requests held up by other programs that had the guests' CPU.",
+        first.sockets - 1,
     ));
 }
 
+fn flood_row(flood: &Flood) -> [String; 12] {
+    let p99 = &flood.p99_micros;
+    let times = |ratio: Figure| format!("{:.2} {}", ratio.median, spread(ratio));
+    let rates = &flood.datagrams_per_second;
+    [
+        flood.backend.clone(),
+        flood.wasi.clone(),
+        format!("{:.0} µs", flood.calm_p50_micros),
+        format!("{:.0} µs", p99.calm),
+        format!("{:.0} µs", p99.elsewhere),
+        format!("{:.0} µs", p99.flooded),
+        format!("{:.0} µs", p99.flooded_in_bulk),
+        times(flood.flooded_to_calm),
+        times(flood.flooded_in_bulk_to_calm),
+        format!("{} of {}", flood.lost, flood.requests),
+        flood.held_up.to_string(),
+        format!("{:.0}, {:.0}", rates.single, rates.in_bulk),
+    ]
+}
+
 /// Memory of sockets at rest.
-pub(crate) fn idles(idles: &[Idle]) {
-    if idles.is_empty() {
-        return;
-    }
+pub(crate) fn idle(report: &Report) {
+    let Some(first) = report.idle.first() else { return };
     let mut table = table(["idle", "WASI", "sockets", "process", "kernel", "together", "spread"]);
-    for idle in idles {
-        let (process, kernel) = (idle.process(), idle.kernel());
-        table.add_row([
-            idle.backend.name().to_owned(),
-            idle.wasi.version().to_owned(),
-            idle.idleness.name().to_owned(),
-            format!("{:.0} B", process.median),
-            format!("{:.0} B", kernel.median),
-            format!("{:.0} B", process.median + kernel.median),
-            format!("{}, {}", spread(process, SPREAD_MAX), spread(kernel, SPREAD_MAX)),
-        ]);
+    for memory in &report.idle {
+        table.add_row(memory_row(memory));
     }
     print(table);
     print(format_args!(
         "Memory per socket of one guest that holds {}: the process's own, and the growth of the \
          kernel's slab.",
-        idles[0].sockets,
+        first.sockets,
     ));
 }
 
+fn memory_row(memory: &Memory) -> [String; 7] {
+    let (process, kernel) = (memory.process_bytes, memory.kernel_bytes);
+    [
+        memory.backend.clone(),
+        memory.wasi.clone(),
+        memory.idleness.clone(),
+        format!("{:.0} B", process.median),
+        format!("{:.0} B", kernel.median),
+        format!("{:.0} B", process.median + kernel.median),
+        format!("{}, {}", spread(process), spread(kernel)),
+    ]
+}
+
 /// A figure's spread, with a mark if the figure cannot be believed.
-fn spread(summary: Summary, most: f64) -> String {
-    percent(summary.spread) + if summary.is_noisy(most) { " !" } else { "" }
+fn spread(figure: Figure) -> String {
+    percent(figure.spread) + if figure.noisy { " !" } else { "" }
 }
 
 fn number(value: f64, digits: usize) -> String {

@@ -440,6 +440,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::regressions("tests/proptest-regressions/pool.txt"))]
+
         /// Kills: a step left out or taken twice, a socket given to two owners or to one of
         /// another kind, a limit not kept, a counter that drifts.
         #[test]

@@ -168,15 +168,15 @@ pub(crate) struct Variant<'a> {
 
 /// The built-in guest with another `run`, which finds sockets, network and helpers at hand.
 pub(crate) fn variant(name: &str, variant: &Variant<'_>) -> PathBuf {
-    const LIFE: &str = include_str!("../../../src/cli/guests/life2.wat");
+    const CYCLE: &str = include_str!("../../../src/cli/guests/cycle2.wat");
     let cut = |text: &str, anchor: &str| {
-        let at = text.find(anchor).unwrap_or_else(|| panic!("life2.wat has no {anchor:?}"));
+        let at = text.find(anchor).unwrap_or_else(|| panic!("cycle2.wat has no {anchor:?}"));
         (text[..at].to_owned(), text[at..].to_owned())
     };
-    let (head, rest) = cut(LIFE, "(core func $get-arguments (canon lower");
+    let (head, rest) = cut(CYCLE, "(core func $get-arguments (canon lower");
     let (lowerings, rest) = cut(&rest, "(import \"wasi\" \"get-arguments\"");
     let (program, rest) = cut(&rest, "(func (export \"run\")");
-    let (_run, rest) = cut(&rest, ")\n  (core instance $life");
+    let (_run, rest) = cut(&rest, ")\n  (core instance $cycle");
     let (instance, tail) = cut(&rest, "(export \"get-arguments\"");
     let Variant { imports, core_imports, core_exports, locals, run } = variant;
     let run = format!(
@@ -340,13 +340,13 @@ const HOARD: &str = "
 
 /// A guest that opens sockets until it is refused, gives one back, and binds and drops in its place
 /// so many times; an error unless `new-socket-limit` came at exactly `share` sockets.
-pub(crate) fn hoarding(name: &str, share: u32, lives: u32) -> PathBuf {
+pub(crate) fn hoarding(name: &str, share: u32, cycles: u32) -> PathBuf {
     let run = format!(
         "{HOARD}
          (if (i32.eqz {limit}) (then (return (i32.const 1))))
          (if (i32.ne (local.get $n) (i32.const {share})) (then (return (i32.const 1))))
          (call $drop-socket (local.get $last))
-         (call $repeat (global.get $mode-bind) (i32.const {lives}))",
+         (call $repeat (global.get $mode-bind) (i32.const {cycles}))",
         limit = is_error(NEW_SOCKET_LIMIT, 4),
     );
     variant(name, &Variant { locals: "(local $last i32)", run: &run, ..Variant::default() })
@@ -355,12 +355,12 @@ pub(crate) fn hoarding(name: &str, share: u32, lives: u32) -> PathBuf {
 /// A guest that hoards if its stdin has a byte for it, keeps all until stdin ends, and returns an
 /// error; it traps unless it was refused with `new-socket-limit`. Without a byte it binds and drops
 /// so many times.
-pub(crate) fn hoarding_by_stdin(name: &str, lives: u32) -> PathBuf {
+pub(crate) fn hoarding_by_stdin(name: &str, cycles: u32) -> PathBuf {
     let run = format!(
         "(local.set $stdin (call $get-stdin))
          (call $read (local.get $stdin) (i64.const 1) (global.get $answer))
          (if (call $failed) (then
-           (return (call $repeat (global.get $mode-bind) (i32.const {lives})))))
+           (return (call $repeat (global.get $mode-bind) (i32.const {cycles})))))
          {HOARD}
          (if (i32.eqz {limit}) (then unreachable))
          (loop $open

@@ -12,9 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// The command's built-in guest, of which `run` knows nothing.
-pub(crate) const LIFE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/life2.wat");
+pub(crate) const CYCLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/cycle2.wat");
 /// The same for WASI 0.3.
-pub(crate) const LIFE_3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/life3.wat");
+pub(crate) const CYCLE_3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/cycle3.wat");
 
 /// Longest that one command may take before the test says that it hangs.
 const BOUND: Duration = Duration::from_mins(4);
@@ -154,7 +154,7 @@ fn read(mut pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
     })
 }
 
-/// A file of these contents. Names must differ between tests, for tests run at the same time.
+/// A file of these contents. Names must differ between tests, because tests run at the same time.
 pub(crate) fn file(name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let mut file = std::fs::File::create(&path).expect("a temporary file");

@@ -44,7 +44,7 @@ const FAINT: RGBColor = RGBColor(89, 96, 105);
 pub(super) const GRID: RGBColor = RGBColor(226, 228, 231);
 const AXIS: RGBColor = RGBColor(140, 146, 153);
 
-/// How a contender looks in every plot. Marks tell apart what some eyes see in one colour.
+/// How an implementation looks in every plot. Marks distinguish what some eyes see in one colour.
 #[derive(Clone, Copy)]
 pub(super) struct Look {
     pub(super) color: RGBColor,
@@ -65,7 +65,7 @@ const fn look(rgb: [u8; 3], stroke: u32, mark: &'static [(i32, i32)], is_hollow:
 }
 
 /// In the order they are listed.
-const CONTENDERS: [(&str, Look); 8] = [
+const IMPLEMENTATIONS: [(&str, Look); 8] = [
     ("stock 0.2", look([98, 105, 115], 2, SQUARE, false)),
     ("uring 0.2", look([204, 65, 0], 3, CIRCLE, false)),
     ("stock 0.3", look([160, 167, 176], 2, SQUARE, true)),
@@ -78,11 +78,11 @@ const CONTENDERS: [(&str, Look); 8] = [
 const STRANGER: Look = look([150, 110, 130], 2, DASH, false);
 
 pub(super) fn rank(name: &str) -> usize {
-    CONTENDERS.iter().position(|(known, _)| *known == name).unwrap_or(CONTENDERS.len())
+    IMPLEMENTATIONS.iter().position(|(known, _)| *known == name).unwrap_or(IMPLEMENTATIONS.len())
 }
 
 pub(super) fn look_of(name: &str) -> Look {
-    CONTENDERS.get(rank(name)).map_or(STRANGER, |(_, look)| *look)
+    IMPLEMENTATIONS.get(rank(name)).map_or(STRANGER, |(_, look)| *look)
 }
 
 /// What surrounds every plot.
@@ -97,7 +97,7 @@ pub(super) struct Page<'a> {
 }
 
 impl Page<'_> {
-    /// The document; `body` is told where its top is.
+    /// The document; `body` gets the position of its top.
     pub(super) fn draw(self, body: impl FnOnce(&Area, i32) -> Drawn) -> Drawn<Option<String>> {
         if self.height <= 0 {
             return Ok(None);
@@ -373,7 +373,7 @@ pub(super) fn counted(guests: usize) -> String {
     }
 }
 
-/// Each name once: contenders as they are ranked, others as they come.
+/// Each name once: implementations as they are ranked, others as they come.
 pub(super) fn listed<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let mut listed = Vec::new();
     for name in names {

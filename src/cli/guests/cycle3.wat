@@ -1,4 +1,4 @@
-;; The built-in guest life2.wat once more, for WASI 0.3: the same modes, so that both can be measured side by side. A
+;; The built-in guest cycle2.wat once more, for WASI 0.3: the same modes, so that both can be measured side by side. A
 ;; wasi:cli/run command with the arguments MODE COUNT [PORT [BYTES DATAGRAMS]] (after argv 0); run answers err for an
 ;; argument it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64; DATAGRAMS are
 ;; 1 to 16, else 16.
@@ -8,16 +8,16 @@
 ;;   bind6    likewise with ::1
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
-;;   dns      open a server; COUNT times: a fresh socket connects to it, asks, is answered, closes
+;;   dns      open a server; COUNT times: a fresh socket connects to it, sends, is answered, closes
 ;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS at once
 ;;
-;; The following tell 127.0.0.1:PORT where they are, by a datagram.
+;; The following send their address to 127.0.0.1:PORT, by a datagram.
 ;;
-;;   receive  open a socket; COUNT times ask there by 4 bytes, and wait for DATAGRAMS that begin with them
+;;   receive  open a socket; COUNT times send 4 bytes there, and wait for DATAGRAMS that begin with them
 ;;   serve    open a socket; COUNT times wait for a datagram and send it back
 ;;   sink     open a socket; COUNT times wait for a datagram
-;;   hold     open COUNT sockets that listen, then wait for ever
-;;   keep     open COUNT sockets that do nothing, then wait for ever
+;;   await    open COUNT sockets that wait for a datagram, then wait for ever
+;;   bound    open COUNT sockets that do nothing, then wait for ever
 ;;
 ;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
 ;; timeout.
@@ -25,8 +25,8 @@
 ;; 0.3 has one datagram per call. So a batch is so many sends before the first is waited for, and serve and sink count
 ;; datagrams where 0.2 counts what arrives together. A socket that connects is not bound first: connect does that.
 ;;
-;; send and receive are lowered async, as languages' bindings have them: a call that is done at once says so, and nobody
-;; is suspended; for any other the guest waits on a waitable set.
+;; send and receive are lowered async, as languages' bindings have them: a call that is done at once says so, and the guest is not
+;; suspended; for any other it waits on a waitable set.
 (component
   (import "wasi:cli/environment@0.3.0" (instance $environment
     (export "get-arguments" (func (result (list string))))
@@ -121,7 +121,7 @@
   (core func $task-return (canon task.return (result (result))))
 
   ;; Functions that can fail answer 1 for failure and 0 for success, as the flat form of `result` does.
-  (core module $life-module
+  (core module $cycle-module
     (import "heap" "memory" (memory 1))
     (import "heap" "free-all" (func $free-all))
     (import "wasi" "get-arguments" (func $get-arguments (param i32)))
@@ -154,7 +154,7 @@
     (global $host i32 (i32.const 160))
     ;; What a waitable set tells: a subtask's handle and its state.
     (global $event i32 (i32.const 192))
-    ;; The answer of every receive that `hold` forgets; not $answer, which may be in use when a stray datagram comes.
+    ;; The answer of every receive that `await` forgets; not $answer, which may be in use when a stray datagram comes.
     (global $forgotten i32 (i32.const 208))
     ;; Sixteen letters of 68 bytes: what send takes, which is a socket (+0), data (+4), its length (+8), the option's
     ;; case (+12) and an address (+16); then the answer (+48), each its own because sixteen sends can be under way.
@@ -180,10 +180,10 @@
     (global $mode-receive i64 (i64.const 0x72656365697665))
     (global $mode-serve i64 (i64.const 0x7365727665))
     (global $mode-sink i64 (i64.const 0x73696e6b))
-    (global $mode-hold i64 (i64.const 0x686f6c64))
-    (global $mode-keep i64 (i64.const 0x6b656570))
+    (global $mode-await i64 (i64.const 0x6177616974))
+    (global $mode-bound i64 (i64.const 0x626f756e64))
 
-    ;; One waitable set for the whole run, as guests' libraries keep it for a task; and one for what `hold` forgets, so
+    ;; One waitable set for the whole run, as guests' libraries keep it for a task; and one for what `await` forgets, so
     ;; that nothing else comes out of the first.
     (global $set (mut i32) (i32.const 0))
     (global $forgotten-set (mut i32) (i32.const 0))
@@ -282,13 +282,13 @@
         (br_if $next (i32.gt_u (local.get $letter) (global.get $letters))))
       (i32.const 0))
 
-    (func $say (param $peer i32) (param $data i32) (param $bytes i32) (param $to i32) (result i32)
+    (func $send-one (param $peer i32) (param $data i32) (param $bytes i32) (param $to i32) (result i32)
       (call $write-letter
         (global.get $letters) (local.get $peer) (local.get $data) (local.get $bytes) (local.get $to))
       (call $send-letters (i32.add (global.get $letters) (global.get $letter-bytes))))
 
     ;; What came is in $answer, its data on the heap until the next call.
-    (func $hear (param $peer i32) (result i32)
+    (func $take (param $peer i32) (result i32)
       (call $free-all)
       (if (call $pending (call $receive (i32.load (local.get $peer)) (global.get $answer)) (global.get $set))
         (then (call $wait (global.get $set))))
@@ -296,13 +296,13 @@
 
     ;; Likewise, and it is a failure if what came is not what was expected.
     (func $expect (param $peer i32) (param $bytes i32) (result i32)
-      (if (call $hear (local.get $peer)) (then (return (i32.const 1))))
+      (if (call $take (local.get $peer)) (then (return (i32.const 1))))
       (if (i32.ne (i32.load offset=8 (global.get $answer)) (local.get $bytes)) (then (return (i32.const 1))))
       (i32.ne (i32.load (i32.load offset=4 (global.get $answer))) (i32.load (global.get $payload))))
 
     ;; Sends what came last back to where it came from.
     (func $answer-it (param $peer i32) (result i32)
-      (call $say (local.get $peer) (i32.load offset=4 (global.get $answer)) (i32.load offset=8 (global.get $answer))
+      (call $send-one (local.get $peer) (i32.load offset=4 (global.get $answer)) (i32.load offset=8 (global.get $answer))
         (i32.add (global.get $answer) (i32.const 12))))
 
     (func $stamp
@@ -312,7 +312,7 @@
     (func $trip (param $to i32) (result i32)
       (call $stamp)
       (block $failed
-        (br_if $failed (call $say (global.get $a) (global.get $payload) (global.get $bytes) (local.get $to)))
+        (br_if $failed (call $send-one (global.get $a) (global.get $payload) (global.get $bytes) (local.get $to)))
         (br_if $failed (call $expect (global.get $b) (global.get $bytes)))
         (br_if $failed (call $answer-it (global.get $b)))
         (br_if $failed (call $expect (global.get $a) (global.get $bytes)))
@@ -330,14 +330,14 @@
 
     ;; Tells the host where a is.
     (func $report (result i32)
-      (call $say (global.get $a) (global.get $payload) (global.get $bytes) (global.get $host)))
+      (call $send-one (global.get $a) (global.get $payload) (global.get $bytes) (global.get $host)))
 
     (func $open-reported (result i32)
       (if (call $open (global.get $a)) (then (return (i32.const 1))))
       (call $report))
 
-    ;; A socket that listens, and is forgotten.
-    (func $hold (result i32)
+    ;; A socket that waits for a datagram, and is forgotten.
+    (func $await (result i32)
       (if (call $open (global.get $a)) (then (return (i32.const 1))))
       (if (call $pending (call $receive (i32.load (global.get $a)) (global.get $forgotten)) (global.get $forgotten-set))
         (then (return (i32.const 0))))
@@ -359,7 +359,7 @@
         (br_if $next (i32.lt_u (local.get $letter) (call $letters-end))))
       (i32.const 0))
 
-    (func $hear-batch (param $peer i32) (result i32)
+    (func $take-batch (param $peer i32) (result i32)
       (local $left i32)
       (local.set $left (global.get $datagrams))
       (loop $next
@@ -370,19 +370,19 @@
     (func $batch (result i32)
       (call $stamp)
       (if (call $send-letters (call $letters-end)) (then (return (i32.const 1))))
-      (call $hear-batch (global.get $b)))
+      (call $take-batch (global.get $b)))
 
-    (func $ask (result i32)
+    (func $request (result i32)
       (call $stamp)
-      (if (call $say (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
+      (if (call $send-one (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
         (then (return (i32.const 1))))
-      (call $hear-batch (global.get $a)))
+      (call $take-batch (global.get $a)))
 
     ;; Whether a mode's sockets stay open, and the guest with them.
     (func $stays (param $mode i64) (result i32)
       (i32.or
-        (i64.eq (local.get $mode) (global.get $mode-hold))
-        (i64.eq (local.get $mode) (global.get $mode-keep))))
+        (i64.eq (local.get $mode) (global.get $mode-await))
+        (i64.eq (local.get $mode) (global.get $mode-bound))))
 
     ;; What a mode does once, before the first of COUNT. Also the place where an unknown mode fails.
     (func $prepare (param $mode i64) (result i32)
@@ -400,18 +400,18 @@
       (i32.const 1))
 
     ;; What a mode does COUNT times, where that leaves nothing open. A failure leaves its sockets to $main.
-    (func $life (param $mode i64) (result i32)
+    (func $cycle (param $mode i64) (result i32)
       (local $ipv6 i32)
       (block $failed
         (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $trip (call $b-address)))))
         (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $batch))))
-        (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $ask))))
+        (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $request))))
         (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then
-          (br_if $failed (call $hear (global.get $a)))
+          (br_if $failed (call $take (global.get $a)))
           (return (call $answer-it (global.get $a)))))
-        (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $hear (global.get $a)))))
-        (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (call $hold))))
-        (if (i64.eq (local.get $mode) (global.get $mode-keep)) (then (return (call $open (global.get $a)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $take (global.get $a)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-await)) (then (return (call $await))))
+        (if (i64.eq (local.get $mode) (global.get $mode-bound)) (then (return (call $open (global.get $a)))))
         (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then
           (br_if $failed (call $dial (global.get $a) (call $b-address)))
           (br_if $failed (call $trip (i32.const 0)))
@@ -435,7 +435,7 @@
       (if (call $prepare (local.get $mode)) (then (return (i32.const 1))))
       (loop $next (result i32)
         (if (i32.eqz (local.get $count)) (then (return (i32.const 0))))
-        (if (call $life (local.get $mode)) (then (return (i32.const 1))))
+        (if (call $cycle (local.get $mode)) (then (return (i32.const 1))))
         (local.set $count (i32.sub (local.get $count) (i32.const 1)))
         (br $next)))
 
@@ -511,7 +511,7 @@
 
     (func (export "callback") (param i32 i32 i32) (result i32) unreachable)
   )
-  (core instance $life (instantiate $life-module
+  (core instance $cycle (instantiate $cycle-module
     (with "heap" (instance $heap))
     (with "wasi" (instance
       (export "get-arguments" (func $get-arguments))
@@ -529,8 +529,8 @@
       (export "task-return" (func $task-return))
     ))))
 
-  (alias core export $life "callback" (core func $callback))
-  (func $run async (result (result)) (canon lift (core func $life "run") async (callback $callback)))
+  (alias core export $cycle "callback" (core func $callback))
+  (func $run async (result (result)) (canon lift (core func $cycle "run") async (callback $callback)))
   (instance $cli-run (export "run" (func $run)))
   (export "wasi:cli/run@0.3.0" (instance $cli-run))
 )

@@ -113,7 +113,7 @@ impl Guest for Pair {
     }
 }
 
-/// One who asks and one who answers.
+/// A socket that sends requests and one that replies.
 struct Trip {
     a: UdpSocket,
     b: UdpSocket,
@@ -150,7 +150,7 @@ async fn answer(server: &UdpSocket, buffer: Vec<u8>) -> io::Result<Vec<u8>> {
     Ok(buffer.into_inner())
 }
 
-/// A server; a client's life is one question.
+/// A server; a client's cycle is one question.
 struct Dns {
     server: UdpSocket,
     addr: SocketAddr,
@@ -201,7 +201,7 @@ impl Guest for Batch {
     async fn operate(&mut self) -> io::Result<()> {
         let Self { sender, receiver, bytes, buffers } = self;
         let payload = &ZEROS[..*bytes];
-        // Submitted in this order, so that the datagrams are there when they are asked for.
+        // Submitted in this order, so that the receives find their datagrams.
         let sends: Vec<_> = buffers.iter().map(|_| sender.write(payload).submit()).collect();
         receive_all(receiver, *bytes, buffers).await?;
         for send in sends {
@@ -225,7 +225,7 @@ async fn receive_all(
     Ok(())
 }
 
-/// One who asks for datagrams, and waits for all of them at once, which is cheaper than one after the
+/// A socket that requests datagrams, and waits for all of them at once, which is cheaper than one after the
 /// other (50 µs against 70 for a lone guest, 30 against 33 beside 63 more).
 struct Receive {
     socket: UdpSocket,

@@ -96,7 +96,7 @@ impl Guest for Bind {
     }
 }
 
-/// For lives that never wait: tokio frees what a closed socket had in its reactor when the reactor
+/// For cycles that never wait: tokio frees what a closed socket had in its reactor when the reactor
 /// runs, and that is when tasks give way.
 async fn give_way() {
     consume_budget().await;
@@ -110,7 +110,7 @@ impl Guest for Pair {
     }
 }
 
-/// One who asks and one who answers.
+/// A socket that sends requests and one that replies.
 struct Trip {
     a: UdpSocket,
     b: UdpSocket,
@@ -143,7 +143,7 @@ async fn answer(server: &UdpSocket, bytes: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// A server; a client's life is one question.
+/// A server; a client's cycle is one question.
 struct Dns {
     server: UdpSocket,
     addr: SocketAddr,
@@ -200,7 +200,7 @@ impl Guest for Batch {
     }
 }
 
-/// One who asks for datagrams, and receives them one by one.
+/// A socket that requests datagrams, and receives them one by one.
 struct Receive {
     socket: UdpSocket,
     source: SocketAddr,

@@ -1,4 +1,4 @@
-//! Everybody who is measured, ready to run.
+//! Every implementation that is measured, ready to run.
 
 use std::future::poll_fn;
 use std::num::NonZeroUsize;
@@ -11,19 +11,20 @@ use wasi_uring::{Recycle, Uring};
 use wasmtime::format_err;
 use wasmtime_wasi::WasiCtx;
 
-use super::peer::{RingArgs, Setting};
+use super::native::{RingArgs, Setting};
 use super::source::Source;
-use super::{Backend, Bench, Contender, Sample, Stopwatch, WasiArg, Work, life};
+use super::{Backend, Bench, Implementation, Sample, Stopwatch, WasiArg, Work, built_in_guest};
 use crate::args::NetArg;
 use crate::host::{Compiled, GuestConfig, Net, Program};
-use crate::{Failure, doctor};
+use crate::open_files;
+use crate::terminal::Failure;
 
 /// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
 /// and some files are left for recycled sockets.
 const SOCKETS_MAX: u32 = 11_264;
 
-/// Everybody, ready to run.
-pub struct Contest {
+/// All implementations, ready to run.
+pub struct Harness {
     p2: Guests,
     p3: Guests,
     /// Guests take them in turn.
@@ -39,20 +40,20 @@ struct Guests {
 
 impl Guests {
     fn new(wasi: WasiArg) -> wasmtime::Result<Self> {
-        let compiled = Compiled::new(life(wasi).as_bytes())?;
+        let compiled = Compiled::new(built_in_guest(wasi).as_bytes())?;
         let link = |backend| Ok::<_, Failure>(Arc::new(Program::link(&compiled, backend)?));
         Ok(Self { stock: link(Backend::Stock)?, uring: link(Backend::Uring)? })
     }
 }
 
-impl Contest {
+impl Harness {
     /// Compiles the guests and builds a ring for each of `threads`.
     ///
     /// # Errors
     ///
     /// If there is no io_uring here.
     pub fn new(recycle: Recycle, threads: NonZeroUsize) -> wasmtime::Result<Self> {
-        let files = u32::try_from(doctor::raise_nofile()).unwrap_or(u32::MAX);
+        let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
         let ring = |_| Uring::builder().sockets(sockets).recycle(recycle).build();
         Ok(Self {
@@ -64,8 +65,7 @@ impl Contest {
     }
 
     /// The ring of a guest.
-    #[must_use]
-    pub fn ring(&self, guest: usize) -> &Uring {
+    pub(crate) fn ring(&self, guest: usize) -> &Uring {
         &self.rings[guest % self.rings.len()]
     }
 
@@ -84,7 +84,7 @@ impl Contest {
         }
     }
 
-    /// Has a contender do some work; `None` if it has no such operation.
+    /// Has a implementation do some work; `None` if it has no such operation.
     ///
     /// # Errors
     ///
@@ -92,18 +92,18 @@ impl Contest {
     pub fn run(
         &self,
         runtime: &Runtime,
-        contender: Contender,
+        implementation: Implementation,
         work: &Work,
     ) -> wasmtime::Result<Option<Sample>> {
         let source = Source::start(work)?;
-        let sample = match contender {
-            Contender::Guest(wasi, backend) => {
+        let sample = match implementation {
+            Implementation::Guest(wasi, backend) => {
                 runtime.block_on(self.run_guests(wasi, backend, work, &source)).map(Some)
             }
-            Contender::Native(peer) => {
+            Implementation::Native(native) => {
                 let Work { bench, guests, count } = *work;
                 let setting = Setting { bench, guests, ring: self.args, source: &source };
-                peer.run(&setting, count).map_err(wasmtime::Error::from)
+                native.run(&setting, count).map_err(wasmtime::Error::from)
             }
         };
         // Its failure is why the others failed.
@@ -128,7 +128,7 @@ impl Contest {
             let mut wasi = WasiCtx::builder();
             net.configure(&mut wasi);
             let port = usize::from(source.addr(guest).port());
-            wasi.args(&["life", operation.mode()]);
+            wasi.args(&["cycle", operation.mode()]);
             wasi.args(&[work.count, port, *bytes, *datagrams].map(|number| number.to_string()));
             let uring = Some(self.ring(guest));
             let config = GuestConfig { wasi, net: &net, uring, sockets_max: self.args.sockets };

@@ -15,7 +15,7 @@ const ENTERS_MAX: u32 = 1000;
 
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
-/// There is no `create`, for an unbound socket is nothing to the ring.
+/// There is no `create`, because the ring has no unbound sockets.
 pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Program>>> {
     let Setting { bench, guests, .. } = *setting;
     let bytes = bench.bytes;

@@ -7,16 +7,16 @@
 ;;   bind6    likewise with ::1
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
-;;   dns      open a server; COUNT times: a fresh socket connects to it, asks, is answered, closes
+;;   dns      open a server; COUNT times: a fresh socket connects to it, sends, is answered, closes
 ;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS at once
 ;;
-;; The following tell 127.0.0.1:PORT where they are, by a datagram.
+;; The following send their address to 127.0.0.1:PORT, by a datagram.
 ;;
-;;   receive  open a socket; COUNT times ask there by 4 bytes, and wait for DATAGRAMS that begin with them
+;;   receive  open a socket; COUNT times send 4 bytes there, and wait for DATAGRAMS that begin with them
 ;;   serve    open a socket; COUNT times wait for datagrams and send each back
 ;;   sink     open a socket; COUNT times wait for datagrams
-;;   hold     open COUNT sockets that listen, then wait for ever
-;;   keep     open COUNT sockets that do nothing, then wait for ever
+;;   await    open COUNT sockets that wait for a datagram, then wait for ever
+;;   bound    open COUNT sockets that do nothing, then wait for ever
 ;;
 ;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
 ;; timeout.
@@ -164,7 +164,7 @@
   (core func $drop-outgoing (canon resource.drop $outgoing))
 
   ;; Functions that can fail answer 1 for failure and 0 for success, as the flat form of `result` does.
-  (core module $life-module
+  (core module $cycle-module
     (import "heap" "memory" (memory 1))
     (import "heap" "free-all" (func $free-all))
     (import "wasi" "get-arguments" (func $get-arguments (param i32)))
@@ -219,8 +219,8 @@
     (global $mode-receive i64 (i64.const 0x72656365697665))
     (global $mode-serve i64 (i64.const 0x7365727665))
     (global $mode-sink i64 (i64.const 0x73696e6b))
-    (global $mode-hold i64 (i64.const 0x686f6c64))
-    (global $mode-keep i64 (i64.const 0x6b656570))
+    (global $mode-await i64 (i64.const 0x6177616974))
+    (global $mode-bound i64 (i64.const 0x626f756e64))
 
     (global $network (mut i32) (i32.const 0))
 
@@ -328,7 +328,7 @@
         (br_if $unsent (local.get $count))
         (i32.const 0)))
 
-    (func $say (param $peer i32) (param $data i32) (param $bytes i32) (param $to i32) (result i32)
+    (func $send-one (param $peer i32) (param $data i32) (param $bytes i32) (param $to i32) (result i32)
       (call $write-letter (global.get $letters) (local.get $data) (local.get $bytes) (local.get $to))
       (call $send-letters (local.get $peer) (i32.const 1)))
 
@@ -336,7 +336,7 @@
       (call $wait (call $subscribe-incoming (i32.load offset=4 (local.get $peer)))))
 
     ;; How many datagrams came, at least one; 0 for failure. They stay on the heap until the next call.
-    (func $hear (param $peer i32) (param $max i32) (result i32)
+    (func $take (param $peer i32) (param $max i32) (result i32)
       (local $count i32)
       (loop $empty (result i32)
         (call $free-all)
@@ -354,9 +354,9 @@
       (i32.ne (i32.load (i32.load (local.get $letter))) (i32.load (global.get $payload))))
 
     ;; Waits before it receives, as guests do that were written for poll(2). Answers the incoming datagram, or 0.
-    (func $hear-one (param $peer i32) (result i32)
+    (func $take-one (param $peer i32) (result i32)
       (call $wait-incoming (local.get $peer))
-      (if (i32.ne (call $hear (local.get $peer) (i32.const 1)) (i32.const 1)) (then (return (i32.const 0))))
+      (if (i32.ne (call $take (local.get $peer) (i32.const 1)) (i32.const 1)) (then (return (i32.const 0))))
       (if (call $strange (i32.load offset=4 (global.get $answer)) (global.get $bytes))
         (then (return (i32.const 0))))
       (i32.load offset=4 (global.get $answer)))
@@ -369,12 +369,12 @@
       (local $letter i32)
       (call $stamp)
       (block $failed
-        (br_if $failed (call $say (global.get $a) (global.get $payload) (global.get $bytes) (local.get $to)))
-        (br_if $failed (i32.eqz (local.tee $letter (call $hear-one (global.get $b)))))
-        (br_if $failed (call $say
+        (br_if $failed (call $send-one (global.get $a) (global.get $payload) (global.get $bytes) (local.get $to)))
+        (br_if $failed (i32.eqz (local.tee $letter (call $take-one (global.get $b)))))
+        (br_if $failed (call $send-one
           (global.get $b) (i32.load (local.get $letter)) (global.get $bytes)
           (i32.add (local.get $letter) (i32.const 8))))
-        (br_if $failed (i32.eqz (local.tee $letter (call $hear-one (global.get $a)))))
+        (br_if $failed (i32.eqz (local.tee $letter (call $take-one (global.get $a)))))
         ;; The answer must come from b: port, then IPv4 address.
         (br_if $failed (i32.ne (i32.load16_u offset=12 (local.get $letter)) (i32.load16_u offset=16 (global.get $b))))
         (br_if $failed (i32.ne (i32.load offset=14 (local.get $letter)) (i32.load offset=18 (global.get $b))))
@@ -389,22 +389,22 @@
 
     ;; Tells the host where a is.
     (func $report (result i32)
-      (call $say (global.get $a) (global.get $payload) (global.get $bytes) (global.get $host)))
+      (call $send-one (global.get $a) (global.get $payload) (global.get $bytes) (global.get $host)))
 
     (func $open-reported (result i32)
       (if (call $open (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
       (call $report))
 
     ;; Waits, then takes what is there; sends it back to where it came from if asked to.
-    (func $hear-all (param $answering i32) (result i32)
+    (func $take-all (param $answering i32) (result i32)
       (local $letter i32) (local $left i32)
       (call $wait-incoming (global.get $a))
-      (local.set $left (call $hear (global.get $a) (i32.const 16)))
+      (local.set $left (call $take (global.get $a) (i32.const 16)))
       (if (i32.eqz (local.get $left)) (then (return (i32.const 1))))
       (if (i32.eqz (local.get $answering)) (then (return (i32.const 0))))
       (local.set $letter (i32.load offset=4 (global.get $answer)))
       (loop $next
-        (if (call $say (global.get $a)
+        (if (call $send-one (global.get $a)
           (i32.load (local.get $letter)) (i32.load offset=4 (local.get $letter))
           (i32.add (local.get $letter) (i32.const 8)))
           (then (return (i32.const 1))))
@@ -412,8 +412,8 @@
         (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
       (i32.const 0))
 
-    ;; A socket that listens, and is forgotten.
-    (func $hold (result i32)
+    ;; A socket that waits for a datagram, and is forgotten.
+    (func $await (result i32)
       (if (call $open (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
       (call $receive (i32.load offset=4 (global.get $a)) (i64.const 1) (global.get $answer))
       (call $failed))
@@ -430,11 +430,11 @@
       (call $open (global.get $a) (call $b-address)))
 
     ;; Takes what is there until a batch is complete.
-    (func $hear-batch (param $peer i32) (result i32)
+    (func $take-batch (param $peer i32) (result i32)
       (local $letter i32) (local $left i32) (local $count i32)
       (local.set $left (global.get $datagrams))
       (loop $more
-        (local.set $count (call $hear (local.get $peer) (local.get $left)))
+        (local.set $count (call $take (local.get $peer) (local.get $left)))
         (if (i32.eqz (local.get $count)) (then (return (i32.const 1))))
         (local.set $left (i32.sub (local.get $left) (local.get $count)))
         (local.set $letter (i32.load offset=4 (global.get $answer)))
@@ -448,19 +448,19 @@
     (func $batch (result i32)
       (call $stamp)
       (if (call $send-letters (global.get $a) (global.get $datagrams)) (then (return (i32.const 1))))
-      (call $hear-batch (global.get $b)))
+      (call $take-batch (global.get $b)))
 
-    (func $ask (result i32)
+    (func $request (result i32)
       (call $stamp)
-      (if (call $say (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
+      (if (call $send-one (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
         (then (return (i32.const 1))))
-      (call $hear-batch (global.get $a)))
+      (call $take-batch (global.get $a)))
 
     ;; Whether a mode's sockets stay open, and the guest with them.
     (func $stays (param $mode i64) (result i32)
       (i32.or
-        (i64.eq (local.get $mode) (global.get $mode-hold))
-        (i64.eq (local.get $mode) (global.get $mode-keep))))
+        (i64.eq (local.get $mode) (global.get $mode-await))
+        (i64.eq (local.get $mode) (global.get $mode-bound))))
 
     ;; What a mode does once, before the first of COUNT. Also the place where an unknown mode fails.
     (func $prepare (param $mode i64) (result i32)
@@ -479,16 +479,16 @@
       (i32.const 1))
 
     ;; What a mode does COUNT times, where that leaves nothing open. A failure leaves its sockets to $run.
-    (func $life (param $mode i64) (result i32)
+    (func $cycle (param $mode i64) (result i32)
       (local $ipv6 i32)
       (block $failed
         (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $trip (call $b-address)))))
         (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $batch))))
-        (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $ask))))
-        (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $hear-all (i32.const 1)))))
-        (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $hear-all (i32.const 0)))))
-        (if (i64.eq (local.get $mode) (global.get $mode-hold)) (then (return (call $hold))))
-        (if (i64.eq (local.get $mode) (global.get $mode-keep)) (then (return (call $open (global.get $a) (i32.const 0)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $request))))
+        (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $take-all (i32.const 1)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $take-all (i32.const 0)))))
+        (if (i64.eq (local.get $mode) (global.get $mode-await)) (then (return (call $await))))
+        (if (i64.eq (local.get $mode) (global.get $mode-bound)) (then (return (call $open (global.get $a) (i32.const 0)))))
         (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then
           (br_if $failed (call $open (global.get $a) (call $b-address)))
           (br_if $failed (call $trip (i32.const 0)))
@@ -512,7 +512,7 @@
       (if (call $prepare (local.get $mode)) (then (return (i32.const 1))))
       (loop $next (result i32)
         (if (i32.eqz (local.get $count)) (then (return (i32.const 0))))
-        (if (call $life (local.get $mode)) (then (return (i32.const 1))))
+        (if (call $cycle (local.get $mode)) (then (return (i32.const 1))))
         (local.set $count (i32.sub (local.get $count) (i32.const 1)))
         (br $next)))
 
@@ -579,7 +579,7 @@
       (call $drop-network (global.get $network))
       (local.get $status))
   )
-  (core instance $life (instantiate $life-module
+  (core instance $cycle (instantiate $cycle-module
     (with "heap" (instance $heap))
     (with "wasi" (instance
       (export "get-arguments" (func $get-arguments))
@@ -603,7 +603,7 @@
       (export "drop-outgoing" (func $drop-outgoing))
     ))))
 
-  (func $run (result (result)) (canon lift (core func $life "run")))
+  (func $run (result (result)) (canon lift (core func $cycle "run")))
   (instance $cli-run (export "run" (func $run)))
   (export "wasi:cli/run@0.2.0" (instance $cli-run))
 )

@@ -1,4 +1,4 @@
-//! Native programs that do what the built-in guest does: the yardsticks without WebAssembly.
+//! Native programs that do what the built-in guest does: the baselines without WebAssembly.
 
 mod floor;
 mod on_std;
@@ -9,13 +9,14 @@ use std::io;
 
 use tokio::task::JoinHandle;
 
-use super::source::{REQUEST_BYTES, Source, wait};
-use super::{BYTES_MAX, Bench, Operation, Sample, Stopwatch};
+use super::source::{Source, wait};
+use super::{Bench, Sample, Stopwatch};
+use crate::benches::{BYTES_MAX, Operation, REQUEST_BYTES};
 use wasi_uring::Recycle;
 
 /// What a native program is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Peer {
+pub enum Native {
     /// The standard library's sockets, epoll(7), sendmmsg(2) and recvmmsg(2).
     Std,
     /// tokio's `UdpSocket`, a task per guest.
@@ -26,7 +27,7 @@ pub enum Peer {
     Floor,
 }
 
-impl Peer {
+impl Native {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Std => "std",

@@ -16,12 +16,14 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
     let Setting { bench, guests, .. } = *setting;
     let (bytes, datagrams) = (bench.bytes, bench.datagrams);
     Ok(Some(match bench.operation {
-        Operation::Create => Box::new(Lives { guests, life: create }),
-        Operation::Bind => Box::new(Lives { guests, life: || bind(Ipv4Addr::LOCALHOST).map(drop) }),
-        Operation::Bind6 => {
-            Box::new(Lives { guests, life: || bind(Ipv6Addr::LOCALHOST).map(drop) })
+        Operation::Create => Box::new(Cycles { guests, cycle: create }),
+        Operation::Bind => {
+            Box::new(Cycles { guests, cycle: || bind(Ipv4Addr::LOCALHOST).map(drop) })
         }
-        Operation::Pair => Box::new(Lives { guests, life: move || pair(bytes) }),
+        Operation::Bind6 => {
+            Box::new(Cycles { guests, cycle: || bind(Ipv6Addr::LOCALHOST).map(drop) })
+        }
+        Operation::Pair => Box::new(Cycles { guests, cycle: move || pair(bytes) }),
         Operation::Dns => Box::new(Dns::new(bytes, guests)?),
         Operation::Echo => Box::new(Echo::new(bytes, guests)?),
         Operation::Batch => Box::new(Batch::new(datagrams, bytes, guests)?),
@@ -29,15 +31,15 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
     }))
 }
 
-/// Lives that leave nothing behind.
-struct Lives<F> {
+/// Cycles that leave nothing behind.
+struct Cycles<F> {
     guests: usize,
-    life: F,
+    cycle: F,
 }
 
-impl<F: Fn() -> io::Result<()>> Program for Lives<F> {
+impl<F: Fn() -> io::Result<()>> Program for Cycles<F> {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        (0..count * self.guests).try_for_each(|_| (self.life)())
+        (0..count * self.guests).try_for_each(|_| (self.cycle)())
     }
 }
 
@@ -60,7 +62,7 @@ fn pair(bytes: usize) -> io::Result<()> {
     expect_bytes(a.recv(&mut buffer)?, bytes)
 }
 
-/// A server for each client; a client's life is one question.
+/// A server for each client; a client's cycle is one question.
 struct Dns {
     bytes: usize,
     servers: Vec<(UdpSocket, SocketAddr)>,
@@ -98,7 +100,7 @@ impl Program for Dns {
 struct Echo {
     bytes: usize,
     epoll: Epoll,
-    /// Those who ask at even places, those who answer at odd ones.
+    /// Sockets that send requests at even indices, sockets that reply at odd ones.
     sockets: Vec<UdpSocket>,
     answerers: Vec<SocketAddr>,
 }
@@ -196,7 +198,7 @@ impl Program for Batch {
     }
 }
 
-/// Receivers behind one epoll, each of which asks for a batch at a time: recvmmsg(2).
+/// Receivers behind one epoll, each of which requests a batch at a time: recvmmsg(2).
 struct Receive {
     datagrams: usize,
     bytes: usize,

@@ -1,0 +1,219 @@
+//! Results as Markdown: the long tables, and the few rows of the README.
+
+use super::{Figure, Flood, Kept, Memory, Report, Speed};
+use crate::benches::Bench;
+use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
+
+/// Where a document wants the few rows.
+pub(super) const BEGIN: &str = "<!-- bench -->";
+pub(super) const END: &str = "<!-- /bench -->";
+
+/// A document with other text between the marks, if it has them.
+pub(super) fn replace_marked(document: &str, text: &str) -> Option<String> {
+    let (before, rest) = document.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", text.trim()))
+}
+
+/// The headline benches at the most guests; `all` is where the other figures are.
+pub(super) fn headline(results: &Report, all: &str) -> String {
+    let guests = results.results.iter().map(|speed| speed.guests).max().unwrap_or(0);
+    let is_headline = |speed: &&Speed| {
+        speed.guests == guests && Bench::named(&speed.bench).is_some_and(|bench| bench.is_headline)
+    };
+    let rows = results.results.iter().filter(is_headline).map(|speed| {
+        let mut row = vec![speed.what().to_owned()];
+        for (ring, stock) in Implementation::AGAINST_STOCK {
+            row.extend([stock, ring].map(|one| number(speed.micros(one), 2)));
+            row.push(format!("**{}**", shown(speed.cpu_ratio(ring, stock), 2)));
+        }
+        row.extend([STD, FLOOR].map(|native| number(speed.micros(native), 2)));
+        row
+    });
+    let header = [
+        "one operation",
+        "stock 0.2",
+        "uring 0.2",
+        "× stock",
+        "stock 0.3",
+        "uring 0.3",
+        "× stock",
+        "std",
+        "floor",
+    ];
+    format!(
+        "Microseconds of CPU per operation, {guests} guests on one thread; × stock: how many times \
+         as fast the ring is.\n\n{}\n\n{}\nAll figures: [{all}]({all}).",
+        table(&header, rows),
+        machine(results),
+    )
+}
+
+/// All tables.
+pub(super) fn document(kept: &Kept) -> String {
+    let Kept { results, multi_thread, guests, others } = kept;
+    let memory_sockets = others.idle.first().map_or(0, |memory| memory.sockets);
+    let flood_sockets = others.floods.first().map_or(0, |flood| flood.sockets.saturating_sub(1));
+    let sections = [
+        "# Results".to_owned(),
+        "Written by `wasi-uring report` from the JSON files beside it, which `scripts/bench` \
+         measures.\n\n\
+         stock and uring are the same guest, of WASI 0.2 or 0.3, on wasmtime-wasi's sockets and on \
+         the ring; std, tokio and\ntokio-uring are native programs that do the same; floor is the \
+         ring by itself, without WebAssembly. Figures are\nmicroseconds of CPU per operation. × \
+         stock and × floor: how many times as fast as these the ring's guest is, round by\nround; \
+         enters: `io_uring_enter` calls per operation; ±: half the distance between the quartiles; \
+         !: too noisy to\nbelieve. To open is to create and bind."
+            .to_owned(),
+        "## Speed".to_owned(),
+        source(results),
+        speed(&results.results),
+        "## By the number of guests".to_owned(),
+        source(guests),
+        speed(&guests.results),
+        "## On a multi-thread runtime".to_owned(),
+        "A ring for each worker.".to_owned(),
+        source(multi_thread),
+        speed(&multi_thread.results),
+        "## Memory".to_owned(),
+        source(others),
+        format!("Bytes per socket of a guest that holds {memory_sockets}."),
+        memory(&others.idle),
+        "## Latency under a flood".to_owned(),
+        format!(
+            "From the same run: the 99th percentile of a request's time in microseconds. \
+             {flood_sockets} sockets answer 10,000 requests\nper second while no socket is flooded \
+             (calm), while a plain socket is (elsewhere), and while one more guest's is,\nfrom \
+             another core where there is one. Requests that other programs held up by taking the \
+             guests' CPU are counted apart.\nA median of ratios is not the ratio of the medians."
+        ),
+        floods(&others.floods),
+    ];
+    sections.join("\n\n") + "\n"
+}
+
+/// How something was measured.
+fn source(report: &Report) -> String {
+    format!("`{}`\n\n{}", report.command, machine(report))
+}
+
+fn machine(report: &Report) -> String {
+    let Report { date, kernel, cpu, commit, rounds, .. } = report;
+    format!("{date}, {kernel}, {cpu}, commit {commit}; medians of {rounds} rounds in alternation.")
+}
+
+fn speed(results: &[Speed]) -> String {
+    let header = [
+        "bench",
+        "one operation",
+        "guests",
+        "WASI",
+        "stock",
+        "uring",
+        "× stock",
+        "× floor",
+        "enters",
+        "std",
+        "tokio",
+        "tokio-uring",
+        "floor",
+    ];
+    let rows = results.iter().flat_map(|speed| {
+        speed.against_stock().map(move |(ring, stock)| {
+            let enters = speed.measured(ring).map_or(f64::NAN, |one| one.enters_per_operation);
+            let mut row = vec![
+                speed.bench.clone(),
+                speed.what().to_owned(),
+                speed.guests.to_string(),
+                ring.wasi().map_or("", |wasi| wasi.version()).to_owned(),
+                number(speed.micros(stock), 2),
+                number(speed.micros(ring), 2),
+                format!("**{}**", shown(speed.cpu_ratio(ring, stock), 2)),
+                number(speed.cpu_ratio(ring, FLOOR).median, 2),
+                number(enters, 3),
+            ];
+            let natives = [STD, TOKIO, TOKIO_URING, FLOOR];
+            row.extend(natives.map(|native| number(speed.micros(native), 2)));
+            row
+        })
+    });
+    table(&header, rows)
+}
+
+fn memory(idle: &[Memory]) -> String {
+    let header = ["sockets", "backend", "WASI", "process", "kernel", "together"];
+    let rows = idle.iter().map(|memory| {
+        let (process, kernel) = (memory.process_bytes, memory.kernel_bytes);
+        vec![
+            memory.idleness.clone(),
+            memory.backend.clone(),
+            memory.wasi.clone(),
+            shown(process, 0),
+            shown(kernel, 0),
+            number(process.median + kernel.median, 0),
+        ]
+    });
+    table(&header, rows)
+}
+
+fn floods(floods: &[Flood]) -> String {
+    let header = [
+        "backend",
+        "WASI",
+        "calm",
+        "elsewhere",
+        "flooded",
+        "in bulk (GSO)",
+        "flooded / calm",
+        "in bulk / calm",
+        "flood, M/s",
+        "bulk, M/s",
+        "held up",
+        "lost",
+    ];
+    let rows = floods.iter().map(|flood| {
+        let (p99, rates) = (&flood.p99_micros, &flood.datagrams_per_second);
+        let windows = [p99.calm, p99.elsewhere, p99.flooded, p99.flooded_in_bulk];
+        let mut row = vec![flood.backend.clone(), flood.wasi.clone()];
+        row.extend(windows.map(|micros| number(micros, 0)));
+        row.extend([flood.flooded_to_calm, flood.flooded_in_bulk_to_calm].map(|one| shown(one, 2)));
+        row.extend([rates.single, rates.in_bulk].map(|rate| number(rate / 1e6, 1)));
+        row.push(flood.held_up.to_string());
+        row.push(format!("{} of {}", flood.lost, flood.requests));
+        row
+    });
+    table(&header, rows)
+}
+
+fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let line = |cells: &[String]| format!("| {} |", cells.join(" | "));
+    let header: Vec<_> = header.iter().map(|&name| name.to_owned()).collect();
+    let rule = vec!["---".to_owned(); header.len()];
+    let lines: Vec<_> = [header, rule].into_iter().chain(rows).map(|cells| line(&cells)).collect();
+    lines.join("\n")
+}
+
+fn number(value: f64, digits: usize) -> String {
+    if value.is_nan() { "–".to_owned() } else { format!("{value:.digits$}") }
+}
+
+/// A median and its spread, where there is one, with a mark if it is too noisy to believe.
+fn shown(figure: Figure, digits: usize) -> String {
+    let Figure { median, spread, noisy } = figure;
+    let spread = if spread.is_nan() { String::new() } else { format!(" {}", percent(spread)) };
+    number(median, digits) + &spread + if noisy { " !" } else { "" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_stands_between_the_marks_is_replaced() {
+        let document = "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n";
+        let new = replace_marked(document, "today\n").unwrap();
+        assert_eq!(new, "before\n<!-- bench -->\n\ntoday\n\n<!-- /bench -->\nafter\n");
+        assert_eq!(replace_marked(&new, "today"), Some(new.clone()));
+        assert_eq!(replace_marked("before\n<!-- bench -->\n", "today"), None);
+    }
+}
