@@ -71,7 +71,7 @@ impl Bare {
             setup::build(sockets, recycle).map_err(io::Error::other)?;
         // The only thread sleeps in io_uring_enter, so the kernel need not notify an eventfd.
         ring.disable_notifications();
-        Ok(Self { kernel: ring.enter(), ring, table, quota: Quota::new(sockets) })
+        Ok(Self { kernel: ring.kernel(), ring, table, quota: Quota::new(sockets) })
     }
 
     /// `io_uring_enter` calls so far.
@@ -177,10 +177,10 @@ impl Bare {
     pub fn local_addr(&mut self, socket: Socket) -> io::Result<SocketAddr> {
         let queued = self.submit(socket, Op::Install);
         self.enter()?;
-        match self.output(queued)? {
-            Output::Descriptor(descriptor) => UdpSocket::from(descriptor).local_addr(),
-            Output::Done | Output::Sent(_) => Err(io::Error::other("no descriptor")),
-        }
+        let Output::Descriptor(descriptor) = self.output(queued)? else {
+            return Err(io::Error::other("no descriptor"));
+        };
+        UdpSocket::from(descriptor).local_addr()
     }
 
     /// Queues a connect.

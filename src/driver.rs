@@ -1,14 +1,15 @@
 //! Who calls `io_uring_enter`, and when.
 //!
-//! No thread is behind the ring (one beside it waits for RCU grace periods, once sockets are
-//! recycled). Guests queue entries under a short lock. The thread that finds no other inside enters
-//! for all guests that have queued some, reaps, looks for entries queued meanwhile, and wakes the
+//! The guests' own threads do, and the tasks of their runtimes. (The ring's one thread waits for RCU
+//! grace periods, once sockets are recycled.) Guests queue entries under a short lock. The thread
+//! that finds no other inside enters for all guests that have queued some, reaps, looks for entries queued meanwhile, and wakes the
 //! guests whose completions are in (flat combining: `enter`). Here is what sockets call for that.
 //! `batching` has the rules by which guests share an enter, `flush` and `in_flight` what a guest
 //! waits by, `tasks` what a runtime's reaper and flusher do, `lock` what happens at an unlock.
 //!
 //! The locks:
-//! 1. A thread takes them in this order: a socket's state; the driver's; a receive queue's.
+//! 1. A thread takes them in this order: a socket's state; the driver's; a receive queue's. (What a
+//!    receiver has admitted has a lock of its own, under which no other is taken.)
 //! 2. It holds at most one of each kind, and while it enters none.
 //! 3. Under the driver's and a queue's it wakes, clones and drops no waker,
 //! 4. and runs no other code of the host's: neither a policy nor a tracing subscriber.
@@ -151,32 +152,13 @@ impl Driver {
         while !core.entering && core.ring.has_cached_work() {
             core = self.combine(core);
         }
+        if core.entering {
+            // The thread inside may leave before all are closed: a reaper goes on.
+            core.wake_reapers();
+        }
     }
 
     // ---- entering ---------------------------------------------------------------------------
-
-    /// Reaps completions that have come.
-    pub(crate) fn reap(self: &Arc<Self>) {
-        let mut core = self.lock();
-        if core.entering {
-            return;
-        }
-        core.ring.reap();
-        core.wake_completed();
-        if core.ring.has_task_work() {
-            // Completions wait for a thread to enter, perhaps this one: a guest that polls again
-            // and again makes no other system call.
-            drop(self.combine_with(core, true));
-        } else if core.has_queued() {
-            self.leave_to_flusher(core);
-        }
-    }
-
-    /// As `reap`, and has a reaper reap what comes later.
-    pub(crate) fn start_reaping(self: &Arc<Self>) {
-        self.ensure_reaper();
-        self.reap();
-    }
 
     /// Enters with what a dropped guest has left queued: its runtime may be gone, too.
     pub(crate) fn flush_now(&self) {

@@ -62,9 +62,11 @@
 //! Wasmtime copies it into the guest. The kernel hands a socket that was seen to receive in bursts equal
 //! datagrams of one sender in one message (GRO, `UDP_GRO`), which is split before it is queued.
 //!
-//! A bind: `socket::bind` → `driver` → `ring` (a slot) → `ring::op` (`write`) → `ring::queues` → the
-//! kernel; and back: `ring::queues` → `ring` → `ring::op` (`complete`) → `ring::op_table` →
-//! `driver::in_flight`, which `finish-bind` polls.
+//! A bind: `socket::bind` → `driver` → `ring` (a slot) → `ring::op_table` → `ring::op` (`write`) →
+//! `ring::queues`. `driver::enter` brings it into the kernel, for the `finish-bind` that polls
+//! `driver::in_flight` (`driver::flush`) or, if the guest does something else first, for the flusher
+//! (`driver::tasks`). And back: `ring::queues` → `ring` → `ring::op` (`complete`) → `ring::op_table` →
+//! `driver::in_flight` → `socket`.
 //!
 //! # Where datagrams can be lost, and which guest runs when
 //!
@@ -88,6 +90,7 @@
 //!   (a direct descriptor);
 //! - *queue* entries: put them into the submission queue; *flush*: count them for the kernel; *submit*:
 //!   `io_uring_enter`; *reap*: take completions from the completion queue;
+//!   a `Flush` is the future of a guest that waits until what it has queued is submitted;
 //! - *in flight*: from the operation's storing in the table until its last completion; *detached*: in
 //!   flight without a caller;
 //! - *driver*: the rules and the lock by which threads share a ring; *reaper* and *flusher*: its two

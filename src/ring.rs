@@ -29,7 +29,7 @@ use std::task::Waker;
 use io_uring::squeue::Entry;
 
 use self::buffers::BufferRing;
-use self::op::{BindOp, Books, Completed, Op, OpResult, Output, SocketMemory, SocketOption};
+use self::op::{BindOp, Completed, Op, OpResult, Output, Record, SocketMemory, SocketOption};
 use self::op_table::{Ended, Leftover, OpTable, Registered};
 use self::port_order::PortOrder;
 use self::queues::{Completion, EMPTY_BATCH, Enter, OpKey, Queues, SlotIndex};
@@ -84,8 +84,8 @@ impl Ring {
         }
     }
 
-    pub(crate) fn enter(&self) -> Enter {
-        self.queues.enter()
+    pub(crate) fn kernel(&self) -> Enter {
+        self.queues.kernel()
     }
 
     // ---- submit -----------------------------------------------------------------------------
@@ -118,9 +118,9 @@ impl Ring {
     /// Queues the entries of an operation in the table: from here on its memory is the kernel's.
     fn queue(&mut self, key: OpKey) {
         let Some((slot, op)) = self.ops.find(key) else { return };
-        self.chain.clear();
         op.write(slot, key.user_data(), self.receives.header(), &mut self.chain);
         self.queues.queue(&self.chain);
+        self.chain.clear();
     }
 
     fn cancel_op(&mut self, key: OpKey) {
@@ -149,7 +149,7 @@ impl Ring {
 
     /// A slot for a new owner: with a recycled socket, if one is as good for this bind as a new one;
     /// else a free one, or a cached one whose socket goes. There is one, because cached sockets that
-    /// are not in a pool have slots beside the quota's.
+    /// `evict` does not find, those in quarantine, have slots beside the quota's.
     fn slot_for(&mut self, bind: &mut BindOp) -> SlotIndex {
         if let Some(sets_source) = bind.recyclable()
             && let Some(slot) = self.recycler.acquire(bind.family, sets_source)
@@ -189,10 +189,10 @@ impl Ring {
     }
 
     /// Arms a receive again whose queue was paused and is no longer. If its cancel is still on its
-    /// way, `end_receive` will.
+    /// way, `end_receive` will. Another thread may have filled the queue since the guest took from it.
     pub(crate) fn resume(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
         let owned = self.slots.get(slot);
-        if owned.is_owned() && owned.receive.is_none() {
+        if owned.is_owned() && owned.receive.is_none() && !queue.is_paused() {
             self.stats.rearms += 1;
             self.arm(slot, queue);
         }
@@ -241,6 +241,8 @@ impl Ring {
         }
         owned.receive = None;
         if !owned.is_owned() {
+            // No waker is dropped here: the guest has discarded the queue before its close, and
+            // registers none since.
             self.stats.dropped_at_close += queue.discard();
         }
         self.end(key, slot, Ok(Output::Done));
@@ -287,7 +289,8 @@ impl Ring {
             return;
         }
         let (taint, is_receiving) = (owned.taint, owned.receive.is_some());
-        // Together with the CLOSE, which else would answer 0 and free nothing.
+        // Together with the CLOSE, which takes the file from the table at once; an armed receive
+        // would keep the socket, and its port, alive.
         self.cancel_receive(slot);
         let is_busy = self.ops.in_flight(slot).all > u32::from(is_receiving);
         let close = self.ports.begin_close();
@@ -421,6 +424,7 @@ impl Ring {
         self.queues.queued()
     }
 
+    /// Entries that the kernel has consumed: the counter, which is part of what the driver decides by.
     pub(crate) fn submitted(&self) -> u64 {
         self.stats.submissions
     }
@@ -488,14 +492,14 @@ impl Ring {
         // The last completion: the operation's memory is ours again.
         let Some((slot, op)) = self.ops.find(key) else { return };
         let entry = self.slots.get(slot);
-        let mut books = Books {
+        let mut record = Record {
             is_owned: entry.is_owned(),
             is_ending: self.is_ending,
             stats: &mut self.stats,
             taint: &mut entry.taint,
             segment_limit: &mut entry.segment_limit,
         };
-        match op.complete(outcome, &mut books) {
+        match op.complete(outcome, &mut record) {
             Completed::Retry => {
                 self.ops.restart(key);
                 self.queue(key);
@@ -564,7 +568,29 @@ impl Drop for Ring {
     /// what it does not let go of.
     fn drop(&mut self) {
         self.is_ending = true;
-        let kernel = self.enter();
+        // Also if something here panics: what the kernel may write to must not be freed.
+        let ring = Leaking(self);
+        if ring.0.is_let_go_of() {
+            std::mem::forget(ring);
+        }
+    }
+}
+
+/// A ring whose memory the kernel keeps.
+struct Leaking<'a>(&'a mut Ring);
+
+impl Drop for Leaking<'_> {
+    fn drop(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.0.ops));
+        self.0.receives.leak();
+        tracing::warn!("io_uring operations did not end in time; their memory is leaked");
+    }
+}
+
+impl Ring {
+    /// Has the kernel end every operation; `false` if it has not done so in time.
+    fn is_let_go_of(&mut self) -> bool {
+        let kernel = self.kernel();
         let mut idle = 0;
         while idle < TEARDOWN_ROUNDS_MAX {
             let (submitted, completed) = (self.submitted(), self.stats.completions);
@@ -574,15 +600,13 @@ impl Drop for Ring {
             }
             self.reap();
             if self.ops.is_quiet() && !self.queues.has_backlog() {
-                return;
+                return true;
             }
             self.queues.cancel_all();
             if (submitted, completed) == (self.submitted(), self.stats.completions) {
                 idle += 1;
             }
         }
-        tracing::warn!("io_uring operations did not end in time; their memory is leaked");
-        std::mem::forget(std::mem::take(&mut self.ops));
-        self.receives.leak();
+        false
     }
 }

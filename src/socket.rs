@@ -24,9 +24,10 @@ mod connect;
 mod receive;
 mod send;
 
+use std::future::poll_fn;
 use std::net::{SocketAddr, SocketAddrV6};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::Waker;
+use std::task::{Context, Poll, Waker};
 
 use tokio::sync::Semaphore;
 
@@ -65,7 +66,7 @@ struct Receiver {
 
 /// Boxed where most sockets have nothing: a ring has thousands of them.
 struct State {
-    life: SocketState,
+    bind: BindState,
     /// Wakes the `send_one` or `receive_one` that waits for the bind, if another call's poll finds
     /// it done.
     binder: Option<Waker>,
@@ -81,7 +82,7 @@ struct State {
 }
 
 /// How far a socket's bind is. The kernel has no socket before `Binding`.
-enum SocketState {
+enum BindState {
     Unbound,
     /// The chain that makes and binds the socket is in flight.
     Binding(Box<InFlight>),
@@ -119,7 +120,7 @@ impl UdpSocket {
             slot: OnceLock::new(),
             receiver: OnceLock::new(),
             state: Mutex::new(State {
-                life: SocketState::Unbound,
+                bind: BindState::Unbound,
                 binder: None,
                 options: Options::default(),
                 local: None,
@@ -152,6 +153,45 @@ impl UdpSocket {
 
     fn bound_slot(&self) -> SlotIndex {
         *self.slot.get().expect("a bound socket has a slot")
+    }
+
+    // ---- state ------------------------------------------------------------------------------
+
+    /// Waits for a bind in flight; whether the socket is bound then.
+    async fn is_bound(&self) -> bool {
+        poll_fn(|cx| self.poll_settled(cx).map(|state| state.is_bound())).await
+    }
+
+    /// Ready, with the state locked, when no bind is in flight.
+    fn poll_settled(&self, cx: &mut Context<'_>) -> Poll<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        // Taken out to be polled with the state unlocked. What is left there is the guest's answer
+        // if the poll unwinds.
+        let unwound = BindState::Settled(Err(ErrorCode::Unknown));
+        let mut bind = match std::mem::replace(&mut state.bind, unwound) {
+            BindState::Binding(bind) => bind,
+            settled @ (BindState::Unbound | BindState::Settled(_) | BindState::Bound) => {
+                state.bind = settled;
+                return Poll::Ready(state);
+            }
+        };
+        drop(state);
+        let Poll::Ready(result) = bind.poll_result(cx) else {
+            self.lock().bind = BindState::Binding(bind);
+            return Poll::Pending;
+        };
+        drop(bind);
+        let result = result.map(drop).map_err(|errno| match errno {
+            // bind(2): the address is not of the socket's family.
+            Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,
+            errno => errno.into(),
+        });
+        let mut state = self.lock();
+        state.bind = BindState::Settled(result);
+        let Some(binder) = state.binder.take() else { return Poll::Ready(state) };
+        drop(state);
+        binder.wake();
+        Poll::Ready(self.lock())
     }
 
     // ---- addresses --------------------------------------------------------------------------
@@ -196,6 +236,18 @@ impl UdpSocket {
     }
 }
 
+impl Receiver {
+    fn take_admitted(&self) -> Option<Arrival> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The socket is gone: datagrams that no call will take.
+    fn discard(&self) -> u64 {
+        let admitted = u64::from(matches!(self.take_admitted(), Some(Ok(_))));
+        admitted + self.queue.discard()
+    }
+}
+
 /// An address as getsockname(2) and getpeername(2) return it: without flow information, and with a
 /// scope only where the address needs one (RFC 4007: link-local).
 fn as_the_kernel_names(addr: SocketAddr) -> SocketAddr {
@@ -209,11 +261,11 @@ fn as_the_kernel_names(addr: SocketAddr) -> SocketAddr {
 
 impl State {
     fn is_binding(&self) -> bool {
-        matches!(self.life, SocketState::Binding(_))
+        matches!(self.bind, BindState::Binding(_))
     }
 
     fn is_bound(&self) -> bool {
-        matches!(self.life, SocketState::Settled(Ok(())) | SocketState::Bound)
+        matches!(self.bind, BindState::Settled(Ok(())) | BindState::Bound)
     }
 }
 
@@ -229,7 +281,7 @@ impl Drop for UdpSocket {
                 // The operations in flight are detached first: the slot's next owner must not meet
                 // a future of this one. The ring keeps their memory until they complete.
                 let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-                state.life = SocketState::Unbound;
+                state.bind = BindState::Unbound;
                 state.blocked_send = None;
                 let unread = self.receiver.get().map_or(0, |receiver| receiver.discard());
                 // The slot is the ring's from here, with the entries in table and quota.

@@ -38,8 +38,9 @@ impl Uring {
     /// Closes the sockets that are cached for new owners now. Those that guests close from now on
     /// are cached as before.
     ///
-    /// When it returns they are closed, unless another thread is inside the kernel for the ring;
-    /// then that thread closes them.
+    /// When it returns they are closed, unless another thread is inside the kernel for the ring:
+    /// then that thread closes them, and a task of a runtime whose guests use the ring those that it
+    /// leaves.
     pub fn close_cached(&self) {
         self.driver.close_cached();
     }

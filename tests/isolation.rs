@@ -178,6 +178,31 @@ fn a_flood_that_the_policy_refuses_yields_to_others() {
     });
 }
 
+/// Kills: datagrams that cost a waiting guest nothing because it may not see them.
+#[test]
+fn a_flood_that_the_policy_refuses_yields_to_others_while_a_guest_waits() {
+    block_on(async {
+        let (refused, refused_addr) = native::socket(Ipv4Addr::LOCALHOST);
+        let (allowed, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let uring = uring();
+        let setup = Setup {
+            uring: Some(uring.clone()),
+            ..Setup::allow(move |addr, _| addr != refused_addr)
+        };
+        let mut rig = Rig::new(Backend::Uring, setup).await;
+        let target = rig.endpoint(LOOPBACK).await;
+        let readable = rig.subscribe_incoming(target.incoming).await;
+        for _ in 0..200 {
+            refused.send_to(b"stranger", target.local).unwrap();
+        }
+        allowed.send_to(b"friend", target.local).unwrap();
+        let steps = steps_beside(rig.block(readable)).await;
+        assert_eq!(uring.stats().dropped_by_policy, 200);
+        assert!(steps + 1 >= 200 / 32, "{steps} steps while 200 datagrams were refused");
+        assert_eq!(payloads(&rig.receive_exactly(target.incoming, 1).await), [b"friend"]);
+    });
+}
+
 #[test]
 fn a_guest_that_polls_an_empty_queue_without_end_yields_to_others() {
     block_on(async {

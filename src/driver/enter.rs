@@ -11,6 +11,7 @@ use super::runtimes::Runtimes;
 use crate::error::SetupError;
 use crate::ring::eventfd::EventFd;
 use crate::ring::kernel_defaults::Defaults;
+use crate::ring::op::OpResult;
 use crate::ring::op_table::{Leftover, Registered};
 use crate::ring::queues::{Enter, OpKey};
 use crate::ring::quota::Quota;
@@ -78,7 +79,7 @@ impl LockedCore<'_> {
     }
 
     /// Wakes every reaper, so that they go on where this thread stops.
-    fn wake_reapers(&mut self) {
+    pub(super) fn wake_reapers(&mut self) {
         let (core, after) = self.split();
         after.wake_later(core.runtimes.take_reapers());
     }
@@ -96,12 +97,13 @@ impl LockedCore<'_> {
         !has_ended
     }
 
-    /// The future of an operation is dropped: its memory, and what comes of it, are the ring's.
-    pub(super) fn detach(&mut self, key: OpKey) {
+    /// The future of an operation is dropped: its memory, and what comes of it, are the ring's. If it
+    /// had ended, its result is for the caller to drop: that may close a descriptor.
+    #[must_use = "it is dropped outside of the driver's lock"]
+    pub(super) fn detach(&mut self, key: OpKey) -> Option<OpResult> {
         let Leftover { result, waker } = self.ring.detach(key);
         self.drop_later(waker);
-        // A descriptor that it may hold is closed here.
-        drop(result);
+        result
     }
 }
 
@@ -113,7 +115,7 @@ impl Driver {
     ) -> Result<Self, SetupError> {
         let setup::Built { ring, quota, defaults, eventfd } = setup::build(sockets, recycle)?;
         Ok(Self {
-            kernel: ring.enter(),
+            kernel: ring.kernel(),
             quota,
             eventfd,
             defaults,
@@ -185,7 +187,11 @@ impl Driver {
                     Err(errno) => {
                         // Nothing that trying again at once would mend; the next caller tries.
                         core.split().1.log_later(errno);
-                        core.ring.enable_notifications();
+                        core.ring.reap();
+                        core.wake_completed();
+                        if core.ring.enable_notifications() {
+                            core.wake_reapers();
+                        }
                         break;
                     }
                 }
@@ -199,8 +205,7 @@ impl Driver {
                 core.ring.enable_notifications();
                 break;
             }
-            // While the eventfd's notifications were off, the thread of the grace periods signalled
-            // in vain.
+            // While the eventfd's notifications were off, no reaper heard of a grace period's end.
             if !core.has_queued() && !core.ring.enable_notifications() && !core.ring.has_event() {
                 break;
             }
@@ -217,7 +222,7 @@ fn is_passing(errno: &io::Error) -> bool {
     matches!(errno.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
 }
 
-/// That this thread is inside for all guests. Dropped only by a panic, of which the others need not
+/// Held by the thread that is inside for all guests. Dropped only by a panic, of which the others need not
 /// know: they are woken and enter by themselves. What the thread was at is half done at worst for one
 /// operation, whose memory is the operation table's until its last completion.
 struct Inside<'driver> {

@@ -115,12 +115,14 @@ impl Drop for InFlight {
         if self.is_taken {
             return;
         }
+        // Declared first, so dropped after the lock is released.
+        let _result;
         let mut core = self.driver.lock();
         if self.ends_with_caller {
             core.ring.cancel_send(self.key);
         }
         // Memory and duty change hands: the ring frees the operation at its last completion.
-        core.detach(self.key);
+        _result = core.detach(self.key);
         if self.ends_with_caller {
             self.driver.leave_to_flusher(core);
         }

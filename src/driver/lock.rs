@@ -150,7 +150,7 @@ impl Drop for AfterUnlock {
 }
 
 impl Left {
-    /// Each by itself, so that one that panics keeps none of the others from its turn.
+    /// Each by itself, so that one that panics keeps none of the others from running.
     #[inline(never)]
     fn run(self) {
         let Self { woken, dropped, failed, warning } = self;

@@ -52,6 +52,29 @@ impl Driver {
         }
     }
 
+    /// Reaps completions that have come.
+    pub(crate) fn reap(self: &Arc<Self>) {
+        let mut core = self.lock();
+        if core.entering {
+            return;
+        }
+        core.ring.reap();
+        core.wake_completed();
+        if core.ring.has_task_work() {
+            // Completions wait for a thread to enter, perhaps this one: a guest that polls again
+            // and again makes no other system call.
+            drop(self.combine_with(core, true));
+        } else if core.has_queued() {
+            self.leave_to_flusher(core);
+        }
+    }
+
+    /// As `reap`, and has a reaper reap what comes later.
+    pub(crate) fn start_reaping(self: &Arc<Self>) {
+        self.ensure_reaper();
+        self.reap();
+    }
+
     fn spawn_tasks(self: &Arc<Self>, mut core: LockedCore<'_>, handle: &Handle) {
         let id = handle.id();
         core.runtimes.add(id);

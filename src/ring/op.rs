@@ -1,5 +1,7 @@
 //! The operations that sockets need. What one is stands in two places, side by side: [`Op::write`],
-//! the entries that the kernel gets, and [`Op::complete`], what their completions come to.
+//! the entries that the kernel gets, and [`Op::complete`], what their completions come to. Beside
+//! them, and as exhaustive: how many completions it has, and how it taints its socket. A new one is
+//! added here, and where a socket submits it.
 //!
 //! Who may touch an operation's memory: before its entries are queued it moves into the operation
 //! table; from then on it is the kernel's, at the addresses that the entries name, until the last
@@ -116,7 +118,7 @@ pub(crate) enum Completed {
 }
 
 /// What an operation's end changes: the counters, and what the ring remembers of the socket.
-pub(crate) struct Books<'a> {
+pub(crate) struct Record<'a> {
     pub(crate) stats: &'a mut Stats,
     pub(crate) taint: &'a mut Taint,
     pub(crate) segment_limit: &'a mut SegmentLimit,
@@ -206,40 +208,38 @@ impl Op {
 
     /// What the completions of all entries come to. The kernel has let go of the operation's memory.
     /// (Those of a multishot receive are `receive`'s.)
-    pub(crate) fn complete(&mut self, outcome: Outcome, books: &mut Books<'_>) -> Completed {
+    pub(crate) fn complete(&mut self, outcome: Outcome, record: &mut Record<'_>) -> Completed {
         let Outcome { error, .. } = outcome;
         let result = error.map_or(Ok(Output::Done), Err);
         match self {
             Self::Bind(bind) if bind.is_recycled => {
                 if error.is_none() {
-                    books.stats.sockets_recycled += 1;
-                } else {
-                    books.stats.closed_instead.error += 1;
-                    if books.is_owned {
-                        // The error must not be the former owner's: a new socket in the same slot
-                        // decides.
-                        bind.is_recycled = false;
-                        *books.taint = Taint::new(bind.family);
-                        bind.mark(books.taint);
-                        return Completed::Retry;
-                    }
+                    record.stats.sockets_recycled += 1;
+                } else if record.is_owned {
+                    // The error must not be the former owner's: a new socket in the same slot
+                    // decides.
+                    record.stats.closed_instead.error += 1;
+                    bind.is_recycled = false;
+                    *record.taint = Taint::new(bind.family);
+                    bind.mark(record.taint);
+                    return Completed::Retry;
                 }
             }
             Self::Send(send) => {
                 let attempt = send.settle(outcome.succeeded as usize, error);
                 if let Some(segment_max) = attempt.segment_max {
-                    books.segment_limit.set(segment_max);
-                    books.stats.gso_refusals += 1;
+                    record.segment_limit.set(segment_max);
+                    record.stats.gso_refusals += 1;
                 }
-                if attempt.again && !books.is_ending {
-                    send.plan(books.segment_limit.of_next_send());
+                if attempt.again && !record.is_ending {
+                    send.plan(record.segment_limit.of_next_send());
                     return Completed::Retry;
                 }
-                books.stats.datagrams_sent += send.sent();
-                books.stats.datagrams_coalesced += send.coalesced();
-                books.stats.bytes_sent += outcome.sum;
+                record.stats.datagrams_sent += send.sent();
+                record.stats.datagrams_coalesced += send.coalesced();
+                record.stats.bytes_sent += outcome.sum;
                 if error.is_some() {
-                    books.taint.mark(Reason::Error);
+                    record.taint.mark(Reason::Error);
                 }
                 return Completed::Ended(match (send.sent(), error) {
                     (0, Some(errno)) => Err(errno),
@@ -250,19 +250,19 @@ impl Op {
                 return Completed::Ended(Ok(Output::Descriptor(descriptor(outcome.value))));
             }
             Self::CountDrops(memory) if error.is_none() => {
-                books.stats.dropped_by_kernel += u64::from(memory.drops());
+                record.stats.dropped_by_kernel += u64::from(memory.drops());
             }
             Self::Unbind(memory) => {
                 if memory.unread() > CACHED_BYTES_MAX {
-                    books.taint.mark(Reason::Unread);
+                    record.taint.mark(Reason::Unread);
                 }
                 if memory.is_all_sent() {
-                    books.taint.sent_all();
+                    record.taint.sent_all();
                 }
             }
             Self::Drain(memory) => {
                 if memory.as_ref().is_some_and(|memory| memory.is_all_sent()) {
-                    books.taint.sent_all();
+                    record.taint.sent_all();
                 }
                 // EAGAIN ends a drain, and an error that was pending is drained like a datagram.
                 return Completed::Ended(result);
@@ -276,7 +276,7 @@ impl Op {
             | Self::Close => {}
         }
         if error.is_some() {
-            books.taint.mark(Reason::Error);
+            record.taint.mark(Reason::Error);
         }
         Completed::Ended(result)
     }
@@ -328,7 +328,7 @@ impl BindOp {
         self.options.iter().any(|option| !option.is_v6only())
     }
 
-    /// Whether a recycled socket may serve it, and then whether it sets the source address.
+    /// `Some` if a recycled socket may serve it: whether it sets that one's source address.
     pub(crate) fn recyclable(&self) -> Option<bool> {
         (!self.names_port() && !self.sets_options()).then(|| self.sets_source())
     }

@@ -15,7 +15,7 @@ use crate::error::Errno;
 enum OpState {
     /// No owner: the entry is free.
     Vacant,
-    /// The kernel. A caller waits, or will.
+    /// The kernel, once it is queued (a deferred bind is not yet). A caller waits, or will.
     InKernel { op: Op, waker: Option<Waker> },
     /// The kernel. No caller is left: the last completion frees the memory.
     Detached { op: Op },
@@ -34,7 +34,7 @@ struct Entry {
 
 /// Operations on a slot that have not had their last completion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct InFlight {
+pub(super) struct SlotOps {
     pub(super) all: u32,
     /// Those of them that are sends.
     pub(super) sends: u32,
@@ -45,7 +45,7 @@ pub(super) struct OpTable {
     entries: Vec<Entry>,
     vacant: Vec<u32>,
     /// By slot.
-    in_flight: Vec<InFlight>,
+    in_flight: Vec<SlotOps>,
 }
 
 /// What the last completion of an operation leads to.
@@ -74,7 +74,7 @@ impl OpTable {
         };
         let (pending, is_send) = (op.completions(), op.is_send());
         if self.in_flight.len() <= slot.at() {
-            self.in_flight.resize(slot.at() + 1, InFlight::default());
+            self.in_flight.resize(slot.at() + 1, SlotOps::default());
         }
         let in_flight = &mut self.in_flight[slot.at()];
         in_flight.all += 1;
@@ -115,7 +115,7 @@ impl OpTable {
     }
 
     /// Operations of a slot in the kernel.
-    pub(super) fn in_flight(&self, slot: SlotIndex) -> InFlight {
+    pub(super) fn in_flight(&self, slot: SlotIndex) -> SlotOps {
         self.in_flight.get(slot.at()).copied().unwrap_or_default()
     }
 
@@ -406,7 +406,7 @@ mod tests {
             }
             prop_assert_eq!(table.is_quiet(), held.is_empty());
             let held = u32::try_from(held.len()).unwrap();
-            prop_assert_eq!(table.in_flight(SLOT), InFlight { all: held, sends: held });
+            prop_assert_eq!(table.in_flight(SLOT), SlotOps { all: held, sends: held });
         }
     }
 }

@@ -66,7 +66,7 @@ impl PortOrder {
         self.deferred.push_back(Deferred { key, slot, closes_before });
     }
 
-    /// A deferred bind whose turn has come: it is to be queued now.
+    /// A deferred bind before which no close goes on any more: it is to be queued now.
     pub(super) fn take_due(&mut self) -> Option<OpKey> {
         let front = self.deferred.front()?;
         let is_due = CloseId(self.oldest) >= front.closes_before;

@@ -142,7 +142,8 @@ impl Queues {
         self.io.submitter()
     }
 
-    pub(super) fn enter(&self) -> Enter {
+    /// What enters the kernel for this ring.
+    pub(super) fn kernel(&self) -> Enter {
         Enter(Arc::clone(&self.io))
     }
 

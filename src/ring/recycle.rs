@@ -66,9 +66,8 @@ impl Recycler {
 
     // ---- the door ---------------------------------------------------------------------------
 
-    /// A guest has dropped a socket, of which no send is in the kernel. `Some` if it is cached: the
-    /// operation to submit. `is_busy`: other operations go on than a receive that is being
-    /// cancelled.
+    /// A guest has dropped a socket. `Some` if it is cached: the operation to submit. `is_busy`:
+    /// other operations go on than a receive that is being cancelled, and so it is closed.
     pub(super) fn release(&mut self, slot: SlotIndex, taint: Taint, is_busy: bool) -> Option<Op> {
         if self.pools.limits().quarantined_max == 0 {
             return None;
@@ -224,8 +223,13 @@ fn drain(taint: Taint) -> Op {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::ring::eventfd::EventFd;
+    use crate::ring::op::Output;
+    use crate::ring::quota::Quota;
+    use crate::ring::slots::{SlotState, SlotTable};
 
     fn recycler(quarantined_max: u32, ready_max: u32) -> Recycler {
         let limits = Recycle { quarantined_max, ready_max, ..Recycle::OFF };
@@ -267,5 +271,82 @@ mod tests {
             ..ClosedInstead::default()
         };
         assert_eq!(recycler.closed_instead(), expected);
+    }
+
+    proptest! {
+        #![proptest_config(crate::regressions("tests/proptest-regressions/recycle.txt"))]
+
+        /// Kills: more in quarantine, drained and closed than there are slots for; a slot given to
+        /// two.
+        #[test]
+        fn a_guest_with_a_unit_of_the_quota_finds_a_slot_whatever_is_cached(
+            steps in proptest::collection::vec((0_u8..8, any::<prop::sample::Index>()), 1..400)
+        ) {
+            let quota = Quota::new(3);
+            let mut recycler = recycler(2, 8);
+            let mut slots = SlotTable::new(quota.capacity() + recycler.slots());
+            let mut owned: Vec<SlotIndex> = Vec::new();
+            // Slots whose last operation is in the kernel, and those of them whose guest has just
+            // left.
+            let (mut in_kernel, mut releasing): (Vec<SlotIndex>, Vec<SlotIndex>) = (vec![], vec![]);
+            for (step, which) in steps {
+                match step {
+                    0 | 1 if quota.take() => {
+                        let family = [Family::V4, Family::V6][which.index(2)];
+                        let slot = if let Some(slot) = recycler.acquire(family, step == 0) {
+                            slots.take_cached(slot);
+                            slot
+                        } else if let Some(slot) = slots.take_free(family) {
+                            slot
+                        } else {
+                            let slot = recycler.evict().expect("the quota leaves a slot");
+                            slots.take_evicted(slot, family);
+                            slot
+                        };
+                        prop_assert!(slot.at() < 3 + 2, "beyond the table");
+                        prop_assert!(!owned.contains(&slot) && !in_kernel.contains(&slot));
+                        slots.get(slot).taint.bind(step == 0);
+                        owned.push(slot);
+                    }
+                    2 if !owned.is_empty() => {
+                        let slot = owned.swap_remove(which.index(owned.len()));
+                        let taint = slots.get(slot).taint;
+                        // An UNBIND if it is cached, else a CLOSE.
+                        recycler.release(slot, taint, which.index(5) == 0);
+                        slots.get(slot).state = SlotState::Cached;
+                        in_kernel.push(slot);
+                        releasing.push(slot);
+                    }
+                    3 | 4 if !in_kernel.is_empty() => {
+                        let slot = in_kernel.swap_remove(which.index(in_kernel.len()));
+                        let taint = slots.get(slot).taint;
+                        let drained = which.index(2) == 0;
+                        let result = if drained { Err(Errno(libc::EAGAIN)) } else { Ok(Output::Done) };
+                        let next = recycler.completed(slot, taint, &result);
+                        if let Some(at) = releasing.iter().position(|one| *one == slot) {
+                            releasing.swap_remove(at);
+                            quota.put_back();
+                        }
+                        match next {
+                            Next::Submit(_) => in_kernel.push(slot),
+                            Next::Keep => {}
+                            Next::Free => slots.free(slot),
+                            Next::Refuse => prop_assert!(false, "nothing taints a socket here"),
+                        }
+                    }
+                    5 => {
+                        recycler.pools.begin_grace();
+                    }
+                    6 => recycler.pools.end_grace(),
+                    _ => {
+                        if which.index(4) == 0 {
+                            recycler.close_all();
+                        }
+                        in_kernel.extend(recycler.pools.next_to_drain().map(|(slot, _)| slot));
+                        in_kernel.extend(recycler.pools.next_to_close());
+                    }
+                }
+            }
+        }
     }
 }

@@ -27,7 +27,7 @@ pub(super) enum SlotState {
 pub(super) struct Releasing {
     pub(super) close: CloseId,
     /// The socket's CLOSE, or its unbinding, has been submitted. Sends that wait for buffer space
-    /// hold it up, because the kernel looks the file up when their turn comes.
+    /// hold it up, because the kernel looks the file up when it tries them again.
     pub(super) is_submitted: bool,
     /// The guest's quota, while such sends keep a unit of it: else a guest could pile up any number
     /// of them.

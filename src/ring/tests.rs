@@ -235,6 +235,61 @@ fn a_bind_by_number_is_deferred_until_the_close_before_it_is_done() {
     rig.finish();
 }
 
+/// Kills: the guest's unit of its quota put back at the close already; a bind by number that waits for
+/// a send, which may wait for ever.
+#[test]
+fn a_send_that_waits_keeps_its_guests_quota_and_the_file_but_holds_up_no_bind() {
+    let mut rig = Rig::new();
+    rig.quota = Quota::new(1);
+    assert!(rig.quota.take());
+    let slot = rig.opened();
+    let receive = rig.receive_in_kernel(slot).unwrap();
+    let send = rig.ring.submit(slot, send_op(&[10]));
+    let socket = rig.sockets.pop().unwrap();
+    drop(rig.ring.detach(send));
+    rig.ring.close(slot, &rig.quota, socket.queue.discard());
+
+    assert!(rig.table.take());
+    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], 5000).into());
+    let queued = rig.ring.queued();
+    let (new, _) = rig.ring.submit_bind(None, Box::new(bind));
+    assert_eq!(rig.ring.queued(), queued, "deferred: its receive is still being cancelled");
+    let complete_receive = |rig: &mut Rig| rig.complete(receive, -libc::ECANCELED, 0);
+    assert_eq!(rig.queued_by(complete_receive), 2, "SOCKET and BIND");
+    assert!(!rig.quota.take(), "the send keeps it");
+    assert_eq!(rig.queued_by(|rig| rig.complete_send(send, &[10])), 1, "the CLOSE");
+    assert!(rig.quota.take());
+    assert_eq!(rig.table.in_use(), 2);
+    let close = rig.close_in_kernel(slot);
+    rig.complete(close, 0, 0);
+    assert_eq!(rig.table.in_use(), 1);
+    rig.ring.close(new, &rig.quota, 0);
+    rig.finish();
+}
+
+/// Another thread reaps between the guest's call, which ends a pause, and its `resume`. Kills: a
+/// receive armed on a paused queue, which no delivery would ever cancel.
+#[test]
+fn a_queue_filled_again_before_its_receive_is_resumed_stays_paused() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let receive = rig.receive_in_kernel(slot).unwrap();
+    rig.deliver(receive, &[1, 2, 3, 4], true);
+    let queue = Arc::clone(&rig.sockets[0].queue);
+    let resumes: Vec<bool> = (0..3).map(|_| take_one(&queue).1).collect();
+    assert_eq!(resumes, [false, false, true]);
+    // Before the cancel came.
+    rig.deliver(receive, &[5, 6, 7], false);
+    assert!(queue.is_paused() && rig.receive_in_kernel(slot).is_none());
+    rig.ring.resume(slot, &queue);
+    assert!(rig.receive_in_kernel(slot).is_none(), "full");
+    while !take_one(&queue).1 {}
+    rig.ring.resume(slot, &queue);
+    assert!(rig.receive_in_kernel(slot).is_some());
+    rig.complete_asides(slot);
+    rig.finish();
+}
+
 #[test]
 fn a_cancel_that_misses_its_receive_is_sent_again() {
     let mut rig = Rig::new();
@@ -293,8 +348,8 @@ fn only_a_socket_that_receives_in_bursts_gets_gro_and_its_drops_counted() {
 fn sent(result: &OpResult) -> (u64, Option<Errno>) {
     match result {
         Ok(Output::Sent(Sent { datagrams, error })) => (*datagrams, *error),
-        Ok(Output::Done | Output::Descriptor(_)) => panic!("of no send"),
         Err(errno) => (0, Some(*errno)),
+        Ok(output) => panic!("of no send: {output:?}"),
     }
 }
 
@@ -443,7 +498,7 @@ fn a_send_of_a_closing_slot_is_finished_before_its_close() {
 
 /// Enters the kernel until nothing is left to come.
 fn enter(ring: &mut Ring) {
-    let kernel = ring.enter();
+    let kernel = ring.kernel();
     for _ in 0..3 {
         let entries = ring.flush();
         kernel.enter(entries, Some(0)).unwrap();

@@ -4,26 +4,25 @@
 use std::future::poll_fn;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
-use std::sync::MutexGuard;
 use std::task::{Context, Poll, ready};
 
 use crate::datagram::Family;
-use crate::error::{Errno, ErrorCode};
+use crate::error::ErrorCode;
 use crate::limits::SENDS_MAX;
 use crate::ring::op::BindOp;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
-use crate::socket::{SocketState, State, UdpSocket, as_the_kernel_names};
+use crate::socket::{BindState, UdpSocket, as_the_kernel_names};
 
 impl UdpSocket {
     /// Validates the address, checks the policy and submits the bind.
     pub(crate) fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
-        match self.lock().life {
-            SocketState::Unbound => {}
-            SocketState::Binding(_) | SocketState::Settled(_) => {
+        match self.lock().bind {
+            BindState::Unbound => {}
+            BindState::Binding(_) | BindState::Settled(_) => {
                 return Err(ErrorCode::ConcurrencyConflict);
             }
-            SocketState::Bound => return Err(ErrorCode::InvalidState),
+            BindState::Bound => return Err(ErrorCode::InvalidState),
         }
         if !is_of_family(addr, self.family) {
             return Err(ErrorCode::InvalidArgument);
@@ -48,7 +47,7 @@ impl UdpSocket {
     }
 
     /// Binds to any address and port unless the socket is bound. The policy is checked once for each
-    /// bind; `is_allowed` if the caller has done so for the first.
+    /// bind, of which there may be several; `is_allowed`: the caller has checked it for the first.
     pub(super) async fn bind_anywhere(&self, mut is_allowed: bool) -> Result<(), ErrorCode> {
         while !self.is_bound().await {
             if !std::mem::take(&mut is_allowed) {
@@ -82,16 +81,16 @@ impl UdpSocket {
         // Where the guest left a part open the kernel chooses it, and it must be queried later.
         let is_known = addr.port() != 0 && !addr.ip().is_unspecified();
         let mut state = self.lock();
-        state.life = SocketState::Binding(Box::new(in_flight));
+        state.bind = BindState::Binding(Box::new(in_flight));
         state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
     }
 
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
-    pub(super) async fn first_in_line<T>(&self, bind: impl Future<Output = T>) -> T {
+    pub(super) async fn first_in_line<T>(&self, bound: impl Future<Output = T>) -> T {
         let _alone = self.sends.acquire_many(SENDS_MAX).await;
-        let mut bind = pin!(bind);
+        let mut bound = pin!(bound);
         poll_fn(|cx| {
-            let poll = bind.as_mut().poll(cx);
+            let poll = bound.as_mut().poll(cx);
             if poll.is_pending() {
                 let waker = cx.waker().clone();
                 // Dropped at the block's end, with the lock released.
@@ -107,51 +106,14 @@ impl UdpSocket {
         let _failure = self.finish_bind().await;
     }
 
-    /// Waits for a bind in flight; whether the socket is bound then.
-    pub(super) async fn is_bound(&self) -> bool {
-        poll_fn(|cx| self.poll_settled(cx).map(|state| state.is_bound())).await
-    }
-
     /// Ready with a bind's result, which is returned once.
     fn poll_finish(&self, cx: &mut Context<'_>) -> Poll<Result<(), ErrorCode>> {
         let mut state = ready!(self.poll_settled(cx));
-        let SocketState::Settled(result) = state.life else {
+        let BindState::Settled(result) = state.bind else {
             return Poll::Ready(Err(ErrorCode::NotInProgress));
         };
-        state.life = if result.is_ok() { SocketState::Bound } else { SocketState::Unbound };
+        state.bind = if result.is_ok() { BindState::Bound } else { BindState::Unbound };
         Poll::Ready(result)
-    }
-
-    /// Ready, with the state locked, when no bind is in flight.
-    fn poll_settled(&self, cx: &mut Context<'_>) -> Poll<MutexGuard<'_, State>> {
-        let mut state = self.lock();
-        // Taken out to be polled with the state unlocked. What is left there is the guest's answer
-        // if the poll unwinds.
-        let unwound = SocketState::Settled(Err(ErrorCode::Unknown));
-        let mut bind = match std::mem::replace(&mut state.life, unwound) {
-            SocketState::Binding(bind) => bind,
-            settled @ (SocketState::Unbound | SocketState::Settled(_) | SocketState::Bound) => {
-                state.life = settled;
-                return Poll::Ready(state);
-            }
-        };
-        drop(state);
-        let Poll::Ready(result) = bind.poll_result(cx) else {
-            self.lock().life = SocketState::Binding(bind);
-            return Poll::Pending;
-        };
-        drop(bind);
-        let result = result.map(drop).map_err(|errno| match errno {
-            // bind(2): the address is not of the socket's family.
-            Errno(libc::EAFNOSUPPORT) => ErrorCode::InvalidArgument,
-            errno => errno.into(),
-        });
-        let mut state = self.lock();
-        state.life = SocketState::Settled(result);
-        let Some(binder) = state.binder.take() else { return Poll::Ready(state) };
-        drop(state);
-        binder.wake();
-        Poll::Ready(self.lock())
     }
 }
 

@@ -1,8 +1,8 @@
 //! To the guest: what has arrived, past the policy and the peer filter.
 //!
-//! The one place where a datagram is admitted is `admits`: the policy decides about its sender once,
-//! when the guest's call takes it from the queue. A datagram that a wait has found, and no call has
-//! taken yet, is kept admitted.
+//! The one place where a datagram is admitted is `admits`: the policy decides about its sender when
+//! the guest's call, or its wait, takes it from the queue. A datagram that a wait has found, and no
+//! call has taken yet, is kept admitted, and judged again only if the guest connects meanwhile.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -25,18 +25,8 @@ impl Receiver {
         Self { queue, line, admitted: Mutex::new(None) }
     }
 
-    fn take_admitted(&self) -> Option<Arrival> {
-        self.admitted.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
     fn keep_admitted(&self, arrival: Arrival) {
         *self.admitted.lock().unwrap_or_else(PoisonError::into_inner) = Some(arrival);
-    }
-
-    /// The socket is gone: datagrams that no call will take.
-    pub(super) fn discard(&self) -> u64 {
-        let admitted = u64::from(matches!(self.take_admitted(), Some(Ok(_))));
-        admitted + self.queue.discard()
     }
 }
 
@@ -130,7 +120,7 @@ impl UdpSocket {
         let receiver = self.receiver().await;
         let _line = receiver.line.lock().await;
         self.ctx.yield_if_spent().await;
-        let arrival = poll_fn(|cx| self.poll_arrival(receiver, cx)).await;
+        let arrival = self.next_arrival(receiver).await;
         self.ctx.budget.spend(1);
         Ok(arrival?)
     }
@@ -138,24 +128,37 @@ impl UdpSocket {
     /// Ready when `receive` would return a datagram or an error.
     pub(crate) async fn receivable(&self) {
         let receiver = self.receiver().await;
-        let arrival = poll_fn(|cx| self.poll_arrival(receiver, cx)).await;
-        receiver.keep_admitted(arrival);
+        receiver.keep_admitted(self.next_arrival(receiver).await);
     }
 
-    /// The next arrival that the guest may see.
-    fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Arrival> {
-        if let Some(arrival) = receiver.take_admitted().or_else(|| self.take_arrival(receiver)) {
-            return Poll::Ready(arrival);
+    /// The next arrival that the guest may see, waited for. Those that it may not see cost it budget,
+    /// so that their senders do not hold up the thread's other tasks.
+    async fn next_arrival(&self, receiver: &Receiver) -> Arrival {
+        loop {
+            if let Some(arrival) = poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
+                return arrival;
+            }
+            self.ctx.yield_if_spent().await;
+        }
+    }
+
+    /// Ready with the next arrival that the guest may see, or `None` if its budget is spent.
+    fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Option<Arrival>> {
+        if let Some(arrival) = receiver.take_admitted() {
+            return Poll::Ready(Some(arrival));
+        }
+        if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
+            return taken;
         }
         // The task is not registered yet: what this reaps would wake the very task that reaps.
         self.ctx.driver.start_reaping();
-        if let Some(arrival) = self.take_arrival(receiver) {
-            return Poll::Ready(arrival);
+        if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
+            return taken;
         }
         drop(receiver.queue.register(cx.waker().clone()));
         // Another thread may have reaped something in between.
-        if let Some(arrival) = self.take_arrival(receiver) {
-            return Poll::Ready(arrival);
+        if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
+            return taken;
         }
         if !first_poll::is_first(cx) {
             self.ctx.budget.renew();
@@ -163,23 +166,31 @@ impl UdpSocket {
         Poll::Pending
     }
 
-    /// Takes arrivals from the queue until the guest may see one; the others are dropped. Errors
-    /// always pass.
-    fn take_arrival(&self, receiver: &Receiver) -> Option<Arrival> {
+    /// Takes arrivals from the queue until the guest may see one; the others are dropped, and after a
+    /// budget of them the task is to yield: `None`. Errors always pass. Pending if the queue is empty.
+    fn take_arrival(&self, receiver: &Receiver) -> Poll<Option<Arrival>> {
         let mut withheld = Withheld::default();
-        let arrival = loop {
+        let mut has_resumed = false;
+        let taken = loop {
             let Taken { arrivals: arrival, resumes } = receiver.queue.take_first();
-            if resumes {
-                self.resume(receiver);
-            }
-            match &arrival {
+            has_resumed |= resumes;
+            match arrival {
+                None => break Poll::Pending,
                 Some(Ok(datagram)) if !self.admits(datagram.from, self.remote(), &mut withheld) => {
+                    self.ctx.budget.spend(1);
+                    if self.ctx.budget.is_spent() {
+                        break Poll::Ready(None);
+                    }
                 }
-                Some(Ok(_) | Err(_)) | None => break arrival,
+                arrival => break Poll::Ready(arrival),
             }
         };
         self.count(&withheld);
-        arrival
+        // Not in the loop, which would go on for as long as datagrams arrive.
+        if has_resumed {
+            self.resume(receiver);
+        }
+        taken
     }
 
     /// Whether the guest may see a datagram of this sender. The policy is the host's code: no lock is

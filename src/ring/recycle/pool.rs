@@ -182,7 +182,7 @@ impl Pools {
     }
 
     /// The one place where a socket changes its stage, and where they are counted.
-    fn enter(&mut self, slot: SlotIndex, stage: Option<Cached>, taint: Taint) {
+    fn set_stage(&mut self, slot: SlotIndex, stage: Option<Cached>, taint: Taint) {
         if self.entries.len() <= slot.at() {
             self.entries.resize_with(slot.at() + 1, || None);
         }
@@ -195,7 +195,7 @@ impl Pools {
 
     fn move_to(&mut self, slot: SlotIndex, stage: Option<Cached>) {
         if let Some(taint) = self.taint(slot) {
-            self.enter(slot, stage, taint);
+            self.set_stage(slot, stage, taint);
         }
     }
 
@@ -212,13 +212,13 @@ impl Pools {
             self.count(Reason::NoRoom);
             return false;
         }
-        self.enter(slot, Some(Cached::Unbinding), taint);
+        self.set_stage(slot, Some(Cached::Unbinding), taint);
         true
     }
 
     /// A socket is unbound, and has been through so much.
     pub(super) fn unbound(&mut self, slot: SlotIndex, taint: Taint) {
-        self.enter(slot, Some(Cached::AwaitingGrace), taint);
+        self.set_stage(slot, Some(Cached::AwaitingGrace), taint);
         self.awaiting_grace.push(slot);
     }
 
@@ -244,7 +244,7 @@ impl Pools {
         for slot in std::mem::take(&mut self.in_grace) {
             let Some(taint) = self.taint(slot) else { continue };
             let is_over = self.pooled() - self.surplus() >= self.limits.ready_max as usize;
-            self.enter(slot, Some(Cached::Undrained), taint);
+            self.set_stage(slot, Some(Cached::Undrained), taint);
             let pool = self.pool(taint);
             pool.undrained.push_back(slot);
             if is_over {
@@ -277,12 +277,12 @@ impl Pools {
         };
         let drains = drains + 1;
         if !is_empty && drains < DRAINS_MAX {
-            self.enter(slot, Some(Cached::Draining { drains }), taint);
+            self.set_stage(slot, Some(Cached::Draining { drains }), taint);
             return Drained::Again;
         }
         let is_ready = is_empty && !taint.may_be_sending;
         let stage = if is_ready { Cached::Ready } else { Cached::Closing };
-        self.enter(slot, Some(stage), taint);
+        self.set_stage(slot, Some(stage), taint);
         let pool = self.pool(taint);
         pool.draining -= 1;
         if is_ready {
@@ -354,7 +354,7 @@ impl Pools {
 
     /// Evicts a socket that is unbound after all.
     pub(super) fn evict_unbound(&mut self, slot: SlotIndex, taint: Taint, reason: Reason) {
-        self.enter(slot, Some(Cached::Evicting), taint);
+        self.set_stage(slot, Some(Cached::Evicting), taint);
         self.evicting.push((slot, reason));
     }
 

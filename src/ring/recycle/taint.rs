@@ -54,7 +54,7 @@ pub(crate) struct Taint {
     /// What was sent may still be in a device's queue. It is charged to the socket, and leaves its
     /// next owner a smaller send buffer.
     pub(super) may_be_sending: bool,
-    /// The first thing that no unbinding undoes.
+    /// Why the socket must be closed: the first thing in it that unbinding does not undo.
     pub(super) reason: Option<Reason>,
 }
 
