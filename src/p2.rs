@@ -14,7 +14,6 @@
 //! | `drop` of an outgoing stream | waits for a send in the background | does not wait; the next `stream` and `check-send` do | what was accepted outlives the stream, and its socket |
 //! | `start-bind` after a failed one | can be called again at once | `concurrency-conflict` until `finish-bind` has returned the error | it is an error of `finish-bind` |
 //! | datagrams that made `poll` ready and were not received | the first is lost when the streams are dropped | they wait for the next streams | nothing that arrived is lost |
-//! | `receive` and `send` on a refusing peer | the first call of either returns `connection-refused`, before datagrams | once the receive is armed, `receive` returns it, after the datagrams before it | the armed receive takes the error from the kernel |
 //! | buffer sizes | getsockopt | computed from the kernel's limits when the ring was built | no system call |
 //! | `local-address` | never fails on a bound socket | `out-of-memory` when the process has no descriptor left | getsockname needs one for a moment |
 //! | `unicast-hop-limit` | getsockopt, which for a connected IPv6 socket returns its route's | the limit that was set, or the system's default when the ring was built | no system call |

@@ -6,8 +6,8 @@
 //!
 //! # Where the answers differ from wasmtime-wasi 48
 //!
-//! As for WASI 0.2 (see `p2`): a refusing peer once a receive is armed, buffer sizes, the hop limit, and
-//! `get-local-address` without a spare descriptor. And:
+//! As for WASI 0.2 (see `p2`): buffer sizes, the hop limit, and `get-local-address` without a spare
+//! descriptor. And:
 //!
 //! | function | wasmtime-wasi | here | why |
 //! |---|---|---|---|

@@ -37,7 +37,7 @@ use crate::error::{Errno, ErrorCode};
 use crate::limits::SENDS_MAX;
 use crate::ring::op::{Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
-use crate::ring::receive_queue::{Arrival, ReceiveQueue};
+use crate::ring::receive_queue::{Datagram, ReceiveQueue};
 use crate::socket::guest::GuestCtx;
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
@@ -60,8 +60,8 @@ struct Receiver {
     queue: Arc<ReceiveQueue>,
     /// Calls of `receive_one`, in their order; the first waits for the next arrival.
     line: tokio::sync::Mutex<()>,
-    /// An arrival that was admitted and that no call has taken yet. A leaf lock.
-    admitted: Mutex<Option<Arrival>>,
+    /// A datagram that was admitted and that no call has taken yet. A leaf lock.
+    admitted: Mutex<Option<Datagram>>,
 }
 
 /// Boxed where most sockets have nothing: a ring has thousands of them.
@@ -237,13 +237,13 @@ impl UdpSocket {
 }
 
 impl Receiver {
-    fn take_admitted(&self) -> Option<Arrival> {
+    fn take_admitted(&self) -> Option<Datagram> {
         self.admitted.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The socket is gone: datagrams that no call will take.
     fn discard(&self) -> u64 {
-        let admitted = u64::from(matches!(self.take_admitted(), Some(Ok(_))));
+        let admitted = u64::from(self.take_admitted().is_some());
         admitted + self.queue.discard()
     }
 }

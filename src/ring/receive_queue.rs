@@ -1,4 +1,7 @@
-//! A socket's own bounded queue: datagrams between the ring's buffers and the guest.
+//! A socket's own bounded queue: datagrams between the ring's buffers and the guest. And its one
+//! pending error, which is told once and before the datagrams, as the kernel's sockets do (socket(7),
+//! `SO_ERROR`): an armed receive takes the kernel's each time, so that a guest would meet a stale one
+//! for every question that was refused.
 //!
 //! A slot's new owner gets a new queue, so nothing reaches it that was meant for the last one.
 //!
@@ -19,12 +22,12 @@ pub(crate) struct Datagram {
     pub(crate) from: SocketAddr,
 }
 
-/// What a receive can bring: a datagram, or an error that the kernel had pending for the socket.
+/// What a guest can take: a datagram, or the socket's pending error.
 pub(crate) type Arrival = Result<Datagram, Errno>;
 
 /// What a delivery leads to.
 pub(crate) struct Pushed {
-    /// Arrivals in the queue now.
+    /// Datagrams in the queue now.
     pub(crate) queued: usize,
     /// This delivery has filled the queue: its receive is to be cancelled.
     pub(crate) pauses: bool,
@@ -56,9 +59,10 @@ pub(crate) struct ReceiveQueue {
 
 #[derive(Debug, Default)]
 struct State {
-    arrivals: VecDeque<Arrival>,
+    datagrams: VecDeque<Datagram>,
     /// Of payload.
     bytes: usize,
+    error: Option<Errno>,
     /// The one pause state: set when a delivery fills the queue, cleared when the guest has taken
     /// enough. While it is set the ring arms no receive for the socket.
     is_paused: bool,
@@ -81,31 +85,44 @@ impl ReceiveQueue {
         let mut state = self.lock();
         for datagram in datagrams {
             state.bytes += datagram.payload.len();
-            state.arrivals.push_back(Ok(datagram));
+            state.datagrams.push_back(datagram);
         }
         state.pushed(self.limits)
     }
 
-    /// Queues an error, behind what arrived before it.
+    /// The socket has an error, instead of the one that was pending.
     pub(crate) fn push_error(&self, errno: Errno) -> Pushed {
         let mut state = self.lock();
-        state.arrivals.push_back(Err(errno));
+        state.error = Some(errno);
         state.pushed(self.limits)
+    }
+
+    /// Takes the pending error, for a call that sends.
+    pub(crate) fn take_error(&self) -> Option<Errno> {
+        self.lock().error.take()
+    }
+
+    /// Gives the pending error back that a wait has found, unless there is a later one.
+    pub(crate) fn put_back_error(&self, errno: Errno) {
+        self.lock().error.get_or_insert(errno);
     }
 
     pub(crate) fn is_paused(&self) -> bool {
         self.lock().is_paused
     }
 
-    /// Takes the first arrival.
+    /// Takes the pending error or the first datagram.
     pub(crate) fn take_first(&self) -> Taken<Option<Arrival>> {
         let mut state = self.lock();
-        Taken { arrivals: state.pop(), resumes: state.resume_if_drained(self.limits) }
+        if let Some(errno) = state.error.take() {
+            return Taken { arrivals: Some(Err(errno)), resumes: false };
+        }
+        let arrivals = state.pop().map(Ok);
+        Taken { arrivals, resumes: state.resume_if_drained(self.limits) }
     }
 
     /// Takes datagrams from the front, behind one that was taken before: at most so many in all,
-    /// and until so many bytes are taken. An error is taken only if it comes first of all:
-    /// the guest gets what arrived before it first.
+    /// and until so many bytes are taken; or the pending error, if none was taken before.
     pub(crate) fn take(
         &self,
         first: Option<Datagram>,
@@ -115,22 +132,18 @@ impl ReceiveQueue {
         let weight = |datagram: &Datagram| datagram.payload.len().max(1);
         let mut bytes = first.as_ref().map_or(0, weight);
         let mut state = self.lock();
-        let capacity = (state.arrivals.len() + first.iter().len()).min(most.datagrams);
+        if first.is_none()
+            && let Some(errno) = state.error.take()
+        {
+            return Err(errno);
+        }
+        let capacity = (state.datagrams.len() + first.iter().len()).min(most.datagrams);
         let mut datagrams = Vec::with_capacity(capacity);
         datagrams.extend(first);
         while datagrams.len() < most.datagrams && bytes < most.bytes {
-            match state.arrivals.front() {
-                Some(Err(errno)) if datagrams.is_empty() => {
-                    let errno = *errno;
-                    state.pop();
-                    return Err(errno);
-                }
-                Some(Err(_)) | None => break,
-                Some(Ok(datagram)) => bytes += weight(datagram),
-            }
-            if let Some(Ok(datagram)) = state.pop() {
-                datagrams.push(datagram);
-            }
+            let Some(datagram) = state.pop() else { break };
+            bytes += weight(&datagram);
+            datagrams.push(datagram);
         }
         Ok(Taken { arrivals: datagrams, resumes: state.resume_if_drained(self.limits) })
     }
@@ -152,12 +165,13 @@ impl ReceiveQueue {
         let closed = State { is_paused: true, ..State::default() };
         // Dropped, with its waker, outside of the lock.
         let state = std::mem::replace(&mut *self.lock(), closed);
-        state.arrivals.iter().filter(|arrival| arrival.is_ok()).count() as u64
+        state.datagrams.len() as u64
     }
 
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
-        self.lock().arrivals.is_empty()
+        let state = self.lock();
+        state.datagrams.is_empty() && state.error.is_none()
     }
 }
 
@@ -165,15 +179,13 @@ impl State {
     fn pushed(&mut self, limits: QueueLimits) -> Pushed {
         let pauses = !self.is_paused && self.is_full(limits);
         self.is_paused |= pauses;
-        Pushed { queued: self.arrivals.len(), pauses, waker: self.waker.take() }
+        Pushed { queued: self.datagrams.len(), pauses, waker: self.waker.take() }
     }
 
-    fn pop(&mut self) -> Option<Arrival> {
-        let arrival = self.arrivals.pop_front()?;
-        if let Ok(datagram) = &arrival {
-            self.bytes -= datagram.payload.len();
-        }
-        Some(arrival)
+    fn pop(&mut self) -> Option<Datagram> {
+        let datagram = self.datagrams.pop_front()?;
+        self.bytes -= datagram.payload.len();
+        Some(datagram)
     }
 
     /// Ends a pause once the guest has left less than half.
@@ -188,7 +200,7 @@ impl State {
     }
 
     fn is_full(&self, limits: QueueLimits) -> bool {
-        self.arrivals.len() >= limits.datagrams || self.bytes >= limits.bytes
+        self.datagrams.len() >= limits.datagrams || self.bytes >= limits.bytes
     }
 }
 
@@ -241,10 +253,19 @@ mod tests {
         assert!(!push(&queue, datagram(1, 999)));
     }
 
+    /// Kills: an error for each question that was refused.
     #[test]
-    fn errors_fill_a_queue_too() {
+    fn one_error_is_pending_at_most_and_told_once() {
         let queue = queue(1, 1000);
-        assert!(queue.push_error(Errno(libc::ECONNREFUSED)).pauses);
+        for errno in [libc::ECONNREFUSED, libc::EHOSTUNREACH, libc::ECONNREFUSED] {
+            assert!(!queue.push_error(Errno(errno)).pauses);
+        }
+        assert_eq!(queue.take_first().arrivals, Some(Err(Errno(libc::ECONNREFUSED))));
+        assert_eq!(queue.take_first().arrivals, None);
+        queue.push_error(Errno(libc::EHOSTUNREACH));
+        queue.put_back_error(Errno(libc::ECONNREFUSED));
+        assert_eq!(queue.take_error(), Some(Errno(libc::EHOSTUNREACH)), "the later one");
+        assert_eq!(queue.take_error(), None);
     }
 
     #[test]
@@ -273,15 +294,14 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_taken_when_what_came_before_it_is() {
+    fn an_error_is_told_before_the_datagrams_unless_one_was_taken() {
         let queue = queue(10, 1000);
         push(&queue, datagram(1, 1));
         queue.push_error(Errno(libc::ECONNREFUSED));
         push(&queue, datagram(2, 1));
-        assert_eq!(ports(&take(&queue, 9).unwrap()), [1]);
         let before = Some(datagram(9, 1));
-        let most = QueueLimits { datagrams: 9, bytes: 1000 };
-        assert_eq!(ports(&queue.take(before, most).unwrap()), [9], "behind one, it waits");
+        let most = QueueLimits { datagrams: 2, bytes: 1000 };
+        assert_eq!(ports(&queue.take(before, most).unwrap()), [9, 1]);
         assert_eq!(take(&queue, 9).map(|_| ()), Err(Errno(libc::ECONNREFUSED)));
         assert_eq!(ports(&take(&queue, 9).unwrap()), [2]);
     }

@@ -25,8 +25,8 @@ impl Receiver {
         Self { queue, line, admitted: Mutex::new(None) }
     }
 
-    fn keep_admitted(&self, arrival: Arrival) {
-        *self.admitted.lock().unwrap_or_else(PoisonError::into_inner) = Some(arrival);
+    fn keep_admitted(&self, datagram: Datagram) {
+        *self.admitted.lock().unwrap_or_else(PoisonError::into_inner) = Some(datagram);
     }
 }
 
@@ -74,15 +74,8 @@ impl UdpSocket {
         let mut has_reaped = false;
         loop {
             self.ctx.yield_if_spent().await;
-            let mut is_admitted = false;
-            let first = match receiver.take_admitted() {
-                Some(Err(errno)) => return Err(errno.into()),
-                Some(Ok(datagram)) => {
-                    is_admitted = true;
-                    Some(datagram)
-                }
-                None => None,
-            };
+            let first = receiver.take_admitted();
+            let mut is_admitted = first.is_some();
             let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
             if resumes {
                 self.resume(receiver);
@@ -128,7 +121,10 @@ impl UdpSocket {
     /// Ready when `receive` would return a datagram or an error.
     pub(crate) async fn receivable(&self) {
         let receiver = self.receiver().await;
-        receiver.keep_admitted(self.next_arrival(receiver).await);
+        match self.next_arrival(receiver).await {
+            Ok(datagram) => receiver.keep_admitted(datagram),
+            Err(errno) => receiver.queue.put_back_error(errno),
+        }
     }
 
     /// The next arrival that the guest may see, waited for. Those that it may not see cost it budget,
@@ -144,8 +140,8 @@ impl UdpSocket {
 
     /// Ready with the next arrival that the guest may see, or `None` if its budget is spent.
     fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Option<Arrival>> {
-        if let Some(arrival) = receiver.take_admitted() {
-            return Poll::Ready(Some(arrival));
+        if let Some(datagram) = receiver.take_admitted() {
+            return Poll::Ready(Some(Ok(datagram)));
         }
         if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
             return taken;
@@ -212,16 +208,20 @@ impl UdpSocket {
     /// The socket has another peer: what was admitted before is judged again.
     pub(super) fn readmit(&self) {
         let Some(receiver) = self.receiver.get() else { return };
-        let Some(arrival) = receiver.take_admitted() else { return };
+        let Some(datagram) = receiver.take_admitted() else { return };
         let mut withheld = Withheld::default();
         let remote = self.remote();
-        if arrival
-            .as_ref()
-            .map_or(true, |datagram| self.admits(datagram.from, remote, &mut withheld))
-        {
-            receiver.keep_admitted(arrival);
+        if self.admits(datagram.from, remote, &mut withheld) {
+            receiver.keep_admitted(datagram);
         }
         self.count(&withheld);
+    }
+
+    /// The socket's pending error, which a call that sends is told if it comes before one that
+    /// receives.
+    pub(super) fn take_error(&self) -> Result<(), ErrorCode> {
+        let error = self.receiver.get().and_then(|receiver| receiver.queue.take_error());
+        error.map_or(Ok(()), |errno| Err(errno.into()))
     }
 
     fn count(&self, Withheld { by_policy, not_from_peer }: &Withheld) {

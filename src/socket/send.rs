@@ -54,6 +54,7 @@ impl UdpSocket {
         if accepted.is_empty() {
             return refused.map_or(Ok(0), Err);
         }
+        self.take_error()?;
         let accepted_len = accepted.len() as u64;
         // The payloads are the ring's from here until the kernel has taken or refused them.
         let mut in_flight = self.submit(Op::Send(SendOp::new(accepted)));
@@ -114,6 +115,7 @@ impl UdpSocket {
             self.first_in_line(self.bind_anywhere(is_to_bind)).await?;
         }
         let _permit = self.sends.acquire().await;
+        self.take_error()?;
         let datagram = Outgoing { payload, to: Some(to.into()) };
         let send = self.submit(Op::Send(SendOp::new(vec![datagram]))).cancelled_with_caller();
         send.result().await?;

@@ -300,3 +300,51 @@ fn a_refusal_is_answered_to_a_receive_once_and_the_socket_goes_on_working<G: Gue
         }
     });
 }
+
+in_both!(a_refusal_is_answered_to_a_send_although_a_receive_is_armed);
+/// Kills: an error kept for receives alone.
+fn a_refusal_is_answered_to_a_send_although_a_receive_is_armed<G: Guest>() {
+    on_both::<G>(Setup::default(), async |guest| {
+        let closed = native::closed_port(own_ip());
+        let (socket, _) = guest.bound(LOOPBACK).await;
+        guest.connect(socket, closed).await.unwrap();
+        guest.arm(socket).await;
+        let mut refused = 0;
+        for _ in 0..6 {
+            match guest.send(socket, b"anybody?", None).await {
+                Ok(()) => {}
+                Err(error) => {
+                    assert_eq!(error, ErrorCode::ConnectionRefused);
+                    refused += 1;
+                }
+            }
+        }
+        assert!((1..=3).contains(&refused), "{refused} of six sends were refused");
+    });
+}
+
+in_both!(a_peer_that_refused_many_times_is_one_pending_error);
+/// Kills: an error kept for each question.
+fn a_peer_that_refused_many_times_is_one_pending_error<G: Guest>() {
+    on_both::<G>(Setup::default(), async |guest| {
+        let closed = native::closed_port(own_ip());
+        let (socket, _) = guest.bound(LOOPBACK).await;
+        guest.connect(socket, closed).await.unwrap();
+        guest.arm(socket).await;
+        for _ in 0..20 {
+            // Every second one is told of the one before.
+            let _ = guest.send(socket, b"anybody?", None).await;
+        }
+        let open = UdpSocket::bind(closed).unwrap();
+        if guest.send(socket, b"now", None).await.is_err() {
+            guest.send(socket, b"now", None).await.unwrap();
+        }
+        let (_, from) = open.recv_from(&mut [0; 16]).unwrap();
+        open.send_to(b"yes", from).unwrap();
+        let mut received = guest.receive(socket).await;
+        if received == Err(ErrorCode::ConnectionRefused) {
+            received = guest.receive(socket).await;
+        }
+        assert_eq!(received, Ok((b"yes".to_vec(), closed)));
+    });
+}
