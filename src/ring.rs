@@ -179,22 +179,22 @@ impl Ring {
 
     // ---- receives ---------------------------------------------------------------------------
 
-    /// Arms a socket's receive into this queue, unless it is armed.
-    pub(crate) fn arm(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
+    /// Arms a socket's receive into this queue; `false` if it is armed, or the socket is no guest's.
+    pub(crate) fn arm(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) -> bool {
         let owned = self.slots.get(slot);
-        if owned.is_owned() && owned.receive.is_none() {
+        let arms = owned.is_owned() && owned.receive.is_none();
+        if arms {
             let key = self.submit_detached(slot, Op::Receive(Arc::clone(queue)));
             self.slots.get(slot).receive = Some(Receive { key, is_cancelled: false });
         }
+        arms
     }
 
     /// Arms a receive again whose queue was paused and is no longer. If its cancel is still on its
     /// way, `end_receive` will. Another thread may have filled the queue since the guest took from it.
     pub(crate) fn resume(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
-        let owned = self.slots.get(slot);
-        if owned.is_owned() && owned.receive.is_none() && !queue.is_paused() {
+        if !queue.is_paused() && self.arm(slot, queue) {
             self.stats.rearms += 1;
-            self.arm(slot, queue);
         }
     }
 

@@ -153,21 +153,25 @@ fn a_guest_that_always_finds_datagrams_yields_to_others() {
     });
 }
 
+/// A guest with a socket at which 200 datagrams wait that its policy refuses.
+async fn flooded_with_refused(uring: &Uring) -> (Rig, Endpoint) {
+    let (refused, refused_addr) = native::socket(Ipv4Addr::LOCALHOST);
+    let setup =
+        Setup { uring: Some(uring.clone()), ..Setup::allow(move |addr, _| addr != refused_addr) };
+    let mut rig = Rig::new(Backend::Uring, setup).await;
+    let target = rig.endpoint(LOOPBACK).await;
+    for _ in 0..200 {
+        refused.send_to(b"stranger", target.local).unwrap();
+    }
+    (rig, target)
+}
+
 /// Kills: a receive that loops over datagrams of refused senders without spending the budget.
 #[test]
 fn a_flood_that_the_policy_refuses_yields_to_others() {
     block_on(async {
-        let (refused, refused_addr) = native::socket(Ipv4Addr::LOCALHOST);
         let uring = uring();
-        let setup = Setup {
-            uring: Some(uring.clone()),
-            ..Setup::allow(move |addr, _| addr != refused_addr)
-        };
-        let mut rig = Rig::new(Backend::Uring, setup).await;
-        let target = rig.endpoint(LOOPBACK).await;
-        for _ in 0..200 {
-            refused.send_to(b"stranger", target.local).unwrap();
-        }
+        let (mut rig, target) = flooded_with_refused(&uring).await;
         let asking = async {
             while uring.stats().dropped_by_policy < 200 {
                 assert_eq!(rig.receive(target.incoming, 1).await, Ok(vec![]));
@@ -182,19 +186,10 @@ fn a_flood_that_the_policy_refuses_yields_to_others() {
 #[test]
 fn a_flood_that_the_policy_refuses_yields_to_others_while_a_guest_waits() {
     block_on(async {
-        let (refused, refused_addr) = native::socket(Ipv4Addr::LOCALHOST);
-        let (allowed, _) = native::socket(Ipv4Addr::LOCALHOST);
         let uring = uring();
-        let setup = Setup {
-            uring: Some(uring.clone()),
-            ..Setup::allow(move |addr, _| addr != refused_addr)
-        };
-        let mut rig = Rig::new(Backend::Uring, setup).await;
-        let target = rig.endpoint(LOOPBACK).await;
+        let (mut rig, target) = flooded_with_refused(&uring).await;
         let readable = rig.subscribe_incoming(target.incoming).await;
-        for _ in 0..200 {
-            refused.send_to(b"stranger", target.local).unwrap();
-        }
+        let (allowed, _) = native::socket(Ipv4Addr::LOCALHOST);
         allowed.send_to(b"friend", target.local).unwrap();
         let steps = steps_beside(rig.block(readable)).await;
         assert_eq!(uring.stats().dropped_by_policy, 200);

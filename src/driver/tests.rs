@@ -11,6 +11,7 @@ use tracing::span;
 
 use super::batching::Guest;
 use super::enter::Driver;
+use super::flush::Flush;
 use super::in_flight::InFlight;
 use crate::datagram::Family;
 use crate::ring::op::{BindOp, Op, OpResult, Output};
@@ -111,21 +112,27 @@ impl Panics {
     }
 }
 
+/// A guest whose flush waits with this waker, because another thread was inside, which has left
+/// without its entries.
+fn left_waiting(driver: &Arc<Driver>, waker: &Waker) -> (SlotIndex, Flush) {
+    let guest = Guest::new();
+    let slot = socket(driver, guest);
+    let (_queue, mut flush) = driver.arm(guest, slot);
+    driver.lock().entering = true;
+    assert!(flush.poll(driver, &mut Context::from_waker(waker)).is_pending());
+    driver.lock().entering = false;
+    (slot, flush)
+}
+
 /// Kills: a clone of the waker while the lock is held; the guard's fields in another order;
 /// `AfterUnlock::run` before the unlock.
 #[test]
 fn no_waker_is_cloned_woken_or_dropped_under_the_lock() {
     let driver = driver();
-    let guest = Guest::new();
-    let slot = socket(&driver, guest);
-    let (_inbox, mut flush) = driver.arm(guest, slot);
     let foreign = Foreign::new(&driver);
-    driver.lock().entering = true; // another thread is inside
     let waker = foreign.waker();
-    let poll = flush.poll(&driver, &mut Context::from_waker(&waker));
-    assert!(poll.is_pending());
+    let (_slot, _flush) = left_waiting(&driver, &waker);
     assert_eq!(foreign.counts(), [1, 0, 0]);
-    driver.lock().entering = false;
     drop(driver.combine(driver.lock()));
     assert_eq!(foreign.counts(), [1, 1, 0]);
     let mut core = driver.lock();
@@ -172,13 +179,8 @@ fn a_waker_that_panics_while_a_thread_is_inside_does_not_stop_the_ring() {
 #[test]
 fn a_thread_that_panics_inside_lets_the_others_go_on() {
     let driver = driver();
-    let guest = Guest::new();
-    let slot = socket(&driver, guest);
-    let (_inbox, mut flush) = driver.arm(guest, slot);
     let foreign = Foreign::new(&driver);
-    driver.lock().entering = true; // another thread is inside
-    assert!(flush.poll(&driver, &mut Context::from_waker(&foreign.waker())).is_pending());
-    driver.lock().entering = false;
+    let (slot, mut flush) = left_waiting(&driver, &foreign.waker());
     let panicked = catch_unwind(AssertUnwindSafe(|| {
         drop(driver.combine_by(|_, _| panic!("inside"), driver.lock(), false));
     }));

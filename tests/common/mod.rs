@@ -298,6 +298,13 @@ pub async fn steps_beside(guest: impl Future<Output = ()>) -> usize {
     steps
 }
 
+/// How often a ring's guests enter the kernel while that runs.
+pub async fn enters_while(uring: &Uring, work: impl Future<Output = ()>) -> u64 {
+    let before = uring.stats().enters;
+    work.await;
+    uring.stats().enters - before
+}
+
 /// Runs guests as tasks, all at once.
 pub async fn side_by_side(guests: impl IntoIterator<Item: Future<Output = ()> + Send + 'static>) {
     let tasks: Vec<_> = guests.into_iter().map(tokio::spawn).collect();

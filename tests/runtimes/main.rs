@@ -10,8 +10,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::mpsc;
 
 use common::{
-    BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, eventually, native,
-    payloads, side_by_side, uring, within,
+    BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, enters_while,
+    eventually, native, payloads, side_by_side, uring, within,
 };
 use tokio::runtime::Builder;
 use wasi_uring::Uring;
@@ -250,11 +250,12 @@ fn a_lone_guest_enters_once_per_cycle() {
     block_on(async {
         let uring = uring();
         let mut rig = Rig::on_ring(&uring).await;
-        let before = uring.stats().enters;
-        for _ in 0..100 {
-            cycle(&mut rig).await;
-        }
-        let enters = uring.stats().enters - before;
+        let cycles = async {
+            for _ in 0..100 {
+                cycle(&mut rig).await;
+            }
+        };
+        let enters = enters_while(&uring, cycles).await;
         assert!(enters <= 101, "{enters}");
     });
 }
@@ -283,21 +284,19 @@ fn a_lone_guest_is_served_without_yielding() {
 #[test]
 fn sixty_four_guests_on_one_thread_share_their_enters() {
     const GUESTS: u64 = 64;
-    const LIVES: u64 = 50;
+    const CYCLES: u64 = 50;
     block_on(async {
         let uring = uring();
         let mut rigs = Vec::new();
         for _ in 0..GUESTS {
             rigs.push(Rig::on_ring(&uring).await);
         }
-        let before = uring.stats().enters;
-        let lives = |mut rig| async move {
-            for _ in 0..LIVES {
+        let cycles = |mut rig| async move {
+            for _ in 0..CYCLES {
                 cycle(&mut rig).await;
             }
         };
-        side_by_side(rigs.into_iter().map(lives)).await;
-        let enters = uring.stats().enters - before;
-        assert!(enters <= GUESTS * LIVES / 10, "{enters}");
+        let enters = enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
+        assert!(enters <= GUESTS * CYCLES / 10, "{enters}");
     });
 }

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use crate::common::{LOOPBACK, block_on, native, side_by_side, steps_beside, uring};
+use crate::common::{LOOPBACK, block_on, enters_while, native, side_by_side, steps_beside, uring};
 use crate::rig::{Rig3, Status, V4};
 
 /// Kills: a yield with a waker that wakes no task.
@@ -110,11 +110,12 @@ fn a_lone_guest_enters_once_per_cycle() {
     block_on(async {
         let uring = uring();
         let mut rig = Rig3::on_ring(&uring).await;
-        let before = uring.stats().enters;
-        for _ in 0..100 {
-            cycle(&mut rig).await;
-        }
-        let enters = uring.stats().enters - before;
+        let cycles = async {
+            for _ in 0..100 {
+                cycle(&mut rig).await;
+            }
+        };
+        let enters = enters_while(&uring, cycles).await;
         assert!(enters <= 101, "{enters}");
     });
 }
@@ -130,14 +131,12 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
         for _ in 0..GUESTS {
             rigs.push(Rig3::on_ring(&uring).await);
         }
-        let before = uring.stats().enters;
         let cycles = |mut rig| async move {
             for _ in 0..CYCLES {
                 cycle(&mut rig).await;
             }
         };
-        side_by_side(rigs.into_iter().map(cycles)).await;
-        let enters = uring.stats().enters - before;
+        let enters = enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
         assert!(enters <= GUESTS * CYCLES / 10, "{enters}");
     });
 }
