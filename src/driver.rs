@@ -1,7 +1,7 @@
 //! Who calls `io_uring_enter`, and when.
 //!
-//! The guests' own threads do, and the tasks of their runtimes. (The ring's one thread waits for RCU
-//! grace periods, once sockets are recycled.) Guests queue entries under a short lock. The thread
+//! The guests' own threads do, and the tasks of their runtimes; a thread of the ring's own only where those
+//! leave a port taken for too long (`overdue`). Guests queue entries under a short lock. The thread
 //! that finds no other inside enters for all guests that have queued some, reaps, looks for entries queued meanwhile, and wakes the
 //! guests whose completions are in (flat combining: `enter`). Here is what sockets call for that.
 //! `batching` has the rules by which guests share an enter, `flush` and `in_flight` what a guest
@@ -22,20 +22,26 @@ pub(crate) mod first_poll;
 mod flush;
 mod in_flight;
 mod lock;
+mod overdue;
 mod runtimes;
 mod tasks;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 pub(crate) use self::batching::Guest;
 use self::batching::quota_retries;
 pub(crate) use self::enter::Driver;
+use self::enter::LockedCore;
 pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
+use crate::limits::CLOSE_PATIENCE;
 use crate::ring::kernel_defaults::Defaults;
+use crate::ring::membarrier::kick;
 use crate::ring::op::{BindOp, Op};
+use crate::ring::port_order::CloseId;
 use crate::ring::queues::SlotIndex;
 use crate::ring::quota::Quota;
 use crate::ring::receive_queue::ReceiveQueue;
@@ -126,8 +132,9 @@ impl Driver {
         drop(self.combine(core));
     }
 
-    /// Gives a slot and the socket in it back to the ring. The flusher submits the close, unless
-    /// another thread enters before.
+    /// Gives a slot and the socket in it back to the ring. A port that was bound by number is free when
+    /// this returns; the close of another is the flusher's to submit, unless another thread enters
+    /// before.
     pub(crate) fn close(
         self: &Arc<Self>,
         guest: Guest,
@@ -137,10 +144,38 @@ impl Driver {
     ) {
         let mut core = self.lock();
         let before = core.ring.queued();
-        core.ring.close(slot, quota, unread);
-        if core.ring.queued() > before {
-            core.batching.queue(guest);
-            self.leave_to_flusher(core);
+        let named = core.ring.close(slot, quota, unread);
+        if core.ring.queued() == before {
+            return;
+        }
+        core.batching.queue(guest);
+        if let Some(close) = named {
+            return self.enter_until_closed(core, close);
+        }
+        core.watch_closes();
+        self.leave_to_flusher(core);
+    }
+
+    /// Has a close give its port up before this returns, unless a thread holds it up for too long: one
+    /// that is inside, or one that has armed the socket's receive and must run the end of that.
+    fn enter_until_closed<'driver>(&'driver self, core: LockedCore<'driver>, close: CloseId) {
+        let mut core = self.combine(core);
+        let mut begun = None;
+        while !core.ring.ports().has_ended(close)
+            && begun.get_or_insert_with(Instant::now).elapsed() < CLOSE_PATIENCE
+        {
+            let is_entering = core.entering;
+            drop(core);
+            if !is_entering {
+                kick();
+            }
+            std::thread::yield_now();
+            core = self.lock();
+            if !core.entering {
+                core.ring.reap();
+                core.wake_completed();
+                core = self.combine(core);
+            }
         }
     }
 

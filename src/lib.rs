@@ -95,7 +95,7 @@
 //!   flight without a caller;
 //! - *driver*: the rules and the lock by which threads share a ring; *reaper* and *flusher*: its two
 //!   tasks in each runtime;
-//! - *deferred*: a bind by number that waits for closes before it; *paused*: a receive whose queue is
+//! - *overdue*: a close that takes longer than it should, because its guest computes on; *paused*: a receive whose queue is
 //!   full; *coalesced*: sent with other datagrams in one message;
 //! - *recycled*: a socket that had another owner; *cached*: one between two owners; *taint*: what the
 //!   last owner has left in it;
@@ -124,6 +124,7 @@
 //! | `driver::in_flight` | the future of an operation |
 //! | `driver::flush` | waiting until entries are in the kernel |
 //! | `driver::tasks` | each runtime's reaper and flusher; `driver::runtimes`: their wakers |
+//! | `driver::overdue` | a thread of the ring's own gets on with closes that the guests' threads leave |
 //! | `driver::enter` | one thread calls `io_uring_enter` for all |
 //! | `driver::batching` | every rule of sharing and fairness |
 //! | `driver::first_poll` | Wasmtime's first poll of a concurrent call |
@@ -136,10 +137,11 @@
 //! | `ring::receive` | from the kernel's buffers to the sockets' queues |
 //! | `ring::op` | each operation: its entries, and what their completions come to |
 //! | `ring::send` | which datagrams become one message |
-//! | `ring::port_order` | binds by number wait for closes |
+//! | `ring::port_order` | closes on their way, and binds that wait for their ports |
 //! | `ring::queues` | the submission and the completion queue |
 //! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
 //! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets |
+//! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
 //! | `datagram` | socket addresses, control data and messages as bytes |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //! | [`limits`] | every bound, and how they relate |

@@ -103,6 +103,21 @@ pub(crate) const DRAINS_MAX: u32 = 64;
 /// refused.
 pub(crate) const QUOTA_RETRIES_MAX: u32 = 1000;
 
+/// Longest that a bind waits for closes that may hold its port.
+pub(crate) const BIND_PATIENCE: Duration = Duration::from_millis(5);
+
+/// Longest that the drop of a socket bound by number waits until its port is free.
+pub(crate) const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
+
+/// How long a close may take before the ring's own thread gets on with it, and the longest interval at
+/// which that looks: a guest that computes on keeps a port for no longer. (To look costs up to 20 µs of CPU
+/// in a virtual machine, for the timer alone.)
+pub(crate) const OVERDUE: Duration = Duration::from_micros(1700);
+
+/// Looks without a close before the thread that looks goes to sleep: to wake it costs more than a few
+/// looks.
+pub(crate) const QUIET_LOOKS_MAX: u32 = 8;
+
 /// Completions taken from the queue at a time.
 pub(crate) const COMPLETIONS_BATCH: usize = 64;
 
@@ -134,5 +149,7 @@ const _: () = {
         "a whole datagram fits one buffer",
     );
     assert!(BUFFER_BYTES.is_multiple_of(4096), "buffers start on pages");
+    assert!(OVERDUE.as_micros() < 2000, "documented: within 2 ms");
+    assert!(BIND_PATIENCE.as_micros() > 2 * OVERDUE.as_micros(), "a held-up close gets on");
     assert!(SOCKETS_DEFAULT <= SOCKETS_MAX);
 };

@@ -9,9 +9,10 @@
 pub(crate) mod buffers;
 pub(crate) mod eventfd;
 pub(crate) mod kernel_defaults;
+pub(crate) mod membarrier;
 pub(crate) mod op;
 pub(crate) mod op_table;
-mod port_order;
+pub(crate) mod port_order;
 pub(crate) mod queues;
 pub(crate) mod quota;
 mod receive;
@@ -25,13 +26,16 @@ mod tests;
 
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Instant;
 
 use io_uring::squeue::Entry;
 
 use self::buffers::BufferRing;
-use self::op::{BindOp, Completed, Op, OpResult, Output, Record, SocketMemory, SocketOption};
+use self::op::{
+    Attempt, BindOp, Completed, Op, OpResult, Output, Record, SocketMemory, SocketOption,
+};
 use self::op_table::{Ended, Leftover, OpTable, Registered};
-use self::port_order::PortOrder;
+use self::port_order::{CloseId, Port, PortOrder};
 use self::queues::{Completion, EMPTY_BATCH, Enter, OpKey, Queues, SlotIndex};
 use self::quota::Quota;
 use self::receive::{Delivered, Receives};
@@ -128,23 +132,16 @@ impl Ring {
     }
 
     /// Submits the chain that makes and binds a socket, for which the caller has taken a unit of the
-    /// ring's quota, in the slot that it has or gets now. A bind to a port by number is deferred
-    /// while closes go on that may be giving up that very port.
+    /// ring's quota, in the slot that it has or gets now.
     pub(crate) fn submit_bind(
         &mut self,
         slot: Option<SlotIndex>,
         mut bind: Box<BindOp>,
     ) -> (SlotIndex, OpKey) {
         let slot = slot.unwrap_or_else(|| self.slot_for(&mut bind));
-        let is_deferred = bind.names_port() && self.ports.is_closing();
-        let op = Op::Bind(bind);
-        if !is_deferred {
-            return (slot, self.submit(slot, op));
-        }
-        let op = self.prepare(slot, op);
-        let key = self.ops.insert(op, slot);
-        self.ports.defer(key, slot);
-        (slot, key)
+        self.slots.get(slot).named_port = bind.port().number;
+        bind.is_behind_closes = self.ports.is_closing();
+        (slot, self.submit(slot, Op::Bind(bind)))
     }
 
     /// A slot for a new owner: with a recycled socket, if one is as good for this bind as a new one;
@@ -154,7 +151,7 @@ impl Ring {
         if let Some(sets_source) = bind.recyclable()
             && let Some(slot) = self.recycler.acquire(bind.family, sets_source)
         {
-            bind.is_recycled = true;
+            bind.attempt = Attempt::Recycled;
             self.slots.take_cached(slot);
             return slot;
         }
@@ -274,26 +271,30 @@ impl Ring {
 
     // ---- closes -----------------------------------------------------------------------------
 
-    /// A guest has dropped a socket: cancels its receive, and closes or unbinds the socket once no
-    /// send waits for buffer space. After the last completion the slot is free, or its socket is
-    /// cached. `unread`: datagrams that the guest has left in its queue.
-    pub(crate) fn close(&mut self, slot: SlotIndex, quota: &Arc<Quota>, unread: u64) {
+    /// A guest has dropped a socket: cancels its receive, and unbinds the socket, or closes it once
+    /// nothing else is in flight. After the last completion the slot is free, or its socket is
+    /// cached. `unread`: datagrams that the guest has left in its queue. Returned is the close of a
+    /// port that was bound by number.
+    pub(crate) fn close(
+        &mut self,
+        slot: SlotIndex,
+        quota: &Arc<Quota>,
+        unread: u64,
+    ) -> Option<CloseId> {
         self.stats.dropped_at_close += unread;
-        // A bind that was deferred the kernel does not know. The CLOSE of its empty slot then
-        // answers EBADF, which is as good.
+        // A bind that waits the kernel does not know.
         if let Some(key) = self.ports.withdraw(slot) {
             self.ops.withdraw(key);
         }
         let owned = self.slots.get(slot);
         if !owned.is_owned() {
-            return;
+            return None;
         }
         let (taint, is_receiving) = (owned.taint, owned.receive.is_some());
-        // Together with the CLOSE, which takes the file from the table at once; an armed receive
-        // would keep the socket, and its port, alive.
+        let port = Port { family: taint.family(), number: owned.named_port };
         self.cancel_receive(slot);
         let is_busy = self.ops.in_flight(slot).all > u32::from(is_receiving);
-        let close = self.ports.begin_close();
+        let close = self.ports.begin_close(port);
         let mut releasing = Releasing { close, is_submitted: false, quota: None };
         if let Some(unbind) = self.recycler.release(slot, taint, is_busy) {
             releasing.is_submitted = true;
@@ -301,28 +302,50 @@ impl Ring {
             self.slots.get(slot).state = SlotState::Releasing(releasing);
             self.submit_detached(slot, unbind);
         } else {
-            // A unit of the guest's quota is the slot's until the CLOSE is submitted.
+            // A unit of the guest's quota is the slot's until no send waits any more.
             releasing.quota = Some(Arc::clone(quota));
             self.slots.get(slot).state = SlotState::Releasing(releasing);
-            self.submit_close_after_sends(slot);
+            self.submit_close_once_idle(slot);
+        }
+        port.number.map(|_| close)
+    }
+
+    /// The closes on their way.
+    pub(crate) fn ports(&self) -> &PortOrder {
+        &self.ports
+    }
+
+    /// Queues the binds that have waited for long enough.
+    pub(crate) fn expire_binds(&mut self) {
+        self.ports.expire(Instant::now());
+        self.queue_due_binds();
+    }
+
+    fn queue_due_binds(&mut self) {
+        while let Some(key) = self.ports.take_due() {
+            self.queue(key);
         }
     }
 
-    /// Submits the CLOSE of a socket that its guest has dropped, once no send is in flight.
-    fn submit_close_after_sends(&mut self, slot: SlotIndex) {
+    /// Submits the CLOSE of a socket that its guest has dropped, once nothing else is in flight: the
+    /// kernel lets go of a file with its last user, and so the port is free when CLOSE has completed.
+    /// (A receive armed by another thread ends there, and lets go of the file after its completion.)
+    fn submit_close_once_idle(&mut self, slot: SlotIndex) {
         let in_flight = self.ops.in_flight(slot);
         let SlotState::Releasing(releasing) = &mut self.slots.get(slot).state else { return };
-        if in_flight.sends > 0 {
+        if in_flight.sends == 0
+            && let Some(quota) = releasing.quota.take()
+        {
+            quota.put_back();
+        }
+        if in_flight.all > 0 {
             if in_flight.all == in_flight.sends {
-                // They may wait for ever: a bind by number does not wait for them.
+                // They may wait for ever: a bind does not wait for them.
                 self.ports.end_close(releasing.close);
             }
             return;
         }
         releasing.is_submitted = true;
-        if let Some(quota) = releasing.quota.take() {
-            quota.put_back();
-        }
         self.submit_close(slot);
     }
 
@@ -334,12 +357,12 @@ impl Ring {
     }
 
     /// An operation on a slot has ended: moves on a socket that no guest owns, and then the binds
-    /// that were deferred behind it.
+    /// that waited for it.
     fn advance(&mut self, slot: SlotIndex, result: &OpResult) {
         match &self.slots.get(slot).state {
             SlotState::Free | SlotState::Owned => return,
             SlotState::Releasing(releasing) if !releasing.is_submitted => {
-                self.submit_close_after_sends(slot);
+                self.submit_close_once_idle(slot);
             }
             SlotState::Releasing(_) | SlotState::Cached => {
                 if self.ops.in_flight(slot).all == 0 {
@@ -347,9 +370,7 @@ impl Ring {
                 }
             }
         }
-        while let Some(key) = self.ports.take_due() {
-            self.queue(key);
-        }
+        self.queue_due_binds();
     }
 
     /// No operation is in flight on a slot that no guest owns.
@@ -494,6 +515,7 @@ impl Ring {
         let entry = self.slots.get(slot);
         let mut record = Record {
             is_owned: entry.is_owned(),
+            is_closing: self.ports.is_closing(),
             is_ending: self.is_ending,
             stats: &mut self.stats,
             taint: &mut entry.taint,
@@ -503,6 +525,11 @@ impl Ring {
             Completed::Retry => {
                 self.ops.restart(key);
                 self.queue(key);
+            }
+            Completed::RetryAfterCloses(port) => {
+                self.ops.restart(key);
+                self.ports.wait(key, slot, port, Instant::now());
+                self.queue_due_binds();
             }
             Completed::Ended(result) => self.end(key, slot, result),
         }
@@ -534,6 +561,10 @@ impl Ring {
     /// The caller of an operation is gone; the operation goes on.
     pub(crate) fn detach(&mut self, key: OpKey) -> Leftover {
         self.ops.detach(key)
+    }
+
+    pub(crate) fn has_wakers(&self) -> bool {
+        !self.wakers.is_empty()
     }
 
     /// The wakers of the tasks whose operations have ended, for the driver to wake without its lock.

@@ -8,6 +8,9 @@
 pub struct Stats {
     /// `io_uring_enter` calls.
     pub enters: u64,
+    /// Those of them that the ring's own thread made, for what guests had left for a millisecond: they
+    /// computed on, or their runtime did not run.
+    pub enters_overdue: u64,
     /// Submission queue entries the kernel consumed.
     pub submissions: u64,
     /// Completion queue entries seen.
@@ -63,6 +66,7 @@ impl std::ops::AddAssign for Stats {
     fn add_assign(&mut self, other: Self) {
         let Self {
             enters,
+            enters_overdue,
             submissions,
             completions,
             sockets_created,
@@ -86,6 +90,7 @@ impl std::ops::AddAssign for Stats {
             dropped_malformed,
         } = other;
         self.enters += enters;
+        self.enters_overdue += enters_overdue;
         self.submissions += submissions;
         self.completions += completions;
         self.sockets_created += sockets_created;

@@ -127,6 +127,6 @@ impl UringBuilder {
     /// A [`SetupError`] that names what is missing and what to change.
     pub fn build(self) -> Result<Uring, SetupError> {
         let driver = Driver::build(self.sockets, self.queue, self.recycle)?;
-        Ok(Uring { driver: Arc::new(driver) })
+        Ok(Uring { driver })
     }
 }

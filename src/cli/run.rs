@@ -194,6 +194,7 @@ fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
             "backend": backend.name(),
             "rings": rings.len(),
             "enters": stats.enters,
+            "enters_overdue": stats.enters_overdue,
             "submissions": stats.submissions,
             "completions": stats.completions,
             "sockets_created": stats.sockets_created,

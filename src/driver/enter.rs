@@ -1,12 +1,13 @@
 //! One thread enters the kernel for all guests: the state that it shares with the others, and what
 //! it does inside.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::{fmt, io};
 
 use super::batching::{Batching, Rounds};
 use super::lock::{AfterUnlock, Lock, Locked};
+use super::overdue::Overdue;
 use super::runtimes::Runtimes;
 use crate::error::SetupError;
 use crate::ring::eventfd::EventFd;
@@ -48,6 +49,7 @@ pub(super) struct Core {
     pub(super) runtimes: Runtimes,
     /// Of guests that wait until what they queued has reached the kernel.
     pub(super) flush_wakers: Vec<Waker>,
+    pub(super) overdue: Overdue,
 }
 
 /// The driver's lock, held by this thread.
@@ -66,7 +68,11 @@ impl LockedCore<'_> {
     /// could not.
     pub(super) fn wake_completed(&mut self) {
         let (core, after) = self.split();
-        after.wake_later(core.ring.take_wakers());
+        if !core.overdue.is_inside || core.runtimes.is_empty() {
+            after.wake_later(core.ring.take_wakers());
+        } else if core.ring.has_wakers() {
+            after.wake_later(core.runtimes.take_reapers());
+        }
         if let Some(warning) = core.ring.take_warning() {
             after.warn_later(warning);
         }
@@ -75,7 +81,11 @@ impl LockedCore<'_> {
     /// Wakes the guests that wait until what they queued has reached the kernel.
     fn wake_submitted(&mut self) {
         let (core, after) = self.split();
-        after.wake_later(core.flush_wakers.drain(..));
+        if !core.overdue.is_inside || core.runtimes.is_empty() {
+            after.wake_later(core.flush_wakers.drain(..));
+        } else if !core.flush_wakers.is_empty() {
+            after.wake_later(core.runtimes.take_reapers());
+        }
     }
 
     /// Wakes every reaper, so that they go on where this thread stops.
@@ -88,6 +98,12 @@ impl LockedCore<'_> {
     pub(super) fn wake_all(&mut self) {
         let (core, after) = self.split();
         after.wake_later(core.ring.take_all_wakers());
+    }
+
+    /// Takes note whether sockets are being closed.
+    pub(super) fn watch_closes(&mut self) {
+        let (core, after) = self.split();
+        after.wake_later(core.overdue.note(core.ring.ports().is_closing()));
     }
 
     /// Registers a waker for an operation's last completion; `false` if that has come.
@@ -112,9 +128,9 @@ impl Driver {
         sockets: u32,
         queue_limits: QueueLimits,
         recycle: Recycle,
-    ) -> Result<Self, SetupError> {
+    ) -> Result<Arc<Self>, SetupError> {
         let setup::Built { ring, quota, defaults, eventfd } = setup::build(sockets, recycle)?;
-        Ok(Self {
+        Ok(Arc::new_cyclic(|driver: &Weak<Self>| Self {
             kernel: ring.kernel(),
             quota,
             eventfd,
@@ -126,8 +142,9 @@ impl Driver {
                 batching: Batching::default(),
                 runtimes: Runtimes::default(),
                 flush_wakers: Vec::new(),
+                overdue: Overdue::new(driver.clone()),
             }),
-        })
+        }))
     }
 
     pub(super) fn lock(&self) -> LockedCore<'_> {
@@ -195,9 +212,9 @@ impl Driver {
                         break;
                     }
                 }
-                core.wake_submitted();
             }
             core.ring.reap();
+            core.wake_submitted();
             core.wake_completed();
             if rounds.end() {
                 // This thread's own guest has waited long enough.
@@ -212,6 +229,7 @@ impl Driver {
             core.ring.disable_notifications();
         }
         core.entering = false;
+        core.watch_closes();
         std::mem::forget(inside);
         core.run_left()
     }
@@ -233,6 +251,7 @@ impl Drop for Inside<'_> {
     fn drop(&mut self) {
         let mut core = self.driver.lock();
         core.entering = false;
+        core.overdue.is_inside = false;
         core.ring.enable_notifications();
         core.wake_completed();
         core.wake_submitted();
@@ -244,6 +263,8 @@ impl Drop for Driver {
     /// The last handle is gone; the ring waits for the kernel when it is dropped next.
     fn drop(&mut self) {
         let mut after = AfterUnlock::default();
-        after.wake_later(self.core.get_mut().runtimes.take_all());
+        let core = self.core.get_mut();
+        after.wake_later(core.runtimes.take_all());
+        core.overdue.end();
     }
 }

@@ -22,6 +22,10 @@ pub(super) struct RuntimeTasks {
 }
 
 impl Runtimes {
+    pub(super) fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
     /// Its tasks are spawned next.
     pub(super) fn add(&mut self, id: runtime::Id) {
         self.tasks.push(RuntimeTasks { id, reaper: None, flusher: None });

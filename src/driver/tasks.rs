@@ -1,4 +1,5 @@
-//! The two tasks of each runtime whose guests use the ring.
+//! The two tasks of each runtime whose guests use the ring, and what the ring's own thread does where
+//! they do not run.
 //!
 //! Completions that come by themselves (datagrams, sends that waited for send buffer) signal an
 //! eventfd while no thread is inside the kernel for the ring. The reaper then reaps them. What no
@@ -15,6 +16,8 @@ use std::task::Poll;
 use tokio::runtime::{self, Handle};
 
 use super::enter::{Driver, LockedCore};
+use super::overdue::Watched;
+use crate::ring::membarrier::kick;
 
 impl Driver {
     /// Has a task reap, from now on, completions that come by themselves.
@@ -164,5 +167,31 @@ impl Drop for Reaper {
         }
         let mut core = driver.combine(core);
         core.wake_all();
+    }
+}
+
+impl Watched for Driver {
+    fn enter_overdue(&self) {
+        let mut core = self.lock();
+        // A thread that is inside does this when it comes out.
+        if !core.entering {
+            let before = core.ring.stats.enters;
+            core.overdue.is_inside = true;
+            core.ring.expire_binds();
+            core = self.combine(core);
+            core.overdue.is_inside = false;
+            core.ring.stats.enters_overdue += core.ring.stats.enters - before;
+        }
+        let is_held_up = core.ring.ports().is_closing() && core.ring.has_task_work();
+        drop(core);
+        if is_held_up {
+            kick();
+        }
+    }
+
+    fn may_sleep(&self) -> bool {
+        let mut core = self.lock();
+        core.overdue.is_asleep = !core.ring.ports().is_closing();
+        core.overdue.is_asleep
     }
 }

@@ -21,7 +21,7 @@ use crate::ring::recycle::pool::Recycle;
 
 fn driver() -> Arc<Driver> {
     let limits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
-    Arc::new(Driver::build(4, limits, Recycle::OFF).expect("these tests need io_uring"))
+    Driver::build(4, limits, Recycle::OFF).expect("these tests need io_uring")
 }
 
 /// A bound socket.

@@ -9,6 +9,7 @@
 
 use std::cell::Cell;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use io_uring::squeue::{Entry, Flags};
 use io_uring::types::Fixed;
 
 use super::buffers::BUFFER_GROUP;
+use super::port_order::Port;
 use super::queues::{OpKey, SlotIndex};
 use super::receive_queue::ReceiveQueue;
 use super::recycle::taint::{Reason, Taint};
@@ -61,14 +63,27 @@ pub(crate) enum Op {
 }
 
 /// SOCKET, the options recorded so far and BIND: a socket's creation as one chain. BIND alone where
-/// the slot holds a recycled socket.
+/// the slot holds the socket.
 pub(crate) struct BindOp {
     pub(crate) family: Family,
     pub(crate) options: Vec<SocketOption>,
     pub(crate) addr: SocketAddr,
     /// The same, as the kernel reads it.
     raw: RawAddr,
-    pub(crate) is_recycled: bool,
+    pub(crate) attempt: Attempt,
+    /// Closes were on their way when it was queued, any of which may have held its port.
+    pub(crate) is_behind_closes: bool,
+}
+
+/// Which attempt at a bind is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Attempt {
+    /// With a recycled socket.
+    Recycled,
+    /// With a new one.
+    New,
+    /// With the same again, after the closes that may have held its port.
+    AfterCloses,
 }
 
 #[derive(Clone, Copy)]
@@ -115,6 +130,8 @@ pub(crate) enum Completed {
     Ended(OpResult),
     /// The rest of it is to be written and queued once more.
     Retry,
+    /// As `Retry`, after the closes that may hold this port.
+    RetryAfterCloses(Port),
 }
 
 /// What an operation's end changes: the counters, and what the ring remembers of the socket.
@@ -124,6 +141,8 @@ pub(crate) struct Record<'a> {
     pub(crate) segment_limit: &'a mut SegmentLimit,
     /// A guest still owns the socket.
     pub(crate) is_owned: bool,
+    /// Sockets are being closed, which gives up their ports.
+    pub(crate) is_closing: bool,
     /// The ring is being dropped: nothing is tried again.
     pub(crate) is_ending: bool,
 }
@@ -212,17 +231,9 @@ impl Op {
         let Outcome { error, .. } = outcome;
         let result = error.map_or(Ok(Output::Done), Err);
         match self {
-            Self::Bind(bind) if bind.is_recycled => {
-                if error.is_none() {
-                    record.stats.sockets_recycled += 1;
-                } else if record.is_owned {
-                    // The error must not be the former owner's: a new socket in the same slot
-                    // decides.
-                    record.stats.closed_instead.error += 1;
-                    bind.is_recycled = false;
-                    *record.taint = Taint::new(bind.family);
-                    bind.mark(record.taint);
-                    return Completed::Retry;
+            Self::Bind(bind) => {
+                if let Some(again) = bind.complete(error, record) {
+                    return again;
                 }
             }
             Self::Send(send) => {
@@ -267,8 +278,7 @@ impl Op {
                 // EAGAIN ends a drain, and an error that was pending is drained like a datagram.
                 return Completed::Ended(result);
             }
-            Self::Bind(_)
-            | Self::Connect(_)
+            Self::Connect(_)
             | Self::SetOption(_)
             | Self::Receive(_)
             | Self::Install
@@ -305,10 +315,15 @@ static UNSPEC: RawAddr = RawAddr::unspec();
 
 impl BindOp {
     pub(crate) fn new(family: Family, options: Vec<SocketOption>, addr: SocketAddr) -> Self {
-        Self { family, options, addr, raw: addr.into(), is_recycled: false }
+        let raw = addr.into();
+        Self { family, options, addr, raw, attempt: Attempt::New, is_behind_closes: false }
     }
 
-    pub(crate) fn names_port(&self) -> bool {
+    pub(crate) fn port(&self) -> Port {
+        Port { family: self.family, number: NonZeroU16::new(self.addr.port()) }
+    }
+
+    fn names_port(&self) -> bool {
         self.addr.port() != 0
     }
 
@@ -343,9 +358,35 @@ impl BindOp {
         }
     }
 
+    /// `Some` if the kernel's answer is not the guest's yet.
+    fn complete(&mut self, error: Option<Errno>, record: &mut Record<'_>) -> Option<Completed> {
+        let is_recycled = self.attempt == Attempt::Recycled;
+        let Some(error) = error else {
+            record.stats.sockets_recycled += u64::from(is_recycled);
+            return None;
+        };
+        if !record.is_owned || record.is_ending {
+            return None;
+        }
+        if is_recycled {
+            // The error must not be the former owner's: a new socket in the same slot decides.
+            record.stats.closed_instead.error += 1;
+            self.attempt = Attempt::New;
+            *record.taint = Taint::new(self.family);
+            self.mark(record.taint);
+            return Some(Completed::Retry);
+        }
+        let may_be_freed = self.is_behind_closes || record.is_closing;
+        if error == Errno(libc::EADDRINUSE) && self.attempt == Attempt::New && may_be_freed {
+            self.attempt = Attempt::AfterCloses;
+            return Some(Completed::RetryAfterCloses(self.port()));
+        }
+        None
+    }
+
     fn write(&self, slot: SlotIndex, entries: &mut Vec<Entry>) {
         let fd = slot.fd();
-        if !self.is_recycled {
+        if self.attempt == Attempt::New {
             // SOCK_CLOEXEC is EINVAL for a direct descriptor, and SOCK_NONBLOCK would answer EAGAIN
             // where an armed receive should wait.
             let socket = opcode::Socket::new(self.family.domain(), libc::SOCK_DGRAM, 0)

@@ -11,6 +11,7 @@ use super::Ring;
 use super::buffers::BufferRing;
 use super::eventfd::EventFd;
 use super::kernel_defaults::Defaults;
+use super::membarrier;
 use super::op::{BindOp, OPERATIONS, Op, SocketOption};
 use super::queues::{Queues, SlotIndex};
 use super::quota::Quota;
@@ -59,6 +60,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
         .register_eventfd(eventfd.as_raw_fd())
         .map_err(step("registering the eventfd"))?;
     let defaults = Defaults::query()?;
+    membarrier::enable_kicks();
     let quota = Quota::new(sockets);
     let rcu = eventfd
         .try_clone()

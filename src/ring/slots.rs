@@ -1,5 +1,6 @@
 //! The fixed-file table's slots: whose each is, and what the ring remembers of its socket.
 
+use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use super::port_order::CloseId;
@@ -26,8 +27,7 @@ pub(super) enum SlotState {
 #[derive(Debug)]
 pub(super) struct Releasing {
     pub(super) close: CloseId,
-    /// The socket's CLOSE, or its unbinding, has been submitted. Sends that wait for buffer space
-    /// hold it up, because the kernel looks the file up when it tries them again.
+    /// The socket's CLOSE, or its unbinding, has been submitted. What else is in flight holds a CLOSE up.
     pub(super) is_submitted: bool,
     /// The guest's quota, while such sends keep a unit of it: else a guest could pile up any number
     /// of them.
@@ -47,6 +47,8 @@ pub(super) struct Slot {
     pub(super) state: SlotState,
     /// `None` where none is armed: not wanted yet, or paused.
     pub(super) receive: Option<Receive>,
+    /// Bound to it by its number, or to be.
+    pub(super) named_port: Option<NonZeroU16>,
     pub(super) taint: Taint,
     pub(super) segment_limit: SegmentLimit,
     /// GRO is on, because the socket was seen to receive in bursts.
@@ -58,6 +60,7 @@ impl Slot {
         Self {
             state: SlotState::Owned,
             receive: None,
+            named_port: None,
             taint,
             segment_limit: SegmentLimit::default(),
             has_gro: false,

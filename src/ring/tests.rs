@@ -121,8 +121,11 @@ impl Rig {
         for socket in std::mem::take(&mut self.sockets) {
             self.ring.close(socket.slot, &self.quota, 0);
         }
-        for key in self.ring.ops.in_kernel() {
-            self.complete(key.user_data(), -libc::ECANCELED, 0);
+        // First what holds the CLOSEs up.
+        for _ in 0..2 {
+            for key in self.ring.ops.in_kernel() {
+                self.complete(key.user_data(), -libc::ECANCELED, 0);
+            }
         }
         assert!(self.ring.ops.is_quiet());
     }
@@ -170,21 +173,23 @@ proptest! {
                         rig.ring.resume(slot, &socket.queue);
                     }
                 }
-                // The guest drops its socket; the kernel ends the receive and closes.
+                // The guest drops its socket; the kernel ends the receive, and then closes.
                 (6, receive) => {
                     let taken = rig.table.in_use();
                     let socket = rig.sockets.swap_remove(at);
                     rig.ring.close(slot, &rig.quota, socket.queue.discard());
-                    rig.complete_asides(slot);
-                    let close = rig.close_in_kernel(slot);
-                    rig.complete(close, 0, 0);
                     if let Some(key) = receive {
-                        prop_assert_eq!(rig.table.in_use(), taken, "its receive is still armed");
+                        let close = rig.in_kernel(slot, |op| matches!(op, Op::Close));
+                        prop_assert!(close.is_none(), "the kernel has yet to end the receive");
                         // What was on its way arrives late, and reaches no socket.
                         rig.deliver(key, &[byte], true);
                         rig.complete(key, -libc::ECANCELED, 0);
                         stale.push(key);
                     }
+                    rig.complete_asides(slot);
+                    prop_assert_eq!(rig.table.in_use(), taken, "it is not closed yet");
+                    let close = rig.close_in_kernel(slot);
+                    rig.complete(close, 0, 0);
                     prop_assert_eq!(rig.table.in_use(), taken - 1);
                 }
                 // A completion that should not be: its operation has ended.
@@ -212,26 +217,114 @@ proptest! {
     }
 }
 
-#[test]
-fn a_bind_by_number_is_deferred_until_the_close_before_it_is_done() {
-    let mut rig = Rig::new();
-    let bind = || {
-        let addr = SocketAddr::from(([127, 0, 0, 1], 5000));
-        Box::new(BindOp::new(Family::V4, Vec::new(), addr))
-    };
+/// A bind to a port by number, and the kernel's first answer: the port is taken.
+fn refused(rig: &mut Rig, port: u16) -> (SlotIndex, OpKey) {
     assert!(rig.table.take());
-    let (old, key) = rig.ring.submit_bind(None, bind());
+    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], port).into());
+    let (slot, key) = rig.ring.submit_bind(None, Box::new(bind));
+    rig.complete(key.user_data(), -libc::EADDRINUSE, 0);
+    (slot, key)
+}
+
+/// A socket bound to a port by number.
+fn bound(rig: &mut Rig, port: u16) -> SlotIndex {
+    assert!(rig.table.take());
+    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], port).into());
+    let (slot, key) = rig.ring.submit_bind(None, Box::new(bind));
     rig.complete(key.user_data(), 0, 0);
+    assert!(matches!(rig.ring.take_result(key), Some(Ok(Output::Done))));
+    slot
+}
+
+const IN_USE: i32 = -libc::EADDRINUSE;
+
+#[test]
+fn a_bind_that_is_refused_a_port_is_tried_once_more_after_the_close_that_may_hold_it() {
+    let mut rig = Rig::new();
+    for second_answer in [0, IN_USE] {
+        let old = bound(&mut rig, 5000);
+        rig.ring.close(old, &rig.quota, 0);
+        let close = rig.close_in_kernel(old);
+        let (new, key) = refused(&mut rig, 5000);
+        assert!(rig.ring.take_result(key).is_none(), "it waits for the close");
+        assert_eq!(rig.queued_by(|rig| rig.complete(close, 0, 0)), 1, "BIND, with the same socket");
+        rig.complete(key.user_data(), second_answer, 0);
+        match rig.ring.take_result(key) {
+            Some(Ok(_)) => assert_eq!(second_answer, 0),
+            Some(Err(Errno(errno))) => assert_eq!(-errno, second_answer),
+            None => panic!("no third attempt"),
+        }
+        rig.ring.close(new, &rig.quota, 0);
+        let close = rig.close_in_kernel(new);
+        rig.complete(close, 0, 0);
+    }
+    rig.finish();
+}
+
+#[test]
+fn a_bind_that_is_refused_a_port_is_told_at_once_where_no_close_may_hold_it() {
+    let mut rig = Rig::new();
+    let (_, key) = refused(&mut rig, 5000);
+    assert!(matches!(rig.ring.take_result(key), Some(Err(Errno(libc::EADDRINUSE)))));
+    rig.finish();
+}
+
+/// The kernel does not see a port as free in the submission that closes its socket.
+#[test]
+fn a_bind_is_tried_again_although_the_close_has_ended_before_the_refusal_came() {
+    let mut rig = Rig::new();
+    let old = bound(&mut rig, 5000);
+    rig.ring.close(old, &rig.quota, 0);
+    assert!(rig.table.take());
+    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], 5000).into());
+    let (new, key) = rig.ring.submit_bind(None, Box::new(bind));
+    let close = rig.close_in_kernel(old);
+    rig.complete(close, 0, 0);
+    assert_eq!(rig.queued_by(|rig| rig.complete(key.user_data(), IN_USE, 0)), 1, "BIND");
+    rig.complete(key.user_data(), 0, 0);
+    assert!(matches!(rig.ring.take_result(key), Some(Ok(_))));
+    rig.ring.close(new, &rig.quota, 0);
+    rig.finish();
+}
+
+#[test]
+fn a_bind_waits_for_a_close_that_began_after_it() {
+    let mut rig = Rig::new();
+    let old = bound(&mut rig, 5000);
+    assert!(rig.table.take());
+    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], 5000).into());
+    let (new, key) = rig.ring.submit_bind(None, Box::new(bind));
+    rig.ring.close(old, &rig.quota, 0);
+    rig.complete(key.user_data(), IN_USE, 0);
+    let close = rig.close_in_kernel(old);
+    assert_eq!(rig.queued_by(|rig| rig.complete(close, 0, 0)), 1, "BIND");
+    rig.ring.close(new, &rig.quota, 0);
+    rig.finish();
+}
+
+#[test]
+fn a_bind_does_not_wait_for_the_close_of_another_port() {
+    let mut rig = Rig::new();
+    let old = bound(&mut rig, 5001);
+    rig.ring.close(old, &rig.quota, 0);
+    let (new, key) = refused(&mut rig, 5000);
+    // It was queued behind a close, so that it is tried twice all the same.
+    rig.complete(key.user_data(), IN_USE, 0);
+    assert!(matches!(rig.ring.take_result(key), Some(Err(Errno(libc::EADDRINUSE)))));
+    rig.ring.close(new, &rig.quota, 0);
+    rig.finish();
+}
+
+#[test]
+fn a_bind_whose_guest_drops_it_while_it_waits_is_not_tried_again() {
+    let mut rig = Rig::new();
+    let old = bound(&mut rig, 5000);
     rig.ring.close(old, &rig.quota, 0);
     let close = rig.close_in_kernel(old);
-
-    assert!(rig.table.take());
-    let queued = rig.ring.queued();
-    let (new, _) = rig.ring.submit_bind(None, bind());
-    assert_eq!(rig.ring.queued(), queued, "deferred: the close may be giving up this port");
-    rig.complete(close, 0, 0);
-    assert_eq!(rig.ring.queued(), queued + 2, "SOCKET and BIND");
+    let (new, key) = refused(&mut rig, 5000);
+    drop(rig.ring.detach(key));
     rig.ring.close(new, &rig.quota, 0);
+    assert_eq!(rig.queued_by(|rig| rig.complete(close, 0, 0)), 0);
     rig.finish();
 }
 
@@ -249,13 +342,10 @@ fn a_send_that_waits_keeps_its_guests_quota_and_the_file_but_holds_up_no_bind() 
     drop(rig.ring.detach(send));
     rig.ring.close(slot, &rig.quota, socket.queue.discard());
 
-    assert!(rig.table.take());
-    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], 5000).into());
-    let queued = rig.ring.queued();
-    let (new, _) = rig.ring.submit_bind(None, Box::new(bind));
-    assert_eq!(rig.ring.queued(), queued, "deferred: its receive is still being cancelled");
+    let (new, bind) = refused(&mut rig, 5000);
+    assert!(rig.ring.take_result(bind).is_none(), "it waits: a receive is still being cancelled");
     let complete_receive = |rig: &mut Rig| rig.complete(receive, -libc::ECANCELED, 0);
-    assert_eq!(rig.queued_by(complete_receive), 2, "SOCKET and BIND");
+    assert_eq!(rig.queued_by(complete_receive), 1, "BIND");
     assert!(!rig.quota.take(), "the send keeps it");
     assert_eq!(rig.queued_by(|rig| rig.complete_send(send, &[10])), 1, "the CLOSE");
     assert!(rig.quota.take());
@@ -298,8 +388,6 @@ fn a_cancel_that_misses_its_receive_is_sent_again() {
     let receive = rig.receive_in_kernel(slot).unwrap();
     let socket = rig.sockets.pop().unwrap();
     rig.ring.close(slot, &rig.quota, socket.queue.discard());
-    let close = rig.close_in_kernel(slot);
-    rig.complete(close, 0, 0);
     let cancel = receive | 1 << 31;
     for missed in [-libc::ENOENT, -libc::EALREADY] {
         let queued = rig.ring.queued();
@@ -310,6 +398,8 @@ fn a_cancel_that_misses_its_receive_is_sent_again() {
     let queued = rig.ring.queued();
     rig.complete(cancel, -libc::ENOENT, 0);
     assert_eq!(rig.ring.queued(), queued, "the receive has ended");
+    let close = rig.close_in_kernel(slot);
+    rig.complete(close, 0, 0);
     assert_eq!(rig.table.in_use(), 0);
     rig.finish();
 }
@@ -335,10 +425,12 @@ fn only_a_socket_that_receives_in_bursts_gets_gro_and_its_drops_counted() {
     let Stats { datagrams_received, datagrams_split, .. } = rig.ring.stats;
     assert_eq!((datagrams_received, datagrams_split), (8, 6));
 
-    rig.ring.close(slow, &rig.quota, 3);
-    assert!(rig.in_kernel(slow, is_count).is_none());
-    rig.ring.close(bursty, &rig.quota, 5);
-    assert!(rig.in_kernel(bursty, is_count).is_some());
+    for (slot, unread, counts) in [(slow, 3, false), (bursty, 5, true)] {
+        let receive = rig.receive_in_kernel(slot).unwrap();
+        rig.ring.close(slot, &rig.quota, unread);
+        rig.complete(receive, -libc::ECANCELED, 0);
+        assert_eq!(rig.in_kernel(slot, is_count).is_some(), counts);
+    }
     rig.finish();
 }
 

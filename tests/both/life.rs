@@ -1,9 +1,12 @@
 //! A socket's life: create, bind, addresses, peer, drop.
 
+use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
+use crate::common::network::in_a_network;
 use crate::common::{
-    ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Setup, addr, native, own_ip,
+    ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Setup, addr, native, own_ip, uring,
+    uring_without_recycling,
 };
 use crate::guest::{Guest, alike, family, on_both};
 
@@ -162,4 +165,77 @@ fn a_freed_port_can_be_bound_by_number_at_once_many_times<G: Guest>() {
             guest.bind(socket, local).await.unwrap();
         }
     });
+}
+
+in_both!(a_port_bound_by_number_is_free_when_the_drop_has_returned);
+fn a_port_bound_by_number_is_free_when_the_drop_has_returned<G: Guest>() {
+    in_a_network(65_536, || {
+        on_both::<G>(Setup::default(), async |guest| {
+            for (any, receives) in [LOOPBACK, LOOPBACK_6].into_iter().zip([false, true]) {
+                let (socket, local) = guest.bound(any).await;
+                guest.drop_socket(socket).await;
+                native::wait_until_free(local);
+                for _ in 0..50 {
+                    let (socket, _) = guest.bound(local).await;
+                    // (wasmtime-wasi's streams keep it for a while, and so does a process that is started
+                    // just then.)
+                    if receives && guest.is_uring() {
+                        guest.arm(socket).await;
+                    }
+                    guest.drop_socket(socket).await;
+                    if guest.is_uring() {
+                        assert!(!native::is_bound(local));
+                    }
+                }
+            }
+        });
+    });
+}
+
+in_both!(a_port_that_the_kernel_chose_is_free_although_its_guest_computes_on);
+/// Kills: a close that waits until its guest suspends.
+fn a_port_that_the_kernel_chose_is_free_although_its_guest_computes_on<G: Guest>() {
+    in_a_network(65_536, || {
+        on_both::<G>(Setup::default(), async |guest| {
+            for (any, is_recyclable) in
+                [(LOOPBACK, true), (LOOPBACK, false), (LOOPBACK_6, true), (LOOPBACK_6, false)]
+            {
+                let (socket, local) = guest.bound(any).await;
+                if guest.is_uring() {
+                    guest.arm(socket).await;
+                }
+                if !is_recyclable {
+                    guest.set_hop_limit(socket, 9).await.unwrap();
+                }
+                guest.drop_socket(socket).await;
+                // On the guest's thread, the only one of its runtime.
+                native::wait_until_free(local);
+            }
+        });
+    });
+}
+
+in_both!(the_only_port_is_each_sockets_in_turn);
+/// Kills: a bind that does not wait for the close before it.
+fn the_only_port_is_each_sockets_in_turn<G: Guest>() {
+    for is_recycling in [true, false] {
+        in_a_network(65_536, || {
+            // Before ports are few: the recycling of sockets is tested when a ring is built.
+            let uring = if is_recycling { uring() } else { uring_without_recycling() };
+            fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000").unwrap();
+            on_both::<G>(Setup::of(&uring), async |guest| {
+                for any in [LOOPBACK, LOOPBACK_6, WILDCARD, WILDCARD_6] {
+                    for _ in 0..20 {
+                        let (socket, local) = guest.bound(any).await;
+                        assert_eq!(local.port(), 40_000);
+                        guest.arm(socket).await;
+                        let other = guest.create(family(any)).await.unwrap();
+                        assert_eq!(guest.bind(other, any).await, Err(ErrorCode::AddressInUse));
+                        guest.drop_socket(other).await;
+                        guest.drop_socket(socket).await;
+                    }
+                }
+            });
+        });
+    }
 }

@@ -352,6 +352,11 @@ mod stats {
         stats[field].as_u64().unwrap_or_else(|| panic!("no number {field:?} in {stats}"))
     }
 
+    /// Without those of the ring's own thread, of which a slow machine sees more.
+    fn guests_enters(stats: &Value) -> u64 {
+        number(stats, "enters") - number(stats, "enters_overdue")
+    }
+
     #[test]
     fn sixty_four_guests_share_their_enters_and_leave_no_socket_open() {
         let options = ["--backend", "uring", "--threads", "1", "--guests", "64", "--stats"];
@@ -367,7 +372,7 @@ mod stats {
             assert!(number(&stats, "submissions") >= 3 * cycles, "{stats}");
             assert!(number(&stats, "completions") > 0, "{stats}");
             assert!(number(&stats, "completions") <= number(&stats, "submissions"), "{stats}");
-            let enters = number(&stats, "enters");
+            let enters = guests_enters(&stats);
             assert!(enters > 0 && enters * 10 < cycles, "{stats}");
         }
     }
@@ -400,7 +405,7 @@ mod stats {
         let stats = run(&[&["run"], &options[..], &[CYCLE, "echo", "100"]].concat()).stats();
         let datagrams = number(&stats, "datagrams_received");
         assert_eq!(datagrams, 2 * 64 * 100, "{stats}");
-        assert!(number(&stats, "enters") * 10 <= datagrams, "{stats}");
+        assert!(guests_enters(&stats) * 10 <= datagrams, "{stats}");
     }
 
     /// So many that each finds a cold cache when it is its turn: then one enter per datagram is

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 use super::BOUND;
 
@@ -25,6 +26,32 @@ pub fn is_taken(addr: SocketAddr) -> bool {
         Ok(_) => false,
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => true,
         Err(error) => panic!("{addr}: {error}"),
+    }
+}
+
+/// Whether a socket is bound to just this address, in a network of the test's own: by its table, which is
+/// exact where nobody else opens and closes sockets. (A bind to see would get in the way of others, and
+/// the test's socket is for a moment also that of a process that another test starts.)
+pub fn is_bound(addr: SocketAddr) -> bool {
+    // Words of four bytes, in the order that the machine reads them.
+    let words = |octets: &[u8]| -> String {
+        let words = octets.chunks(4).map(|word| word.iter().rev());
+        words.flatten().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().concat()
+    };
+    let (table, ip) = match addr.ip() {
+        IpAddr::V4(ip) => ("udp", words(&ip.octets())),
+        IpAddr::V6(ip) => ("udp6", words(&ip.octets())),
+    };
+    let table = std::fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap();
+    let local = format!("{ip}:{:04X}", addr.port());
+    table.lines().any(|line| line.split_whitespace().nth(1) == Some(&*local))
+}
+
+/// As `is_bound`; waits until it is not, without a yield to the runtime.
+pub fn wait_until_free(addr: SocketAddr) {
+    let deadline = Instant::now() + BOUND / 2;
+    while is_bound(addr) {
+        assert!(Instant::now() < deadline, "{addr} is taken for good");
     }
 }
 

@@ -5,6 +5,7 @@
 mod common;
 mod endings;
 mod panics;
+mod ports;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::mpsc;

@@ -1,27 +1,13 @@
 //! Grace periods of the kernel's RCU, and a timer: a thread of their own waits for them, because a
 //! grace period takes milliseconds.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::ring::eventfd::EventFd;
-
-/// Waits until every read-side critical section of the kernel's RCU that has begun is over. A packet
-/// that had found a socket before is delivered to it by then (membarrier(2)).
-///
-/// On a machine with one CPU the call does not wait: packets are delivered by softirqs, and none is
-/// half-way there while a thread runs.
-#[expect(unsafe_code, reason = "membarrier(2)")]
-pub(super) fn wait() -> io::Result<()> {
-    let (flags, cpu_id) = (0, 0);
-    // SAFETY: membarrier(2) takes no pointers.
-    let result =
-        unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, flags, cpu_id) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
+use crate::ring::membarrier::wait_for_grace_period;
 
 /// One grace period at a time, and a timer.
 pub(crate) struct Rcu {
@@ -147,7 +133,7 @@ fn serve(requests: &Receiver<Request>, state: &State, eventfd: &EventFd) {
             None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
         match request {
-            Ok(Request::Grace) => match wait() {
+            Ok(Request::Grace) => match wait_for_grace_period() {
                 Ok(()) => {
                     state.over.fetch_add(1, Ordering::Release);
                 }

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use io_uring::IoUring;
 
-use super::rcu;
 use crate::datagram::{Family, RawAddr};
 use crate::limits::DRAINS_MAX;
-use crate::ring::op::{BindOp, Op, SocketOption};
+use crate::ring::membarrier::wait_for_grace_period;
+use crate::ring::op::{Attempt, BindOp, Op, SocketOption};
 use crate::ring::queues::{Queues, SlotIndex};
 
 /// How long what was sent over loopback may take.
@@ -160,7 +160,7 @@ impl SelfTest {
         self.leave_a_peer_and_an_error(&connected)?;
         self.unbind(&read)?;
         self.unbind(&connected)?;
-        rcu::wait()?;
+        wait_for_grace_period()?;
         self.drain(&read)?;
         self.drain(&connected)?;
         self.is_like_new(&read, self.loopback)?;
@@ -190,7 +190,7 @@ impl SelfTest {
 
     /// Whether the next owner finds nothing but a new socket.
     fn is_like_new(&mut self, subject: &Subject, ip: IpAddr) -> Result<(), Trace> {
-        let bind = Op::Bind(Box::new(self.bind_op(ip, true)));
+        let bind = Op::Bind(Box::new(self.bind_op(ip, Attempt::Recycled)));
         self.run_op(subject.slot, &bind)
             .map_err(|_| Trace::Left("an unbound socket cannot be bound again"))?;
         let error = subject.view.take_error()?;
@@ -216,7 +216,7 @@ impl SelfTest {
             Family::V4 => "/proc/thread-self/net/udp",
             Family::V6 => "/proc/thread-self/net/udp6",
         };
-        let bind = Op::Bind(Box::new(self.bind_op(self.everywhere, true)));
+        let bind = Op::Bind(Box::new(self.bind_op(self.everywhere, Attempt::Recycled)));
         if self.run_op(subject.slot, &bind).is_err() {
             return false;
         }
@@ -262,18 +262,18 @@ impl SelfTest {
 
     // ---- operations -------------------------------------------------------------------------
 
-    fn bind_op(&self, ip: IpAddr, is_recycled: bool) -> BindOp {
+    fn bind_op(&self, ip: IpAddr, attempt: Attempt) -> BindOp {
         let options =
             if self.family == Family::V6 { vec![SocketOption::V6ONLY] } else { Vec::new() };
         let mut bind = BindOp::new(self.family, options, SocketAddr::new(ip, 0));
-        bind.is_recycled = is_recycled;
+        bind.attempt = attempt;
         bind
     }
 
     #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
     fn open(&mut self, slot: u32, ip: IpAddr) -> io::Result<Subject> {
         let slot = SlotIndex(slot);
-        let bind = Op::Bind(Box::new(self.bind_op(ip, false)));
+        let bind = Op::Bind(Box::new(self.bind_op(ip, Attempt::New)));
         self.run_op(slot, &bind)?;
         let fd = self.run_op(slot, &Op::Install)?;
         // SAFETY: FIXED_FD_INSTALL has just made this descriptor, and nothing else owns it.

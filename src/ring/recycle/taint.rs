@@ -69,6 +69,10 @@ impl Taint {
         }
     }
 
+    pub(crate) fn family(self) -> Family {
+        self.family
+    }
+
     /// For the next owner: what the kernel remembers stays.
     pub(crate) fn renewed(self) -> Self {
         Self { is_addressed: self.is_addressed, ..Self::new(self.family) }

@@ -1,0 +1,134 @@
+//! What is overdue: a thread that gets on with closes that the guests' threads leave.
+//!
+//! The CLOSE of a dropped socket is left to the flusher of its guest's runtime, which may not run for long:
+//! the guest computes on, or nobody polls the runtime any more. And the end of a receive waits for the
+//! thread that armed it to enter the kernel. So while sockets are closed this thread looks now and then
+//! whether that takes longer than [`OVERDUE`], and has the driver get on with it. While none is closed it
+//! sleeps.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::task::{Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use crate::limits::{OVERDUE, QUIET_LOOKS_MAX};
+
+/// What the thread looks after: a driver.
+pub(super) trait Watched: Send + Sync {
+    /// Gets on with closes that take too long.
+    fn enter_overdue(&self);
+
+    /// Whether the thread is to sleep until [`Overdue::note`] has it woken.
+    fn may_sleep(&self) -> bool;
+}
+
+/// What the driver's lock guards of it.
+pub(super) struct Overdue {
+    watcher: Arc<Watcher>,
+    pub(super) is_asleep: bool,
+    /// The thread is inside for all guests, and leaves their wakers to the reapers: in the queue of a
+    /// current-thread runtime those that another thread has woken wait behind the others, and so could
+    /// not share their enters.
+    pub(super) is_inside: bool,
+}
+
+/// The thread, which starts when it is first woken.
+struct Watcher {
+    driver: Weak<dyn Watched>,
+    thread: OnceLock<Thread>,
+    /// Since when sockets have been closed without a moment when none was, in nanoseconds from `begun`;
+    /// 0: none is. Written under the driver's lock, which the thread does not take to look.
+    closing_since: AtomicU64,
+    begun: Instant,
+}
+
+impl Wake for Watcher {
+    fn wake(self: Arc<Self>) {
+        let thread = self.thread.get_or_init(|| {
+            let watcher = Arc::downgrade(&self);
+            let named = thread::Builder::new().name("wasi-uring-due".to_owned());
+            match named.spawn(move || watch(&watcher)) {
+                Ok(started) => started.thread().clone(),
+                Err(error) => {
+                    tracing::error!(%error, "ports that guests have left are free when they suspend");
+                    // So that there is one to unpark, to no effect.
+                    thread::current()
+                }
+            }
+        });
+        thread.unpark();
+    }
+}
+
+impl Watcher {
+    fn now(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1)
+    }
+
+    /// How long sockets have been closed.
+    fn closing_for(&self) -> Option<Duration> {
+        let since = self.closing_since.load(Ordering::Relaxed);
+        (since != 0).then(|| Duration::from_nanos(self.now().saturating_sub(since)))
+    }
+}
+
+impl Overdue {
+    pub(super) fn new(driver: Weak<dyn Watched>) -> Self {
+        let watcher = Watcher {
+            driver,
+            thread: OnceLock::new(),
+            closing_since: AtomicU64::new(0),
+            begun: Instant::now(),
+        };
+        Self { watcher: Arc::new(watcher), is_asleep: true, is_inside: false }
+    }
+
+    /// Takes note whether sockets are being closed. The waker is the thread's, if it is to look.
+    pub(super) fn note(&mut self, is_closing: bool) -> Option<Waker> {
+        let watcher = &self.watcher;
+        let is_noted = watcher.closing_since.load(Ordering::Relaxed) != 0;
+        if is_closing != is_noted {
+            let since = if is_closing { watcher.now() } else { 0 };
+            watcher.closing_since.store(since, Ordering::Relaxed);
+        }
+        let wakes = is_closing && std::mem::take(&mut self.is_asleep);
+        wakes.then(|| Waker::from(Arc::clone(watcher)))
+    }
+
+    /// The ring is gone: the thread ends.
+    pub(super) fn end(&self) {
+        if let Some(thread) = self.watcher.thread.get() {
+            thread.unpark();
+        }
+    }
+}
+
+/// The thread, for as long as the ring lives. It looks without the driver's lock: so a look costs the
+/// guests' threads nothing.
+fn watch(watcher: &Weak<Watcher>) {
+    let mut quiet_looks = 0;
+    let mut time = OVERDUE;
+    loop {
+        // Woken early only to end.
+        thread::park_timeout(time);
+        let Some(watcher) = watcher.upgrade() else { return };
+        let closing_for = watcher.closing_for();
+        quiet_looks = if closing_for.is_none() { quiet_looks + 1 } else { 0 };
+        time = OVERDUE;
+        match closing_for {
+            Some(elapsed) if elapsed < OVERDUE => time = OVERDUE.saturating_sub(elapsed),
+            None if quiet_looks < QUIET_LOOKS_MAX => {}
+            Some(_) | None => {
+                let Some(driver) = watcher.driver.upgrade() else { return };
+                drop(watcher);
+                if closing_for.is_some() {
+                    driver.enter_overdue();
+                } else if driver.may_sleep() {
+                    drop(driver);
+                    thread::park();
+                }
+            }
+        }
+    }
+}
