@@ -37,6 +37,7 @@ pub(crate) use self::enter::Driver;
 use self::enter::LockedCore;
 pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
+use crate::error::RingGone;
 use crate::limits::CLOSE_PATIENCE;
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
@@ -53,7 +54,9 @@ impl Driver {
     }
 
     pub(crate) fn count(&self, count: impl FnOnce(&mut Stats)) {
-        count(&mut self.lock().ring.stats);
+        if let Some(mut core) = self.lock() {
+            count(&mut core.ring.stats);
+        }
     }
 
     // ---- slots and quotas -------------------------------------------------------------------
@@ -73,7 +76,7 @@ impl Driver {
     #[cold]
     fn acquire_after_closes(&self, take: impl Fn() -> bool) -> bool {
         for _ in quota_retries() {
-            let core = self.lock();
+            let Some(core) = self.lock() else { return false };
             if !core.entering {
                 drop(self.combine(core));
                 return take();
@@ -91,11 +94,16 @@ impl Driver {
 
     /// Queues an operation for the guest to wait for. Its memory moves to the operation table, where
     /// the kernel may use it until the last completion.
-    pub(crate) fn submit(self: &Arc<Self>, guest: Guest, slot: SlotIndex, op: Op) -> InFlight {
-        let mut core = self.lock();
+    pub(crate) fn submit(
+        self: &Arc<Self>,
+        guest: Guest,
+        slot: SlotIndex,
+        op: Op,
+    ) -> Result<InFlight, RingGone> {
+        let mut core = self.lock_open()?;
         core.batching.queue(guest);
         let key = core.ring.submit(slot, op);
-        InFlight::new(self, &core, guest, key)
+        Ok(InFlight::new(self, &core, guest, key))
     }
 
     /// Queues the chain that makes and binds a socket, which reaches the kernel even if the guest
@@ -105,28 +113,32 @@ impl Driver {
         guest: Guest,
         slot: Option<SlotIndex>,
         bind: Box<BindOp>,
-    ) -> (SlotIndex, InFlight) {
-        let mut core = self.lock();
+    ) -> Result<(SlotIndex, InFlight), RingGone> {
+        let mut core = self.lock_open()?;
         core.batching.queue(guest);
         let (slot, key) = core.ring.submit_bind(slot, bind);
         let in_flight = InFlight::new(self, &core, guest, key);
         self.leave_to_flusher(core);
-        (slot, in_flight)
+        Ok((slot, in_flight))
     }
 
     /// Arms a socket's receive. The queue returned is shared with the ring, which fills it; when the
     /// flush is ready, the datagrams that the kernel had queued before are in it.
-    pub(crate) fn arm(&self, guest: Guest, slot: SlotIndex) -> (Arc<ReceiveQueue>, Flush) {
+    pub(crate) fn arm(
+        &self,
+        guest: Guest,
+        slot: SlotIndex,
+    ) -> Result<(Arc<ReceiveQueue>, Flush), RingGone> {
         let queue = Arc::new(ReceiveQueue::new(self.queue_limits));
-        let mut core = self.lock();
+        let mut core = self.lock_open()?;
         core.ring.arm(slot, &queue);
         core.batching.queue(guest);
-        (queue, Flush::new(&core, guest))
+        Ok((queue, Flush::new(&core, guest)))
     }
 
     /// Lets a paused receive go on. At once: its guest may be about to wait for it.
     pub(crate) fn resume(&self, guest: Guest, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
-        let mut core = self.lock();
+        let Ok(mut core) = self.lock_open() else { return };
         core.batching.queue(guest);
         core.ring.resume(slot, queue);
         drop(self.combine(core));
@@ -142,7 +154,7 @@ impl Driver {
         quota: &Arc<Quota>,
         unread: u64,
     ) {
-        let mut core = self.lock();
+        let Some(mut core) = self.lock() else { return };
         let before = core.ring.queued();
         let named = core.ring.close(slot, quota, unread);
         if core.ring.queued() == before {
@@ -170,7 +182,7 @@ impl Driver {
                 kick();
             }
             std::thread::yield_now();
-            core = self.lock();
+            core = self.core.lock();
             if !core.entering {
                 core.ring.reap();
                 core.wake_completed();
@@ -182,7 +194,8 @@ impl Driver {
     /// Closes all cached sockets.
     pub(crate) fn close_cached(&self) {
         // Completions first: a socket may be on its way into the cache.
-        let mut core = self.combine_with(self.lock(), true);
+        let Ok(core) = self.lock_open() else { return };
+        let mut core = self.combine_with(core, true);
         core.ring.close_cached();
         while !core.entering && core.ring.has_cached_work() {
             core = self.combine(core);
@@ -197,7 +210,7 @@ impl Driver {
 
     /// Enters with what a dropped guest has left queued: its runtime may be gone, too.
     pub(crate) fn flush_now(&self) {
-        let core = self.lock();
+        let Some(core) = self.lock() else { return };
         if core.has_queued() {
             drop(self.combine(core));
         }

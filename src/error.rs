@@ -24,9 +24,44 @@ pub(crate) enum ErrorCode {
     RemoteUnreachable,
     Timeout,
     Unknown,
+    /// No answer for a guest: its call traps.
+    Gone(RingGone),
 }
 
-/// A positive errno of the kernel.
+/// Why a guest's ring serves it no more. Its calls trap with this, which a host can
+/// [`downcast`](wasmtime::Error::downcast_ref) their error to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RingGone {
+    /// The host has closed it.
+    #[error("the host has closed the ring that this UDP socket is of (Uring::close)")]
+    Closed,
+
+    /// The process is a fork of the one that built it.
+    #[error(
+        "this process is a fork of the one that built the ring, and cannot use it: build one after \
+         the fork"
+    )]
+    Forked,
+}
+
+impl From<RingGone> for Errno {
+    /// Two errnos that the kernel does not answer to a UDP socket's operations.
+    fn from(gone: RingGone) -> Self {
+        match gone {
+            RingGone::Closed => Self(libc::ESHUTDOWN),
+            RingGone::Forked => Self(libc::EOWNERDEAD),
+        }
+    }
+}
+
+impl From<RingGone> for ErrorCode {
+    fn from(gone: RingGone) -> Self {
+        Self::Gone(gone)
+    }
+}
+
+/// A positive errno of the kernel, or of this crate ([`RingGone`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Errno(pub(crate) i32);
 
@@ -36,6 +71,8 @@ impl From<Errno> for ErrorCode {
     /// called under a lock.
     fn from(Errno(errno): Errno) -> Self {
         match errno {
+            libc::ESHUTDOWN => Self::Gone(RingGone::Closed),
+            libc::EOWNERDEAD => Self::Gone(RingGone::Forked),
             libc::EPERM | libc::EACCES => Self::AccessDenied,
             libc::EADDRINUSE => Self::AddressInUse,
             libc::EADDRNOTAVAIL => Self::AddressNotBindable,

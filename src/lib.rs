@@ -172,7 +172,7 @@ mod stats;
 mod uring;
 
 pub use ctx::{UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
-pub use error::{KERNEL_MIN, SetupError};
+pub use error::{KERNEL_MIN, RingGone, SetupError};
 pub use ring::recycle::pool::Recycle;
 pub use socket::policy::SocketAddrUse;
 pub use stats::{ClosedInstead, Stats};

@@ -109,6 +109,9 @@ pub(crate) const BIND_PATIENCE: Duration = Duration::from_millis(5);
 /// Longest that the drop of a socket bound by number waits until its port is free.
 pub(crate) const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
 
+/// Longest that `Uring::close` waits until the kernel has let go of all sockets.
+pub(crate) const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long a close may take before the ring's own thread gets on with it, and the longest interval at
 /// which that looks: a guest that computes on keeps a port for no longer. (To look costs up to 20 µs of CPU
 /// in a virtual machine, for the timer alone.)

@@ -9,10 +9,12 @@
 pub(crate) mod buffers;
 pub(crate) mod eventfd;
 pub(crate) mod kernel_defaults;
+mod mapping;
 pub(crate) mod membarrier;
 pub(crate) mod op;
 pub(crate) mod op_table;
 pub(crate) mod port_order;
+pub(crate) mod process;
 pub(crate) mod queues;
 pub(crate) mod quota;
 mod receive;
@@ -35,7 +37,8 @@ use self::op::{
     Attempt, BindOp, Completed, Op, OpResult, Output, Record, SocketMemory, SocketOption,
 };
 use self::op_table::{Ended, Leftover, OpTable, Registered};
-use self::port_order::{CloseId, Port, PortOrder};
+use self::port_order::{CloseId, PortOrder};
+use self::process::Process;
 use self::queues::{Completion, EMPTY_BATCH, Enter, OpKey, Queues, SlotIndex};
 use self::quota::Quota;
 use self::receive::{Delivered, Receives};
@@ -43,12 +46,14 @@ use self::receive_queue::ReceiveQueue;
 use self::recycle::taint::Reason;
 use self::recycle::{Next, Recycler};
 use self::slots::{Receive, Releasing, SlotState, SlotTable};
+use crate::error::Errno;
 use crate::limits::{
     BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX,
 };
 use crate::stats::Stats;
 
 pub(crate) struct Ring {
+    process: Process,
     queues: Queues,
     ops: OpTable,
     slots: SlotTable,
@@ -63,15 +68,22 @@ pub(crate) struct Ring {
     recycling: Vec<(SlotIndex, Op)>,
     /// Payload bytes queued since the last flush.
     unsent_bytes: usize,
-    /// The ring is being dropped.
+    /// The ring is being closed.
     is_ending: bool,
     wakers: Vec<Waker>,
     pub(crate) stats: Stats,
 }
 
 impl Ring {
-    fn new(queues: Queues, buffers: BufferRing, quota: Arc<Quota>, recycler: Recycler) -> Self {
+    fn new(
+        process: Process,
+        queues: Queues,
+        buffers: BufferRing,
+        quota: Arc<Quota>,
+        recycler: Recycler,
+    ) -> Self {
         Self {
+            process,
             queues,
             ops: OpTable::default(),
             slots: SlotTable::new(quota.capacity() + recycler.slots()),
@@ -238,8 +250,8 @@ impl Ring {
         }
         owned.receive = None;
         if !owned.is_owned() {
-            // No waker is dropped here: the guest has discarded the queue before its close, and
-            // registers none since.
+            // Of a guest whose ring is being closed; one that has dropped its socket waits no more.
+            self.wakers.extend(queue.take_waker());
             self.stats.dropped_at_close += queue.discard();
         }
         self.end(key, slot, Ok(Output::Done));
@@ -291,7 +303,7 @@ impl Ring {
             return None;
         }
         let (taint, is_receiving) = (owned.taint, owned.receive.is_some());
-        let port = Port { family: taint.family(), number: owned.named_port };
+        let port = self.slots.port(slot);
         self.cancel_receive(slot);
         let is_busy = self.ops.in_flight(slot).all > u32::from(is_receiving);
         let close = self.ports.begin_close(port);
@@ -594,11 +606,50 @@ impl Ring {
     }
 }
 
-impl Drop for Ring {
-    /// Cancels everything, waits with a bound for the kernel to let go of the memory, and leaks
-    /// what it does not let go of.
-    fn drop(&mut self) {
+/// The end of a ring.
+impl Ring {
+    /// Closes every socket, whoever owns it. What guests ask of theirs from now on is not to come here.
+    pub(crate) fn begin_shutdown(&mut self) {
         self.is_ending = true;
+        for slot in self.slots.owned() {
+            if let Some(bind) = self.ports.withdraw(slot) {
+                self.end(bind, slot, Err(Errno(libc::ECANCELED)));
+            }
+            self.cancel_receive(slot);
+            let close = self.ports.begin_close(self.slots.port(slot));
+            let releasing = Releasing { close, is_submitted: false, quota: None };
+            self.slots.get(slot).state = SlotState::Releasing(releasing);
+            self.submit_close_once_idle(slot);
+        }
+    }
+
+    /// Has the kernel end what waits there: for send buffer, or for other threads.
+    pub(crate) fn cancel_all(&mut self) {
+        self.queues.cancel_all();
+    }
+
+    /// Whether the kernel holds nothing of the ring any more.
+    pub(crate) fn is_shut_down(&self) -> bool {
+        self.ops.is_quiet() && !self.queues.has_backlog()
+    }
+
+    /// In a fork of the process that built the ring: its memory is not there, and its wakers are of
+    /// tasks of the parent. Only the descriptor is a fork's own, which would keep the ring alive.
+    fn abandon(&mut self) {
+        std::mem::forget((std::mem::take(&mut self.ops), std::mem::take(&mut self.wakers)));
+        self.receives.leak();
+        self.queues.abandon();
+    }
+}
+
+impl Drop for Ring {
+    /// Closes and cancels everything, waits with a bound for the kernel to let go of the memory, and
+    /// leaks what it does not let go of.
+    fn drop(&mut self) {
+        if !self.process.is_current() {
+            return self.abandon();
+        }
+        self.begin_shutdown();
         // Also if something here panics: what the kernel may write to must not be freed.
         let ring = Leaking(self);
         if ring.0.is_let_go_of() {
@@ -630,10 +681,10 @@ impl Ring {
                 self.stats.submissions += u64::from(taken);
             }
             self.reap();
-            if self.ops.is_quiet() && !self.queues.has_backlog() {
+            if self.is_shut_down() {
                 return true;
             }
-            self.queues.cancel_all();
+            self.cancel_all();
             if (submitted, completed) == (self.submitted(), self.stats.completions) {
                 idle += 1;
             }

@@ -33,7 +33,7 @@ use tokio::sync::Semaphore;
 
 use crate::datagram::Family;
 use crate::driver::{Flush, InFlight};
-use crate::error::{Errno, ErrorCode};
+use crate::error::{Errno, ErrorCode, RingGone};
 use crate::limits::SENDS_MAX;
 use crate::ring::op::{Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
@@ -103,6 +103,7 @@ impl UdpSocket {
     /// Takes an entry of the guest's quota and of the ring's table. No system call: an unbound
     /// socket is "effectively an in-memory configuration object" (wasi:sockets, create-udp-socket).
     pub(crate) fn new(ctx: &Arc<GuestCtx>, family: Family) -> Result<Self, ErrorCode> {
+        ctx.driver.check()?;
         ctx.policy.udp()?;
         if ctx.driver.defaults().of(family).is_none() {
             return Err(ErrorCode::NotSupported);
@@ -142,13 +143,13 @@ impl UdpSocket {
 
     /// Queues an operation on the socket, which is bound. Its memory is the ring's from here until
     /// its last completion.
-    fn submit(&self, op: Op) -> InFlight {
+    fn submit(&self, op: Op) -> Result<InFlight, RingGone> {
         self.ctx.driver.submit(self.ctx.guest, self.bound_slot(), op)
     }
 
     /// Queues an operation on the socket, which is bound, and waits for it.
     async fn run(&self, op: Op) -> OpResult {
-        self.submit(op).result().await
+        self.submit(op)?.result().await
     }
 
     fn bound_slot(&self) -> SlotIndex {
@@ -272,6 +273,9 @@ impl State {
 impl Drop for UdpSocket {
     fn drop(&mut self) {
         let GuestCtx { driver, guest, quota, .. } = &*self.ctx;
+        if driver.check() == Err(RingGone::Forked) {
+            return;
+        }
         match self.slot.get() {
             None => {
                 quota.put_back();

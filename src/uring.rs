@@ -45,6 +45,22 @@ impl Uring {
         self.driver.close_cached();
     }
 
+    /// Closes the ring: the sockets of all its guests, and with them their ports, for a host that is about
+    /// to end. When this returns the ports are free, unless a thread that is blocked in the kernel holds
+    /// one up for longer than a second, which is logged. Blocks the thread for as long, most often some
+    /// milliseconds.
+    ///
+    /// Calls of guests that still run trap from now on, those that wait included; the error is a
+    /// [`RingGone`](crate::RingGone). Every handle names the same ring.
+    ///
+    /// A process that ends without this, or without dropping its last handle and socket, leaves that to
+    /// the kernel, which clears a ring's table in the background: 20 to 470 ms after the end of the process
+    /// its ports are still taken, and datagrams for them are lost. So it is after `SIGKILL`. A host
+    /// that is ended by a signal calls this before it ends.
+    pub fn close(&self) {
+        self.driver.shut_down();
+    }
+
     /// The ring's counters so far, completions that no thread has reaped yet included.
     #[must_use]
     pub fn stats(&self) -> Stats {
@@ -121,6 +137,11 @@ impl UringBuilder {
     }
 
     /// Sets the ring up and checks that this kernel does everything sockets need.
+    ///
+    /// The ring is this process's alone. In a fork of it the calls of the ring's guests trap
+    /// ([`RingGone::Forked`](crate::RingGone)), counters are 0, and what is dropped there leaves the
+    /// parent unharmed; but until a fork drops its handles, or ends, it keeps the ring and its
+    /// ports alive. So a host that becomes a daemon builds its rings afterwards.
     ///
     /// # Errors
     ///

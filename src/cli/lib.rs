@@ -5,6 +5,7 @@ mod bench;
 mod benches;
 mod demo;
 mod doctor;
+mod ending;
 mod host;
 pub mod measure;
 mod open_files;

@@ -13,6 +13,7 @@ use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
 use crate::args::{RunArgs, RuntimeArg};
+use crate::ending::ClosesOnSignal;
 use crate::host::{self, Backend, GuestConfig, Net, Program};
 use crate::open_files;
 use crate::terminal::{Failure, say};
@@ -30,6 +31,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 
     let plan = Plan::new(args);
     let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
+    let _closes_on_signal = ClosesOnSignal::new(&rings)?;
     let program = Arc::new(Program::link(&compiled, backend)?);
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {

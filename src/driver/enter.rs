@@ -1,19 +1,24 @@
 //! One thread enters the kernel for all guests: the state that it shares with the others, and what
 //! it does inside.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
+use std::time::Instant;
 use std::{fmt, io};
 
 use super::batching::{Batching, Rounds};
 use super::lock::{AfterUnlock, Lock, Locked};
 use super::overdue::Overdue;
 use super::runtimes::Runtimes;
-use crate::error::SetupError;
+use crate::error::{RingGone, SetupError};
+use crate::limits::SHUTDOWN_PATIENCE;
 use crate::ring::eventfd::EventFd;
 use crate::ring::kernel_defaults::Defaults;
+use crate::ring::membarrier::kick;
 use crate::ring::op::OpResult;
 use crate::ring::op_table::{Leftover, Registered};
+use crate::ring::process::Process;
 use crate::ring::queues::{Enter, OpKey};
 use crate::ring::quota::Quota;
 use crate::ring::receive_queue::QueueLimits;
@@ -23,6 +28,9 @@ use crate::stats::Stats;
 
 /// A ring, and how its guests and their threads share it.
 pub(crate) struct Driver {
+    process: Process,
+    /// The host has closed the ring: written under the lock.
+    is_closed: AtomicBool,
     kernel: Enter,
     pub(super) quota: Arc<Quota>,
     /// The eventfd that completions signal while no thread is inside.
@@ -129,8 +137,11 @@ impl Driver {
         queue_limits: QueueLimits,
         recycle: Recycle,
     ) -> Result<Arc<Self>, SetupError> {
-        let setup::Built { ring, quota, defaults, eventfd } = setup::build(sockets, recycle)?;
+        let setup::Built { process, ring, quota, defaults, eventfd } =
+            setup::build(sockets, recycle)?;
         Ok(Arc::new_cyclic(|driver: &Weak<Self>| Self {
+            process,
+            is_closed: AtomicBool::new(false),
             kernel: ring.kernel(),
             quota,
             eventfd,
@@ -147,12 +158,53 @@ impl Driver {
         }))
     }
 
-    pub(super) fn lock(&self) -> LockedCore<'_> {
-        self.core.lock()
+    /// Whether guests can use the ring.
+    pub(crate) fn check(&self) -> Result<(), RingGone> {
+        if !self.process.is_current() {
+            return Err(RingGone::Forked);
+        }
+        if self.is_closed.load(Ordering::Relaxed) { Err(RingGone::Closed) } else { Ok(()) }
     }
 
+    /// `None` in a fork of the process that built the ring: there the lock may be held for ever, by a
+    /// thread that only the parent has.
+    pub(super) fn lock(&self) -> Option<LockedCore<'_>> {
+        self.process.is_current().then(|| self.core.lock())
+    }
+
+    /// For what queues operations.
+    pub(super) fn lock_open(&self) -> Result<LockedCore<'_>, RingGone> {
+        let core = self.lock().ok_or(RingGone::Forked)?;
+        self.check().map(|()| core)
+    }
+
+    /// All 0 in a fork of the process that built the ring.
     pub(crate) fn snapshot(&self) -> Stats {
-        self.lock().ring.snapshot()
+        self.lock().map_or_else(Stats::default, |core| core.ring.snapshot())
+    }
+
+    /// Closes every socket, and waits until the kernel has let go of them, with a bound. Guests get
+    /// `RingGone` from now on.
+    pub(crate) fn shut_down(&self) {
+        let Some(mut core) = self.lock() else { return };
+        self.is_closed.store(true, Ordering::Relaxed);
+        core.ring.begin_shutdown();
+        let begun = Instant::now();
+        while !core.ring.is_shut_down() && begun.elapsed() < SHUTDOWN_PATIENCE {
+            core = self.combine_with(core, true);
+            if !core.entering {
+                core.ring.cancel_all();
+            }
+            drop(core);
+            // What ends on a thread that computes on.
+            kick();
+            std::thread::yield_now();
+            core = self.core.lock();
+        }
+        if !core.ring.is_shut_down() {
+            core.split().1.warn_later("closed with operations that the kernel does not end");
+        }
+        core.wake_all();
     }
 
     /// Enters for all guests that have queued entries, unless another thread is inside and will.
@@ -249,7 +301,8 @@ struct Inside<'driver> {
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        let mut core = self.driver.lock();
+        // (No fork in between: this thread has come from `lock`.)
+        let mut core = self.driver.core.lock();
         core.entering = false;
         core.overdue.is_inside = false;
         core.ring.enable_notifications();
@@ -262,6 +315,10 @@ impl Drop for Inside<'_> {
 impl Drop for Driver {
     /// The last handle is gone; the ring waits for the kernel when it is dropped next.
     fn drop(&mut self) {
+        if !self.process.is_current() {
+            // The tasks are the parent's.
+            return;
+        }
         let mut after = AfterUnlock::default();
         let core = self.core.get_mut();
         after.wake_later(core.runtimes.take_all());

@@ -7,6 +7,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
+use crate::error::RingGone;
 
 /// Ready when what was queued has reached the kernel, and what completed at once is recorded.
 pub(crate) struct Flush {
@@ -22,8 +23,12 @@ impl Flush {
         Self { guest, queued: core.ring.queued(), yielding: Yielding::NotYielded }
     }
 
-    pub(crate) fn poll(&mut self, driver: &Driver, cx: &mut Context<'_>) -> Poll<()> {
-        self.poll_submitted(driver, cx).map(drop)
+    pub(crate) fn poll(
+        &mut self,
+        driver: &Driver,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), RingGone>> {
+        self.poll_submitted(driver, cx).map(|submitted| submitted.map(drop))
     }
 
     /// As `poll`; ready with the lock still held.
@@ -32,14 +37,17 @@ impl Flush {
         &mut self,
         driver: &'driver Driver,
         cx: &Context<'_>,
-    ) -> Poll<LockedCore<'driver>> {
-        let mut core = driver.lock();
+    ) -> Poll<Result<LockedCore<'driver>, RingGone>> {
+        let mut core = match driver.lock_open() {
+            Ok(core) => core,
+            Err(gone) => return Poll::Ready(Err(gone)),
+        };
         self.end_yield(&mut core);
         let core = ready!(self.submit(driver, core, cx));
         if self.is_submitted(&core) {
-            return Poll::Ready(core);
+            return Poll::Ready(Ok(core));
         }
-        self.register(driver, core, cx)
+        self.register(driver, core, cx).map(Ok)
     }
 
     /// Has the thread that is inside wake this guest, unless it has submitted its entries by then.

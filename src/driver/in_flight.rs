@@ -50,7 +50,10 @@ impl InFlight {
     pub(crate) fn poll_result(&mut self, cx: &mut Context<'_>) -> Poll<OpResult> {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { driver, key, flush, is_taken, .. } = self;
-        let mut core = driver.lock();
+        let mut core = match driver.lock_open() {
+            Ok(core) => core,
+            Err(gone) => return Poll::Ready(Err(gone.into())),
+        };
         flush.end_yield(&mut core);
         let mut result = core.ring.take_result(*key);
         if result.is_none() {
@@ -77,7 +80,7 @@ impl InFlight {
 
     /// The operation's result, if its last completion is in.
     pub(crate) fn try_result(&mut self) -> Option<OpResult> {
-        let result = self.driver.lock().ring.take_result(self.key);
+        let result = self.driver.lock()?.ring.take_result(self.key);
         self.is_taken |= result.is_some();
         result
     }
@@ -86,7 +89,9 @@ impl InFlight {
     pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.driver.reap();
         let waker = cx.waker().clone();
-        if !self.driver.lock().register(self.key, waker) {
+        let is_waiting =
+            self.driver.lock_open().is_ok_and(|mut core| core.register(self.key, waker));
+        if !is_waiting {
             return Poll::Ready(());
         }
         self.driver.ensure_reaper();
@@ -97,8 +102,10 @@ impl InFlight {
     pub(crate) fn poll_submitted(&mut self, cx: &mut Context<'_>) -> Poll<Option<OpResult>> {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { driver, key, flush, is_taken, .. } = self;
-        let mut core = ready!(flush.poll_submitted(driver, cx));
-        let result = core.ring.take_result(*key);
+        let result = match ready!(flush.poll_submitted(driver, cx)) {
+            Ok(mut core) => core.ring.take_result(*key),
+            Err(gone) => return Poll::Ready(Some(Err(gone.into()))),
+        };
         *is_taken = result.is_some();
         coop.made_progress();
         Poll::Ready(result)
@@ -117,7 +124,7 @@ impl Drop for InFlight {
         }
         // Declared first, so dropped after the lock is released.
         let _result;
-        let mut core = self.driver.lock();
+        let Some(mut core) = self.driver.lock() else { return };
         if self.ends_with_caller {
             core.ring.cancel_send(self.key);
         }

@@ -25,7 +25,7 @@ impl Driver {
         let Ok(handle) = Handle::try_current() else {
             return tracing::error!("a wasi-uring socket was awaited outside of a tokio runtime");
         };
-        let mut core = self.lock();
+        let Some(mut core) = self.lock() else { return };
         if core.runtimes.get(handle.id()).is_none() {
             self.spawn_tasks(core, &handle);
         }
@@ -57,7 +57,7 @@ impl Driver {
 
     /// Reaps completions that have come.
     pub(crate) fn reap(self: &Arc<Self>) {
-        let mut core = self.lock();
+        let Some(mut core) = self.lock() else { return };
         if core.entering {
             return;
         }
@@ -94,7 +94,7 @@ async fn flush(driver: Weak<Driver>, id: runtime::Id) {
     poll_fn(|cx| {
         let Some(driver) = driver.upgrade() else { return Poll::Ready(()) };
         let waker = cx.waker().clone();
-        let mut core = driver.lock();
+        let Some(mut core) = driver.lock() else { return Poll::Ready(()) };
         core.runtimes.flusher_due = None;
         let replaced = core.runtimes.get(id).and_then(|tasks| tasks.flusher.replace(waker));
         core.drop_later(replaced);
@@ -139,7 +139,7 @@ async fn reap(reaper: Reaper) {
         }
         let Some(driver) = reaper.driver.upgrade() else { return Poll::Ready(()) };
         let waker = cx.waker().clone();
-        let mut core = driver.lock();
+        let Some(mut core) = driver.lock() else { return Poll::Ready(()) };
         let replaced = core.runtimes.get(reaper.id).and_then(|tasks| tasks.reaper.replace(waker));
         core.drop_later(replaced);
         let core = driver.combine(core);
@@ -159,7 +159,7 @@ impl Drop for Reaper {
     /// guests that wait in other runtimes are woken, and start reapers there.
     fn drop(&mut self) {
         let Some(driver) = self.driver.upgrade() else { return };
-        let mut core = driver.lock();
+        let Some(mut core) = driver.lock() else { return };
         core.runtimes.flusher_due = None;
         if let Some(ended) = core.runtimes.remove(self.id) {
             core.drop_later(ended.reaper);
@@ -172,7 +172,7 @@ impl Drop for Reaper {
 
 impl Watched for Driver {
     fn enter_overdue(&self) {
-        let mut core = self.lock();
+        let Some(mut core) = self.lock() else { return };
         // A thread that is inside does this when it comes out.
         if !core.entering {
             let before = core.ring.stats.enters;
@@ -190,7 +190,7 @@ impl Watched for Driver {
     }
 
     fn may_sleep(&self) -> bool {
-        let mut core = self.lock();
+        let Some(mut core) = self.lock() else { return true };
         core.overdue.is_asleep = !core.ring.ports().is_closing();
         core.overdue.is_asleep
     }

@@ -29,7 +29,7 @@ fn socket(driver: &Arc<Driver>, guest: Guest) -> SlotIndex {
     assert!(driver.table_quota().take());
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let bind = Box::new(BindOp::new(Family::V4, Vec::new(), any));
-    let (slot, mut in_flight) = driver.submit_bind(guest, None, bind);
+    let (slot, mut in_flight) = driver.submit_bind(guest, None, bind).unwrap();
     assert_eq!(done_at_once(&mut in_flight).err(), None);
     slot
 }
@@ -43,7 +43,7 @@ fn done_at_once(in_flight: &mut InFlight) -> OpResult {
 
 /// Another guest than those before queues an operation, and it is done: the ring works.
 fn assert_it_goes_on(driver: &Arc<Driver>, slot: SlotIndex) {
-    let mut in_flight = driver.submit(Guest::new(), slot, Op::Install);
+    let mut in_flight = driver.submit(Guest::new(), slot, Op::Install).unwrap();
     assert!(matches!(done_at_once(&mut in_flight), Ok(Output::Descriptor(_))));
 }
 
@@ -117,10 +117,10 @@ impl Panics {
 fn left_waiting(driver: &Arc<Driver>, waker: &Waker) -> (SlotIndex, Flush) {
     let guest = Guest::new();
     let slot = socket(driver, guest);
-    let (_queue, mut flush) = driver.arm(guest, slot);
-    driver.lock().entering = true;
+    let (_queue, mut flush) = driver.arm(guest, slot).unwrap();
+    driver.lock().unwrap().entering = true;
     assert!(flush.poll(driver, &mut Context::from_waker(waker)).is_pending());
-    driver.lock().entering = false;
+    driver.lock().unwrap().entering = false;
     (slot, flush)
 }
 
@@ -133,9 +133,9 @@ fn no_waker_is_cloned_woken_or_dropped_under_the_lock() {
     let waker = foreign.waker();
     let (_slot, _flush) = left_waiting(&driver, &waker);
     assert_eq!(foreign.counts(), [1, 0, 0]);
-    drop(driver.combine(driver.lock()));
+    drop(driver.combine(driver.lock().unwrap()));
     assert_eq!(foreign.counts(), [1, 1, 0]);
-    let mut core = driver.lock();
+    let mut core = driver.lock().unwrap();
     core.drop_later(Some(waker));
     core.wake_later(Some(foreign.waker()));
     assert_eq!(foreign.counts(), [1, 1, 0]);
@@ -148,7 +148,7 @@ fn no_waker_is_cloned_woken_or_dropped_under_the_lock() {
 fn a_waker_that_panics_keeps_no_other_from_its_turn() {
     let driver = driver();
     let (panics, foreign) = (Panics::new(), Foreign::new(&driver));
-    let mut core = driver.lock();
+    let mut core = driver.lock().unwrap();
     for _ in 0..2 {
         core.wake_later(Some(Arc::clone(&panics).into()));
         core.wake_later(Some(foreign.waker()));
@@ -165,10 +165,10 @@ fn a_waker_that_panics_while_a_thread_is_inside_does_not_stop_the_ring() {
     let slot = socket(&driver, Guest::new());
     let panics = Panics::new();
     let waker = Waker::from(Arc::clone(&panics));
-    let mut waiting = driver.submit(Guest::new(), slot, Op::Install);
-    driver.lock().entering = true; // another thread is inside
+    let mut waiting = driver.submit(Guest::new(), slot, Op::Install).unwrap();
+    driver.lock().unwrap().entering = true; // another thread is inside
     assert!(waiting.poll_result(&mut Context::from_waker(&waker)).is_pending());
-    driver.lock().entering = false;
+    driver.lock().unwrap().entering = false;
     assert_it_goes_on(&driver, slot);
     assert_eq!(panics.0.load(Ordering::Relaxed), 1);
     std::thread::scope(|scope| scope.spawn(|| assert_it_goes_on(&driver, slot)).join().unwrap());
@@ -182,7 +182,7 @@ fn a_thread_that_panics_inside_lets_the_others_go_on() {
     let foreign = Foreign::new(&driver);
     let (slot, mut flush) = left_waiting(&driver, &foreign.waker());
     let panicked = catch_unwind(AssertUnwindSafe(|| {
-        drop(driver.combine_by(|_, _| panic!("inside"), driver.lock(), false));
+        drop(driver.combine_by(|_, _| panic!("inside"), driver.lock().unwrap(), false));
     }));
     assert!(panicked.is_err());
     assert_eq!(foreign.counts()[1], 1, "the guest that waits is woken, and enters itself");
@@ -196,7 +196,7 @@ fn a_thread_that_panics_under_the_lock_lets_the_others_go_on() {
     let driver = driver();
     let slot = socket(&driver, Guest::new());
     let panicked = catch_unwind(AssertUnwindSafe(|| {
-        let _core = driver.lock();
+        let _core = driver.lock().unwrap();
         panic!("under the lock");
     }));
     assert!(panicked.is_err());
@@ -238,13 +238,13 @@ fn a_subscriber_that_panics_does_not_stop_the_ring() {
     let driver = driver();
     let guest = Guest::new();
     let slot = socket(&driver, guest);
-    let mut waiting = driver.submit(guest, slot, Op::Install);
+    let mut waiting = driver.submit(guest, slot, Op::Install).unwrap();
     let events = Arc::new(AtomicUsize::new(0));
     let subscriber =
         PanickingSubscriber { driver: Arc::clone(&driver), events: Arc::clone(&events) };
     tracing::subscriber::with_default(subscriber, || {
         let fails = |_, _| Err(io::Error::from_raw_os_error(libc::ENXIO));
-        drop(driver.combine_by(fails, driver.lock(), false));
+        drop(driver.combine_by(fails, driver.lock().unwrap(), false));
     });
     assert_eq!(events.load(Ordering::Relaxed), 1);
     assert_it_goes_on(&driver, slot);
@@ -263,7 +263,7 @@ fn a_full_quota_is_tried_a_thousand_times_while_another_thread_is_inside_and_els
     };
     assert!(!driver.acquire(never));
     assert_eq!(tries.swap(0, Ordering::Relaxed), 2);
-    driver.lock().entering = true;
+    driver.lock().unwrap().entering = true;
     assert!(!driver.acquire(never));
     assert_eq!(tries.swap(0, Ordering::Relaxed), 1001);
     assert!(driver.acquire(|| tries.fetch_add(1, Ordering::Relaxed) == 500));

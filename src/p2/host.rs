@@ -255,7 +255,11 @@ impl network::HostNetwork for UdpCtxView<'_> {
 
 impl From<ErrorCode> for SocketError {
     fn from(error: ErrorCode) -> Self {
-        WitCode::from(error).into()
+        if let ErrorCode::Gone(gone) = error {
+            Self::trap(gone)
+        } else {
+            WitCode::from(error).into()
+        }
     }
 }
 
@@ -278,7 +282,7 @@ impl From<ErrorCode> for WitCode {
             ErrorCode::OutOfMemory => Self::OutOfMemory,
             ErrorCode::RemoteUnreachable => Self::RemoteUnreachable,
             ErrorCode::Timeout => Self::Timeout,
-            ErrorCode::Unknown => Self::Unknown,
+            ErrorCode::Unknown | ErrorCode::Gone(_) => Self::Unknown,
         }
     }
 }

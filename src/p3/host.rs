@@ -21,12 +21,11 @@ use crate::socket::options::OptionValue;
 /// A trap, or the guest's answer.
 type Answer<T> = wasmtime::Result<Result<T, WitCode>>;
 
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "a method that never traps has the type of those that do"
-)]
 fn answer<T>(result: Result<T, ErrorCode>) -> Answer<T> {
-    Ok(result.map_err(WitCode::from))
+    match result {
+        Err(ErrorCode::Gone(gone)) => Err(gone.into()),
+        result => Ok(result.map_err(WitCode::from)),
+    }
 }
 
 impl types::Host for UdpCtxView<'_> {}
@@ -159,7 +158,7 @@ impl From<ErrorCode> for WitCode {
             ErrorCode::OutOfMemory => Self::OutOfMemory,
             ErrorCode::RemoteUnreachable => Self::RemoteUnreachable,
             ErrorCode::Timeout => Self::Timeout,
-            ErrorCode::Unknown => Self::Other(None),
+            ErrorCode::Unknown | ErrorCode::Gone(_) => Self::Other(None),
         }
     }
 }

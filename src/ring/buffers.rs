@@ -7,12 +7,13 @@
 //! which the kernel has let go of is the kernel's contract; the id and the length that it names are
 //! checked against the bounds here.
 
+use std::io;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::{io, ptr};
 
 use io_uring::IoUring;
 use io_uring::types::BufRingEntry;
 
+use super::mapping::Mapping;
 use crate::limits::{BUFFER_BYTES, BUFFERS};
 
 /// The group that the ring's receive buffers are registered under.
@@ -38,6 +39,8 @@ impl BufferRing {
     pub(crate) fn register(io: &IoUring) -> io::Result<Self> {
         let entries = Mapping::anonymous(ENTRIES_BYTES)?;
         let bytes = Mapping::anonymous(BYTES_BYTES)?;
+        // Huge pages would make every small datagram cost 2 MiB; if the advice fails, it may.
+        let _ = bytes.advise(libc::MADV_NOHUGEPAGE);
         // SAFETY: `entries` is page-aligned, holds BUFFERS entries and lives as long as the ring:
         // `Ring` drops its buffers only when the kernel holds no operation, and leaks them else.
         // (`whatever_the_kernel_does_datagrams_reach_their_own_socket_in_order` reads what would be
@@ -105,7 +108,9 @@ impl BufferRing {
     pub(crate) fn fill(&mut self, id: BufferId, bytes: &[u8]) {
         assert!(id.0 < BUFFERS && bytes.len() <= BUFFER_BYTES);
         // SAFETY: inside the mapping, and no slice of it is alive under `&mut self`.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.buffer_start(id), bytes.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.buffer_start(id), bytes.len());
+        };
     }
 
     /// Leaves the memory to the kernel for good.
@@ -113,45 +118,3 @@ impl BufferRing {
         std::mem::forget(self);
     }
 }
-
-/// Anonymous memory of our own, zeroed and paged in on demand.
-struct Mapping {
-    start: *mut libc::c_void,
-    len: usize,
-}
-
-impl Mapping {
-    #[expect(unsafe_code, reason = "mmap(2)")]
-    fn anonymous(len: usize) -> io::Result<Self> {
-        // SAFETY: a new anonymous mapping touches no existing memory.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // Huge pages would make every small datagram cost 2 MiB; if the advice fails, it may.
-        // SAFETY: the range is the mapping just made.
-        unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
-        Ok(Self { start, len })
-    }
-}
-
-impl Drop for Mapping {
-    #[expect(unsafe_code, reason = "munmap(2)")]
-    fn drop(&mut self) {
-        // SAFETY: the range was mapped by `anonymous` and no reference into it outlives `self`.
-        unsafe { libc::munmap(self.start, self.len) };
-    }
-}
-
-// SAFETY: the mapping is owned memory; nothing about it is tied to a thread.
-#[expect(unsafe_code, reason = "a raw pointer to memory we own")]
-unsafe impl Send for Mapping {}

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -236,6 +237,18 @@ impl Queues {
         let bound = Timespec::new().nsec(1_000_000);
         // ENOENT: nothing was left to cancel, so the completions are in the queue.
         let _ = self.io.submitter().register_sync_cancel(Some(bound), CancelBuilder::any());
+    }
+
+    /// Closes the ring's descriptor, and leaves its memory mapped as the process that built it has it: for
+    /// a fork of that, which has neither queue.
+    #[expect(unsafe_code, reason = "close(2)")]
+    pub(super) fn abandon(&mut self) {
+        // The ring's owner is never dropped, so nobody else closes the descriptor, or unmaps what another
+        // mapping of this process may have taken the place of.
+        std::mem::forget(Arc::clone(&self.io));
+        // SAFETY: the descriptor is open, and by the line above nothing owns it any more.
+        // (`a_fork_of_the_process_gets_errors_and_its_drops_are_harmless` is the test.)
+        unsafe { libc::close(self.io.as_raw_fd()) };
     }
 
     /// Runs a chain that completes once to its end, on a ring without other operations; the

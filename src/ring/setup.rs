@@ -13,6 +13,7 @@ use super::eventfd::EventFd;
 use super::kernel_defaults::Defaults;
 use super::membarrier;
 use super::op::{BindOp, OPERATIONS, Op, SocketOption};
+use super::process::Process;
 use super::queues::{Queues, SlotIndex};
 use super::quota::Quota;
 use super::recycle::Recycler;
@@ -25,6 +26,8 @@ use crate::limits::{CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
 
 /// A ring that has been through every check.
 pub(crate) struct Built {
+    /// The only one that may use the ring.
+    pub(crate) process: Process,
     pub(crate) ring: Ring,
     /// The sockets that guests may have open at once.
     pub(crate) quota: Arc<Quota>,
@@ -44,6 +47,8 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
             max: SOCKETS_MAX.into(),
         });
     }
+    let process =
+        Process::current().map_err(|errno| SetupError::Io { step: "mapping a page", errno })?;
     let io = set_up()?;
     check_operations(&io)?;
     let (recycle, support) = match recycle.quarantined_max {
@@ -67,8 +72,8 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
         .map(Rcu::new)
         .map_err(|errno| SetupError::Io { step: "duplicating the eventfd", errno })?;
     let recycler = Recycler::new(recycle, support, rcu);
-    let ring = Ring::new(queues, buffers, Arc::clone(&quota), recycler);
-    Ok(Built { ring, quota, defaults, eventfd })
+    let ring = Ring::new(process, queues, buffers, Arc::clone(&quota), recycler);
+    Ok(Built { process, ring, quota, defaults, eventfd })
 }
 
 /// `io_uring_setup`, with the flags a ring entered from any thread can have: not SINGLE_ISSUER and

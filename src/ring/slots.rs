@@ -3,7 +3,7 @@
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use super::port_order::CloseId;
+use super::port_order::{CloseId, Port};
 use super::queues::{OpKey, SlotIndex};
 use super::quota::Quota;
 use super::recycle::taint::Taint;
@@ -108,6 +108,18 @@ impl SlotTable {
     /// A cached slot becomes a guest's, without its socket.
     pub(super) fn take_evicted(&mut self, slot: SlotIndex, family: Family) {
         *self.get(slot) = Slot::owned(Taint::new(family));
+    }
+
+    /// The slots that guests own now.
+    pub(super) fn owned(&self) -> Vec<SlotIndex> {
+        let numbered = (0..).map(SlotIndex).zip(&self.slots);
+        numbered.filter_map(|(slot, state)| state.is_owned().then_some(slot)).collect()
+    }
+
+    /// What the close of a slot's socket gives up.
+    pub(super) fn port(&self, slot: SlotIndex) -> Port {
+        let slot = &self.slots[slot.at()];
+        Port { family: slot.taint.family(), number: slot.named_port }
     }
 
     pub(super) fn get(&mut self, slot: SlotIndex) -> &mut Slot {

@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, ready};
 
 use crate::datagram::Family;
-use crate::error::ErrorCode;
+use crate::error::{ErrorCode, RingGone};
 use crate::limits::SENDS_MAX;
 use crate::ring::op::BindOp;
 use crate::socket::guest::GuestCtx;
@@ -28,8 +28,7 @@ impl UdpSocket {
             return Err(ErrorCode::InvalidArgument);
         }
         self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
-        self.submit_bind(addr);
-        Ok(())
+        Ok(self.submit_bind(addr)?)
     }
 
     pub(crate) async fn finish_bind(&self) -> Result<(), ErrorCode> {
@@ -54,7 +53,7 @@ impl UdpSocket {
                 self.may_bind_anywhere()?;
             }
             self.discard_failed_bind().await;
-            self.submit_bind(anywhere(self.family));
+            self.submit_bind(anywhere(self.family))?;
             match self.finish_bind().await {
                 // A call that came between has discarded the failure, and perhaps bound the socket.
                 Err(ErrorCode::NotInProgress) => {}
@@ -71,18 +70,19 @@ impl UdpSocket {
 
     /// Submits SOCKET, the options and BIND as one chain, whose memory is the ring's from here. The
     /// chain reaches the kernel even if the guest never waits for it.
-    fn submit_bind(&self, addr: SocketAddr) {
+    fn submit_bind(&self, addr: SocketAddr) -> Result<(), RingGone> {
         let options = self.lock().options.to_set(self.family);
         let bind = Box::new(BindOp::new(self.family, options, addr));
         let GuestCtx { driver, guest, .. } = &*self.ctx;
         let slot = self.slot.get().copied();
-        let (slot, in_flight) = driver.submit_bind(*guest, slot, bind);
+        let (slot, in_flight) = driver.submit_bind(*guest, slot, bind)?;
         self.slot.get_or_init(|| slot);
         // Where the guest left a part open the kernel chooses it, and it must be queried later.
         let is_known = addr.port() != 0 && !addr.ip().is_unspecified();
         let mut state = self.lock();
         state.bind = BindState::Binding(Box::new(in_flight));
         state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
+        Ok(())
     }
 
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.

@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use tokio::task::coop::consume_budget;
 
 use crate::driver::first_poll;
-use crate::error::ErrorCode;
+use crate::error::{ErrorCode, RingGone};
 use crate::limits::{BATCH_DATAGRAMS_MAX, RECEIVE_BYTES_MAX};
 use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, Taken};
 use crate::socket::guest::GuestCtx;
@@ -39,24 +39,29 @@ struct Withheld {
 
 impl UdpSocket {
     /// Arms the receive, unless that was done; afterwards what waited in the kernel is in the queue.
-    async fn receiver(&self) -> &Receiver {
+    async fn receiver(&self) -> Result<&Receiver, RingGone> {
         poll_fn(|cx| {
             let GuestCtx { driver, guest, .. } = &*self.ctx;
-            let receiver = self.receiver.get_or_init(|| {
-                let (queue, flush) = driver.arm(*guest, self.bound_slot());
+            // In a fork the lock of an armed receive's queue may be held for ever.
+            driver.check()?;
+            let receiver: &Receiver = if let Some(armed) = self.receiver.get() {
+                armed
+            } else {
+                let (queue, flush) = driver.arm(*guest, self.bound_slot())?;
                 self.lock().arming = Some(Box::new(flush));
-                Box::new(Receiver::new(queue))
-            });
+                self.receiver.get_or_init(|| Box::new(Receiver::new(queue)))
+            };
             // Taken out to be polled with the state unlocked. Kept until it has ended, because the
             // call may be dropped in between.
             let arming = self.lock().arming.take();
-            if let Some(mut flush) = arming
-                && flush.poll(driver, cx).is_pending()
-            {
-                self.lock().arming = Some(flush);
-                return Poll::Pending;
+            if let Some(mut flush) = arming {
+                let Poll::Ready(armed) = flush.poll(driver, cx) else {
+                    self.lock().arming = Some(flush);
+                    return Poll::Pending;
+                };
+                armed?;
             }
-            Poll::Ready(receiver)
+            Poll::Ready(Ok(receiver))
         })
         .await
     }
@@ -69,7 +74,7 @@ impl UdpSocket {
         }
         // A guest that calls again and again does not suspend by itself.
         consume_budget().await;
-        let receiver = self.receiver().await;
+        let receiver = self.receiver().await?;
         let most = QueueLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
         let mut has_reaped = false;
         loop {
@@ -110,7 +115,7 @@ impl UdpSocket {
                 return Err(ErrorCode::InvalidState);
             }
         }
-        let receiver = self.receiver().await;
+        let receiver = self.receiver().await?;
         let _line = receiver.line.lock().await;
         self.ctx.yield_if_spent().await;
         let arrival = self.next_arrival(receiver).await;
@@ -120,9 +125,11 @@ impl UdpSocket {
 
     /// Ready when `receive` would return a datagram or an error.
     pub(crate) async fn receivable(&self) {
-        let receiver = self.receiver().await;
+        // What a ring that is gone answers the guest hears from its next call.
+        let Ok(receiver) = self.receiver().await else { return };
         match self.next_arrival(receiver).await {
             Ok(datagram) => receiver.keep_admitted(datagram),
+            Err(_) if self.ctx.driver.check().is_err() => {}
             Err(errno) => receiver.queue.put_back_error(errno),
         }
     }
@@ -140,6 +147,10 @@ impl UdpSocket {
 
     /// Ready with the next arrival that the guest may see, or `None` if its budget is spent.
     fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Option<Arrival>> {
+        let check = || self.ctx.driver.check().map_err(|gone| Poll::Ready(Some(Err(gone.into()))));
+        if let Err(gone) = check() {
+            return gone;
+        }
         if let Some(datagram) = receiver.take_admitted() {
             return Poll::Ready(Some(Ok(datagram)));
         }
@@ -152,7 +163,10 @@ impl UdpSocket {
             return taken;
         }
         drop(receiver.queue.register(cx.waker().clone()));
-        // Another thread may have reaped something in between.
+        // Another thread may have reaped something in between, or closed the ring.
+        if let Err(gone) = check() {
+            return gone;
+        }
         if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
             return taken;
         }

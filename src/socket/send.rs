@@ -57,7 +57,7 @@ impl UdpSocket {
         self.take_error()?;
         let accepted_len = accepted.len() as u64;
         // The payloads are the ring's from here until the kernel has taken or refused them.
-        let mut in_flight = self.submit(Op::Send(SendOp::new(accepted)));
+        let mut in_flight = self.submit(Op::Send(SendOp::new(accepted)))?;
         let result = poll_fn(|cx| in_flight.poll_submitted(cx)).await;
         if in_flight.has_yielded() {
             self.ctx.budget.renew();
@@ -117,7 +117,7 @@ impl UdpSocket {
         let _permit = self.sends.acquire().await;
         self.take_error()?;
         let datagram = Outgoing { payload, to: Some(to.into()) };
-        let send = self.submit(Op::Send(SendOp::new(vec![datagram]))).cancelled_with_caller();
+        let send = self.submit(Op::Send(SendOp::new(vec![datagram])))?.cancelled_with_caller();
         send.result().await?;
         Ok(())
     }

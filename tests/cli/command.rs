@@ -592,6 +592,47 @@ mod quotas {
     }
 }
 
+mod signals {
+    use std::net::{Ipv4Addr, UdpSocket};
+    use std::os::unix::process::ExitStatusExt;
+    use std::time::Instant;
+
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    use super::*;
+
+    /// Waits until somebody holds a port, by the kernel's table: to bind to it would be in the way.
+    fn wait_until_taken((ip, port): (Ipv4Addr, u16)) {
+        let deadline = Instant::now() + Duration::from_mins(2);
+        let entry = format!("{:08X}:{port:04X}", u32::from_ne_bytes(ip.octets()));
+        while !std::fs::read_to_string("/proc/net/udp").unwrap().contains(&entry) {
+            assert!(Instant::now() < deadline, "never taken");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Its runtime never runs again. Kills: an end without a close, after which the port is taken
+    /// for 20 ms and more.
+    #[test]
+    fn the_ports_of_a_guest_that_computes_are_free_when_a_signal_has_ended_the_process() {
+        let ip = Ipv4Addr::new(127, 7, 7, 7);
+        let port = UdpSocket::bind((ip, 0)).unwrap().local_addr().unwrap().port();
+        let guest = guests::holding("holds_its_port.wat", ip.octets(), port);
+        for runtime in RUNTIMES {
+            for signal in [Signal::SIGTERM, Signal::SIGINT] {
+                let args = ["run", "--backend", "uring", "--runtime", runtime, arg(&guest)];
+                let mut child = command(args).spawn().unwrap();
+                wait_until_taken((ip, port));
+                kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+                let status = child.wait().unwrap();
+                assert_eq!(status.signal(), Some(signal as i32), "as if it had not been caught");
+                UdpSocket::bind((ip, port)).unwrap();
+            }
+        }
+    }
+}
+
 mod help {
     use super::*;
 

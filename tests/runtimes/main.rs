@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod endings;
+mod gone;
 mod panics;
 mod ports;
 

@@ -7,48 +7,47 @@ use std::time::Instant;
 use tokio::runtime::Builder;
 use wasi_uring::Uring;
 
-use crate::common::{BOUND, Rig, block_on, native, own_ip, uring, within};
+use crate::common::{BOUND, Endpoint, Rig, block_on, native, own_ip, uring, within};
 
-/// The receive's end is task work of the thread that armed it, which computes on. Kills: a drop that
-/// returns before its close has ended.
+/// What comes of something done beside the thread on which a guest has armed its receive, and which
+/// computes until that is done, without a system call.
+pub(crate) fn beside_a_thread_that_computes<T>(
+    uring: &Uring,
+    run: impl FnOnce(Rig, Endpoint) -> T,
+) -> T {
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (give, take) = mpsc::channel();
+        let is_done = &is_done;
+        scope.spawn(move || {
+            block_on(async {
+                let mut rig = Rig::on_ring(uring).await;
+                let endpoint = rig.endpoint((own_ip(), 0)).await;
+                // So that it is closed for good.
+                rig.set_hop_limit(endpoint.socket, 9).await.unwrap();
+                assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
+                give.send((rig, endpoint)).unwrap();
+            });
+            let end = Instant::now() + BOUND / 2;
+            while !is_done.load(Ordering::Relaxed) && Instant::now() < end {
+                std::hint::spin_loop();
+            }
+        });
+        let (rig, endpoint) = take.recv_timeout(BOUND).unwrap();
+        let result = run(rig, endpoint);
+        is_done.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+/// The receive's end is task work of the thread that armed it, which computes on.
 #[test]
 fn a_thread_that_computes_on_holds_no_port_up() {
     let uring = uring();
-    for is_named in [true, false] {
-        let is_free = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let (give, take) = mpsc::channel();
-            let (uring, is_free) = (&uring, &is_free);
-            scope.spawn(move || {
-                block_on(async {
-                    let mut rig = Rig::on_ring(uring).await;
-                    let mut endpoint = rig.endpoint((own_ip(), 0)).await;
-                    if is_named {
-                        let port = endpoint.local;
-                        rig.close(endpoint).await;
-                        native::wait_until_free(port);
-                        endpoint = rig.endpoint(port).await;
-                    } else {
-                        // So that it is closed for good.
-                        rig.set_hop_limit(endpoint.socket, 9).await.unwrap();
-                    }
-                    assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-                    give.send((rig, endpoint)).unwrap();
-                });
-                let end = Instant::now() + BOUND / 2;
-                while !is_free.load(Ordering::Relaxed) && Instant::now() < end {
-                    std::hint::spin_loop();
-                }
-            });
-            let (mut rig, endpoint) = take.recv_timeout(BOUND).unwrap();
-            block_on(rig.close(endpoint));
-            if is_named {
-                assert_eq!(uring.stats().sockets_open, 0);
-            }
-            native::wait_until_free(endpoint.local);
-            is_free.store(true, Ordering::Relaxed);
-        });
-    }
+    beside_a_thread_that_computes(&uring, |mut rig, endpoint| {
+        block_on(rig.close(endpoint));
+        native::wait_until_free(endpoint.local);
+    });
 }
 
 /// Rounds of each guest below.

@@ -232,6 +232,23 @@ pub(crate) fn binding(name: &str, addr: [u8; 4], times: u32) -> PathBuf {
     variant(name, &Variant { locals: "(local $refused i32)", run: &run, ..Variant::default() })
 }
 
+/// A guest that binds a UDP socket to an address, receives from it once, and computes for ever.
+pub(crate) fn holding(name: &str, addr: [u8; 4], port: u16) -> PathBuf {
+    let run = format!(
+        "(if (call $create (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
+         (call $start-bind (i32.load (global.get $a)) (global.get $network) {addr} (global.get $answer))
+         (call $finish-bind (i32.load (global.get $a)) (global.get $answer))
+         (if (call $failed) (then (return (i32.const 1))))
+         (call $stream (i32.load (global.get $a)) (i32.const 0) {none} (global.get $answer))
+         (call $receive (i32.load offset=4 (global.get $answer)) (i64.const 1) (global.get $answer))
+         (loop $for-ever (br $for-ever))
+         unreachable",
+        addr = flat(addr, port),
+        none = flat([0; 4], 0),
+    );
+    variant(name, &Variant { run: &run, ..Variant::default() })
+}
+
 /// A guest that connects a UDP socket to an address; an error if that is refused.
 pub(crate) fn connecting(name: &str, addr: [u8; 4], port: u16) -> PathBuf {
     let run = format!(

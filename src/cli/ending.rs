@@ -1,0 +1,49 @@
+//! How a process that is told to end ends: with its ports free.
+
+use std::thread::JoinHandle;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+use signal_hook::low_level::emulate_default_handler;
+use wasi_uring::Uring;
+use wasmtime::error::Context;
+
+use crate::terminal::Failure;
+
+/// Closes rings on SIGTERM and SIGINT, and then ends the process as these do; for as long as this lives.
+/// A thread of its own does, because the guests may compute on all the others.
+pub(crate) struct ClosesOnSignal {
+    signals: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ClosesOnSignal {
+    /// `None` where there is nothing to close.
+    pub(crate) fn new(rings: &[Uring]) -> Result<Option<Self>, Failure> {
+        if rings.is_empty() {
+            return Ok(None);
+        }
+        let mut signals = Signals::new([SIGINT, SIGTERM])
+            .context("cannot watch for signals")
+            .map_err(Failure::run)?;
+        let (handle, rings) = (signals.handle(), rings.to_vec());
+        let thread = std::thread::spawn(move || {
+            for signal in signals.forever() {
+                rings.iter().for_each(Uring::close);
+                // It ends the process. If it cannot, the next signal tries.
+                let _ = emulate_default_handler(signal);
+            }
+        });
+        Ok(Some(Self { signals: handle, thread: Some(thread) }))
+    }
+}
+
+impl Drop for ClosesOnSignal {
+    /// The thread's handles are dropped when this returns: the rings end with those of the others.
+    fn drop(&mut self) {
+        self.signals.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
