@@ -4,6 +4,7 @@
 //! A message may carry several datagrams of one size, the last of them shorter: GSO (`UDP_SEGMENT`)
 //! on the way out, GRO (`UDP_GRO`) on the way in. Guests see datagrams only.
 
+use std::fmt;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::ops::Range;
 use std::ptr;
@@ -136,6 +137,12 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 pub(crate) struct Outgoing {
     pub(crate) payload: Vec<u8>,
     pub(crate) to: Option<RawAddr>,
+}
+
+impl fmt::Debug for Outgoing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outgoing").field("bytes", &self.payload.len()).finish_non_exhaustive()
+    }
 }
 
 /// The datagrams from the front that can travel as one message: of one size up to `segment_max`

@@ -24,6 +24,7 @@ mod in_flight;
 mod lock;
 mod overdue;
 mod runtimes;
+mod send_now;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ pub(crate) use self::enter::Driver;
 use self::enter::LockedCore;
 pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
+pub(crate) use self::send_now::{Given, SendNow};
 use crate::error::RingGone;
 use crate::limits::CLOSE_PATIENCE;
 use crate::ring::kernel_defaults::Defaults;

@@ -122,7 +122,8 @@
 //! | `uring` | what a host holds: [`Uring`] and its builder |
 //! | `driver` | what sockets call; the order of the locks |
 //! | `driver::in_flight` | the future of an operation |
-//! | `driver::flush` | waiting until entries are in the kernel |
+//! | `driver::send_now` | the future of one datagram, which is over, or not begun, when it is dropped |
+//! | `driver::flush` | waiting until entries are in the kernel, or no thread is inside |
 //! | `driver::tasks` | each runtime's reaper and flusher; `driver::runtimes`: their wakers |
 //! | `driver::overdue` | a thread of the ring's own gets on with closes that the guests' threads leave |
 //! | `driver::enter` | one thread calls `io_uring_enter` for all |
@@ -141,6 +142,7 @@
 //! | `ring::queues` | the submission and the completion queue |
 //! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
 //! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets |
+//! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
 //! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
 //! | `datagram` | socket addresses, control data and messages as bytes |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |

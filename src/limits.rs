@@ -35,10 +35,6 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 /// Datagrams per `send` or `receive`, the number wasmtime-wasi permits.
 pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
 
-/// Sends of WASI 0.3 that one socket may have in flight; the others wait for one of them. Few, because
-/// the kernel tries all that wait for send buffer whenever there is some for one.
-pub(crate) const SENDS_MAX: u32 = 16;
-
 /// Datagrams a guest may take without suspending before it yields to the other guests of its thread.
 pub(crate) const BUDGET_DATAGRAMS: usize = 32;
 
@@ -108,6 +104,9 @@ pub(crate) const BIND_PATIENCE: Duration = Duration::from_millis(5);
 
 /// Longest that the drop of a socket bound by number waits until its port is free.
 pub(crate) const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
+
+/// Longest that a thread waits for another that is inside the kernel, before its guest suspends.
+pub(crate) const OUTSIDE_PATIENCE: Duration = Duration::from_millis(2);
 
 /// Longest that `Uring::close` waits until the kernel has let go of all sockets.
 pub(crate) const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(1);

@@ -13,10 +13,8 @@
 //! |---|---|---|---|
 //! | `create`, and what binds | `other(none)` when the process has no descriptors left | `other(some("new-socket-limit"))` when the table or the guest's quota is full | WASI 0.3 has no code for it |
 //! | `connect`, `send` of an unbound socket | when no port is left `other(none)`, and `send` waits | `address-in-use` | WIT names this code |
-//! | `send` of a connected socket that waits for send buffer | goes to the peer the socket has by then | to the one it had at the call | the guest meant that one |
-//! | `send` | all that wait for send buffer wait in the kernel | at most 16 of a socket; the others wait for those | one guest's calls must not pile up in the ring |
-//! | `send`, cancelled | was not sent | may have been sent, if send buffer was freed just then | the kernel may be quicker than the cancel |
-//! | `send`s that wait for send buffer | leave in the order of the calls, most often | in any order | they wait in the kernel, each by itself |
+//! | `send` where threads share a ring | the kernel has the datagram when it returns | it may be the next that another thread hands over, if the last to this peer went well; its error is the next `send`'s | the call is done at once also while another thread is inside |
+//! | `send`s that wait for send buffer | leave in the order of the calls, most often | in the order of the calls | the first of them waits, the others behind it |
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |
 //! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
 

@@ -177,11 +177,9 @@ impl Ring {
         slot
     }
 
-    /// Ends a `send` of one message whose caller is gone, if it still waits for buffer space.
-    pub(crate) fn cancel_send(&mut self, key: OpKey) {
-        if let Some(send) = self.ops.send_mut(key) {
-            debug_assert_eq!(send.messages(), 1, "a cancel ends one entry");
-            send.cancel();
+    /// Ends an operation of one entry whose caller is gone, if it still waits.
+    pub(crate) fn cancel(&mut self, key: OpKey) {
+        if self.ops.find(key).is_some_and(|(_, op)| matches!(op, Op::AwaitWritable)) {
             self.cancel_op(key);
         }
     }

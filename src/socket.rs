@@ -29,12 +29,9 @@ use std::net::{SocketAddr, SocketAddrV6};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use tokio::sync::Semaphore;
-
 use crate::datagram::Family;
 use crate::driver::{Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
-use crate::limits::SENDS_MAX;
 use crate::ring::op::{Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
 use crate::ring::receive_queue::{Datagram, ReceiveQueue};
@@ -50,8 +47,9 @@ pub(crate) struct UdpSocket {
     /// Made by the first call that receives.
     receiver: OnceLock<Box<Receiver>>,
     state: Mutex<State>,
-    /// A permit for each `send_one` in flight; all of them for the bind that one may begin with.
-    sends: Semaphore,
+    /// Calls of `send_one`, in their order; the first waits for the bind that it may begin with, or for
+    /// send buffer.
+    send_line: tokio::sync::Mutex<Option<Box<Reached>>>,
 }
 
 /// Where a socket's datagrams arrive.
@@ -76,8 +74,9 @@ struct State {
     remote: Option<Box<SocketAddr>>,
     /// The receive's submission, if a guest has yet to wait for it.
     arming: Option<Box<Flush>>,
-    /// A batch that the kernel could not take at once, since the socket's send buffer was full. The
-    /// next `send`, of whichever stream, waits for it.
+    /// What a `send` was answered for before the kernel has taken it: a batch for which there was no send
+    /// buffer, or a datagram that another thread submits. The next `send`, of whichever stream, waits
+    /// for it.
     blocked_send: Option<Box<InFlight>>,
 }
 
@@ -89,6 +88,12 @@ enum BindState {
     /// The chain has completed, and `finish-bind` has yet to return its result.
     Settled(Result<(), ErrorCode>),
     Bound,
+}
+
+/// What the kernel has taken without an error: the last `send_one`'s destination, and its payload's bytes.
+struct Reached {
+    to: SocketAddr,
+    bytes: usize,
 }
 
 /// What the guest has set. Reads are answered from here, since only the guest can change it.
@@ -129,7 +134,7 @@ impl UdpSocket {
                 arming: None,
                 blocked_send: None,
             }),
-            sends: Semaphore::const_new(SENDS_MAX as usize),
+            send_line: tokio::sync::Mutex::const_new(None),
         })
     }
 
@@ -224,7 +229,7 @@ impl UdpSocket {
             // but no socket is being made.
             Err(Errno(libc::EMFILE | libc::ENFILE)) => Err(ErrorCode::OutOfMemory),
             Err(errno) => Err(errno.into()),
-            Ok(Output::Done | Output::Sent(_)) => Err(ErrorCode::Unknown),
+            Ok(Output::Done | Output::Sent(_) | Output::Unsent(_)) => Err(ErrorCode::Unknown),
         }
     }
 

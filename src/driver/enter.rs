@@ -108,10 +108,10 @@ impl LockedCore<'_> {
         after.wake_later(core.ring.take_all_wakers());
     }
 
-    /// Takes note whether sockets are being closed.
+    /// Takes note of the oldest close that goes on.
     pub(super) fn watch_closes(&mut self) {
         let (core, after) = self.split();
-        after.wake_later(core.overdue.note(core.ring.ports().is_closing()));
+        after.wake_later(core.overdue.note(core.ring.ports().oldest()));
     }
 
     /// Registers a waker for an operation's last completion; `false` if that has come.

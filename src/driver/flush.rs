@@ -1,6 +1,7 @@
 //! Waiting until what a guest has queued is in the kernel.
 
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
@@ -8,6 +9,7 @@ use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
 use crate::error::RingGone;
+use crate::limits::OUTSIDE_PATIENCE;
 
 /// Ready when what was queued has reached the kernel, and what completed at once is recorded.
 pub(crate) struct Flush {
@@ -107,6 +109,40 @@ impl Flush {
             return Poll::Pending;
         }
         Poll::Ready(driver.combine(core))
+    }
+}
+
+impl Driver {
+    /// Ready, with the lock held, when no other thread is inside. That takes microseconds, for which this
+    /// thread waits; if it takes longer, the thread inside wakes the task.
+    pub(super) fn poll_outside(&self, cx: &Context<'_>) -> Poll<Result<LockedCore<'_>, RingGone>> {
+        let mut begun = None;
+        loop {
+            let core = self.lock_open()?;
+            if !core.entering {
+                return Poll::Ready(Ok(core));
+            }
+            if begun.get_or_insert_with(Instant::now).elapsed() >= OUTSIDE_PATIENCE {
+                let (mut core, waker) = core.unlocked(|| cx.waker().clone());
+                if core.entering {
+                    core.flush_wakers.push(waker);
+                    return Poll::Pending;
+                }
+                core.drop_later(Some(waker));
+                return Poll::Ready(Ok(core));
+            }
+            drop(core);
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Driver {
+    /// Ready when what is queued has reached the kernel, and what completed at once is recorded.
+    pub(crate) fn poll_entered(&self, cx: &Context<'_>) -> Poll<Result<(), RingGone>> {
+        let core = ready!(self.poll_outside(cx))?;
+        drop(self.combine(core));
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -14,12 +14,12 @@ use crate::ring::queues::OpKey;
 
 /// An operation on its way, and the guest that waits for it. Its memory is the operation table's
 /// until its last completion. To drop this before detaches the operation: the kernel finishes it,
-/// unless it is a `send` that ends with its caller, and the ring then frees the memory.
+/// unless it is a wait that ends with its caller, and the ring then frees the memory.
 pub(crate) struct InFlight {
     driver: Arc<Driver>,
     key: OpKey,
     flush: Flush,
-    is_taken: bool,
+    pub(super) is_taken: bool,
     ends_with_caller: bool,
 }
 
@@ -35,7 +35,7 @@ impl InFlight {
         }
     }
 
-    /// For a `send` that is not to go on without its caller while it waits for send buffer.
+    /// For a wait that is not to go on without its caller.
     pub(crate) fn cancelled_with_caller(mut self) -> Self {
         self.ends_with_caller = true;
         self
@@ -126,7 +126,7 @@ impl Drop for InFlight {
         let _result;
         let Some(mut core) = self.driver.lock() else { return };
         if self.ends_with_caller {
-            core.ring.cancel_send(self.key);
+            core.ring.cancel(self.key);
         }
         // Memory and duty change hands: the ring frees the operation at its last completion.
         _result = core.detach(self.key);

@@ -13,6 +13,7 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use crate::limits::{OVERDUE, QUIET_LOOKS_MAX};
+use crate::ring::port_order::CloseId;
 
 /// What the thread looks after: a driver.
 pub(super) trait Watched: Send + Sync {
@@ -27,6 +28,7 @@ pub(super) trait Watched: Send + Sync {
 pub(super) struct Overdue {
     watcher: Arc<Watcher>,
     pub(super) is_asleep: bool,
+    oldest: Option<CloseId>,
     /// The thread is inside for all guests, and leaves their wakers to the reapers: in the queue of a
     /// current-thread runtime those that another thread has woken wait behind the others, and so could
     /// not share their enters.
@@ -37,8 +39,7 @@ pub(super) struct Overdue {
 struct Watcher {
     driver: Weak<dyn Watched>,
     thread: OnceLock<Thread>,
-    /// Since when sockets have been closed without a moment when none was, in nanoseconds from `begun`;
-    /// 0: none is. Written under the driver's lock, which the thread does not take to look.
+    /// Since when the oldest close has been the oldest, in nanoseconds from `begun`; 0: there is none. Written under the driver's lock, which the thread does not take to look.
     closing_since: AtomicU64,
     begun: Instant,
 }
@@ -66,7 +67,7 @@ impl Watcher {
         u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1)
     }
 
-    /// How long sockets have been closed.
+    /// How long the oldest close has been the oldest.
     fn closing_for(&self) -> Option<Duration> {
         let since = self.closing_since.load(Ordering::Relaxed);
         (since != 0).then(|| Duration::from_nanos(self.now().saturating_sub(since)))
@@ -81,18 +82,18 @@ impl Overdue {
             closing_since: AtomicU64::new(0),
             begun: Instant::now(),
         };
-        Self { watcher: Arc::new(watcher), is_asleep: true, is_inside: false }
+        Self { watcher: Arc::new(watcher), is_asleep: true, oldest: None, is_inside: false }
     }
 
-    /// Takes note whether sockets are being closed. The waker is the thread's, if it is to look.
-    pub(super) fn note(&mut self, is_closing: bool) -> Option<Waker> {
+    /// Takes note of the oldest close that goes on. The waker is the thread's, if it is to look.
+    pub(super) fn note(&mut self, oldest: Option<CloseId>) -> Option<Waker> {
         let watcher = &self.watcher;
-        let is_noted = watcher.closing_since.load(Ordering::Relaxed) != 0;
-        if is_closing != is_noted {
-            let since = if is_closing { watcher.now() } else { 0 };
+        if oldest != self.oldest {
+            self.oldest = oldest;
+            let since = if oldest.is_some() { watcher.now() } else { 0 };
             watcher.closing_since.store(since, Ordering::Relaxed);
         }
-        let wakes = is_closing && std::mem::take(&mut self.is_asleep);
+        let wakes = oldest.is_some() && std::mem::take(&mut self.is_asleep);
         wakes.then(|| Waker::from(Arc::clone(watcher)))
     }
 

@@ -23,7 +23,7 @@ use super::queues::{OpKey, SlotIndex};
 use super::receive_queue::ReceiveQueue;
 use super::recycle::taint::{Reason, Taint};
 use super::send::{SegmentLimit, SendOp};
-use crate::datagram::{Family, RawAddr};
+use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::error::Errno;
 use crate::limits::CACHED_BYTES_MAX;
 use crate::stats::Stats;
@@ -34,6 +34,7 @@ pub(crate) const OPERATIONS: &[(&str, u8, &str)] = &[
     ("IORING_OP_BIND", opcode::Bind::CODE, "6.11"),
     ("IORING_OP_CONNECT", opcode::Connect::CODE, "5.5"),
     ("IORING_OP_SEND", opcode::Send::CODE, "5.6"),
+    ("IORING_OP_POLL_ADD", opcode::PollAdd::CODE, "5.1"),
     ("IORING_OP_RECVMSG", opcode::RecvMsgMulti::CODE, "6.0 (multishot)"),
     ("IORING_OP_URING_CMD", opcode::SetSockOpt::CODE, "6.7 (SETSOCKOPT)"),
     ("IORING_OP_FIXED_FD_INSTALL", opcode::FixedFdInstall::CODE, "6.8"),
@@ -47,6 +48,10 @@ pub(crate) enum Op {
     Connect(Box<RawAddr>),
     SetOption(Box<SocketOption>),
     Send(SendOp),
+    /// One datagram, if there is send buffer for it: completes when it is submitted.
+    SendNow(Box<Outgoing>),
+    /// Waits until there is send buffer, or an error.
+    AwaitWritable,
     /// Multishot: completes once for each message, into this queue.
     Receive(Arc<ReceiveQueue>),
     /// `FIXED_FD_INSTALL`: makes a file descriptor of the direct one.
@@ -98,6 +103,8 @@ pub(crate) struct SocketOption {
 pub(crate) enum Output {
     Done,
     Sent(Sent),
+    /// The socket's send buffer is full.
+    Unsent(Box<Outgoing>),
     /// The caller closes it by dropping it.
     Descriptor(OwnedFd),
 }
@@ -156,6 +163,8 @@ impl Op {
             Self::Send(send) => u32::try_from(send.messages()).unwrap_or(u32::MAX),
             Self::Unbind(_) | Self::Drain(Some(_)) => 2,
             Self::Drain(None)
+            | Self::SendNow(_)
+            | Self::AwaitWritable
             | Self::Bind(_)
             | Self::Connect(_)
             | Self::SetOption(_)
@@ -166,6 +175,7 @@ impl Op {
         }
     }
 
+    /// Whether it is a send that may wait for send buffer.
     pub(crate) fn is_send(&self) -> bool {
         matches!(self, Self::Send(_))
     }
@@ -174,10 +184,11 @@ impl Op {
     pub(crate) fn mark(&self, taint: &mut Taint) {
         match self {
             Self::Bind(bind) => bind.mark(taint),
-            Self::Send(_) => taint.send(),
+            Self::Send(_) | Self::SendNow(_) => taint.send(),
             Self::Connect(_) => taint.connect(),
             Self::SetOption(_) => taint.mark(Reason::Options),
-            Self::Receive(_)
+            Self::AwaitWritable
+            | Self::Receive(_)
             | Self::Install
             | Self::CountDrops(_)
             | Self::Unbind(_)
@@ -203,6 +214,11 @@ impl Op {
             }
             Self::SetOption(option) => entries.push(option.entry(fd)),
             Self::Send(send) => send.write(fd, entries),
+            Self::SendNow(datagram) => entries.push(datagram.entry(fd, libc::MSG_DONTWAIT)),
+            Self::AwaitWritable => {
+                let events = u32::from(libc::POLLOUT.cast_unsigned());
+                entries.push(opcode::PollAdd::new(fd, events).build());
+            }
             Self::Receive(_) => {
                 entries.push(opcode::RecvMsgMulti::new(fd, receive_header, BUFFER_GROUP).build());
             }
@@ -257,6 +273,20 @@ impl Op {
                     (datagrams, error) => Ok(Output::Sent(Sent { datagrams, error })),
                 });
             }
+            Self::SendNow(datagram) => match error {
+                None => {
+                    record.stats.datagrams_sent += 1;
+                    record.stats.bytes_sent += outcome.sum;
+                }
+                Some(Errno(libc::EAGAIN)) => {
+                    let unsent = Box::new(Outgoing { payload: Vec::new(), to: None });
+                    let unsent = std::mem::replace(datagram, unsent);
+                    return Completed::Ended(Ok(Output::Unsent(unsent)));
+                }
+                Some(_) => {}
+            },
+            // Also after an error, or the exit of its thread: the next attempt to send shows.
+            Self::AwaitWritable => return Completed::Ended(Ok(Output::Done)),
             Self::Install if error.is_none() => {
                 return Completed::Ended(Ok(Output::Descriptor(descriptor(outcome.value))));
             }

@@ -8,7 +8,6 @@ use std::task::Waker;
 
 use super::op::{Op, OpResult, Outcome};
 use super::queues::{OpKey, SlotIndex};
-use super::send::SendOp;
 use crate::error::Errno;
 
 /// Who may touch an operation's memory.
@@ -104,14 +103,6 @@ impl OpTable {
             OpState::InKernel { op, .. } | OpState::Detached { op } => Some((entry.slot, op)),
             OpState::Vacant | OpState::Done { .. } => None,
         }
-    }
-
-    /// A `send` in the kernel that a caller waits for.
-    pub(super) fn send_mut(&mut self, key: OpKey) -> Option<&mut SendOp> {
-        if let OpState::InKernel { op: Op::Send(send), .. } = &mut self.entry(key)?.state {
-            return Some(send);
-        }
-        None
     }
 
     /// Operations of a slot in the kernel.
@@ -295,6 +286,7 @@ mod tests {
     use super::*;
     use crate::datagram::Outgoing;
     use crate::ring::op::Output;
+    use crate::ring::send::SendOp;
 
     const SLOT: SlotIndex = SlotIndex(0);
 

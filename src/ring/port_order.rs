@@ -87,6 +87,11 @@ impl PortOrder {
         CloseId(self.oldest + self.closes.len() as u64)
     }
 
+    /// The oldest close that goes on.
+    pub(crate) fn oldest(&self) -> Option<CloseId> {
+        self.is_closing().then_some(CloseId(self.oldest))
+    }
+
     /// Whether a close goes on.
     pub(crate) fn is_closing(&self) -> bool {
         !self.closes.is_empty()

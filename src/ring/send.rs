@@ -21,8 +21,6 @@ pub(crate) struct SendOp {
     /// more than so many bytes apart, goes better, coalescing was the reason.
     suspected: Option<usize>,
     attempts: u32,
-    /// Its caller is gone: no attempt follows this one.
-    is_cancelled: bool,
 }
 
 /// A message of a `send`: one datagram, or several that the kernel takes apart.
@@ -72,7 +70,6 @@ impl SendOp {
             messages: Vec::new(),
             suspected: None,
             attempts: 0,
-            is_cancelled: false,
         }
     }
 
@@ -122,12 +119,8 @@ impl SendOp {
             _ => false,
         };
         self.attempts += 1;
-        let again = again && !self.is_cancelled && self.attempts < SEND_ATTEMPTS_MAX;
+        let again = again && self.attempts < SEND_ATTEMPTS_MAX;
         Attempt { again, segment_max }
-    }
-
-    pub(super) fn cancel(&mut self) {
-        self.is_cancelled = true;
     }
 
     /// Messages of this attempt.
@@ -142,7 +135,7 @@ impl SendOp {
         for message in &self.messages {
             let entry = match (&message.gso, rest.first()) {
                 (Some(gso), _) => opcode::SendMsg::new(fd, gso.as_ptr()).build(),
-                (None, Some(alone)) => alone.entry(fd),
+                (None, Some(alone)) => alone.entry(fd, 0),
                 (None, None) => break,
             };
             rest = &rest[message.datagrams..];
@@ -163,9 +156,10 @@ impl SendOp {
 }
 
 impl Outgoing {
-    fn entry(&self, fd: Fixed) -> Entry {
+    /// The entry that sends it, with flags of send(2).
+    pub(super) fn entry(&self, fd: Fixed, flags: libc::c_int) -> Entry {
         let bytes = u32::try_from(self.payload.len()).expect("checked against PAYLOAD_BYTES_MAX");
-        let send = opcode::Send::new(fd, self.payload.as_ptr(), bytes);
+        let send = opcode::Send::new(fd, self.payload.as_ptr(), bytes).flags(flags);
         match &self.to {
             Some(addr) => send.dest_addr(addr.as_ptr()).dest_addr_len(addr.len()).build(),
             None => send.build(),

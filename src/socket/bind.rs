@@ -8,7 +8,6 @@ use std::task::{Context, Poll, ready};
 
 use crate::datagram::Family;
 use crate::error::{ErrorCode, RingGone};
-use crate::limits::SENDS_MAX;
 use crate::ring::op::BindOp;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
@@ -87,7 +86,7 @@ impl UdpSocket {
 
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
     pub(super) async fn first_in_line<T>(&self, bound: impl Future<Output = T>) -> T {
-        let _alone = self.sends.acquire_many(SENDS_MAX).await;
+        let _line = self.send_line.lock().await;
         let mut bound = pin!(bound);
         poll_fn(|cx| {
             let poll = bound.as_mut().poll(cx);

@@ -3,16 +3,17 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use crate::datagram::{Outgoing, RawAddr};
-use crate::driver::InFlight;
+use crate::driver::{Given, InFlight, SendNow};
 use crate::error::ErrorCode;
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::ring::op::{Op, Output, Sent};
 use crate::ring::send::SendOp;
-use crate::socket::UdpSocket;
+use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family, is_remote};
+use crate::socket::{Reached, UdpSocket};
 
 impl UdpSocket {
     /// Sends datagrams in order, as one submission, and returns how many the kernel took or will
@@ -24,22 +25,11 @@ impl UdpSocket {
         &self,
         datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
-        let (blocked, remote) = {
-            let mut state = self.lock();
-            (state.blocked_send.take(), state.remote.as_deref().copied())
-        };
-        if let Some(mut blocked) = blocked {
-            match blocked.try_result() {
-                None => {
-                    self.set_blocked(blocked);
-                    return Ok(0);
-                }
-                Some(Err(errno) | Ok(Output::Sent(Sent { error: Some(errno), .. }))) => {
-                    return Err(errno.into());
-                }
-                Some(Ok(_)) => {}
-            }
+        match self.take_blocked() {
+            None => return Ok(0),
+            Some(result) => result?,
         }
+        let remote = self.remote();
         let mut refused = None;
         let mut accepted = Vec::with_capacity(datagrams.len());
         for (payload, to) in datagrams {
@@ -73,10 +63,35 @@ impl UdpSocket {
         }
     }
 
-    /// Records the batch that the next `send` waits for.
-    fn set_blocked(&self, batch: Box<InFlight>) {
+    /// Records what the next `send` waits for.
+    fn set_blocked(&self, accepted: Box<InFlight>) {
         // Dropped at the block's end, with the lock released.
-        let _previous = self.lock().blocked_send.replace(batch);
+        let _previous = self.lock().blocked_send.replace(accepted);
+    }
+
+    /// What has come of it; `None` while it is on its way.
+    fn take_blocked(&self) -> Option<Result<(), ErrorCode>> {
+        let Some(mut blocked) = self.lock().blocked_send.take() else { return Some(Ok(())) };
+        match blocked.try_result() {
+            None => {
+                self.set_blocked(blocked);
+                None
+            }
+            Some(Err(errno) | Ok(Output::Sent(Sent { error: Some(errno), .. }))) => {
+                Some(Err(errno.into()))
+            }
+            Some(Ok(_)) => Some(Ok(())),
+        }
+    }
+
+    /// Ready with it. A thread that is inside has it within microseconds, unless there is no send buffer.
+    fn poll_blocked(&self, cx: &mut Context<'_>) -> Poll<Result<(), ErrorCode>> {
+        if let Some(result) = self.take_blocked() {
+            return Poll::Ready(result);
+        }
+        ready!(self.ctx.driver.poll_entered(cx))?;
+        ready!(self.poll_sendable(cx));
+        Poll::Ready(self.take_blocked().unwrap_or(Ok(())))
     }
 
     /// Ready when the kernel has taken all that was sent.
@@ -90,18 +105,16 @@ impl UdpSocket {
         poll
     }
 
-    /// Sends one datagram, of a socket that need not be bound, and waits until the kernel has taken
-    /// or refused it. If the call is cancelled while it waits for send buffer, the datagram is not
-    /// sent, unless the kernel takes it before the cancel.
-    ///
-    /// Its entry names the peer even of a connected socket, which may have another one by the time
-    /// there is send buffer.
+    /// Sends one datagram, of a socket that need not be bound, and waits until the kernel has taken or
+    /// refused it. While it waits for send buffer nothing of it is in the kernel: if the call is cancelled,
+    /// the datagram is not sent.
     pub(crate) async fn send_one(
         &self,
         payload: Vec<u8>,
         to: Option<SocketAddr>,
     ) -> Result<(), ErrorCode> {
-        let to = self.destination(&payload, to, self.remote())?;
+        let remote = self.remote();
+        let effective = self.destination(&payload, to, remote)?;
         let (is_bound, is_binding) = {
             let state = self.lock();
             (state.is_bound(), state.is_binding())
@@ -110,16 +123,43 @@ impl UdpSocket {
         if is_to_bind {
             self.may_bind_anywhere()?;
         }
-        self.ctx.policy.check(to, SocketAddrUse::UdpSend)?;
+        self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
         if !is_bound {
             self.first_in_line(self.bind_anywhere(is_to_bind)).await?;
         }
-        let _permit = self.sends.acquire().await;
-        self.take_error()?;
-        let datagram = Outgoing { payload, to: Some(to.into()) };
-        let send = self.submit(Op::Send(SendOp::new(vec![datagram])))?.cancelled_with_caller();
-        send.result().await?;
-        Ok(())
+        let mut reached = self.send_line.lock().await;
+        poll_fn(|cx| self.poll_blocked(cx)).await?;
+        let bytes = payload.len();
+        let mut datagram = Box::new(Outgoing { payload, to: named(effective, remote) });
+        // What went well lately will again: it may be another thread's to submit.
+        let may_queue =
+            reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);
+        loop {
+            self.take_error()?;
+            let GuestCtx { driver, guest, .. } = &*self.ctx;
+            let send = SendNow::new(driver, *guest, self.bound_slot(), datagram, may_queue);
+            match send.given().await? {
+                Given::Queued(queued) => {
+                    self.set_blocked(Box::new(queued));
+                    return Ok(());
+                }
+                Given::Answered(Ok(Output::Unsent(unsent))) => datagram = unsent,
+                Given::Answered(Ok(_)) => {
+                    let last = Reached { to: effective, bytes };
+                    match &mut *reached {
+                        Some(reached) => **reached = last,
+                        None => *reached = Some(Box::new(last)),
+                    }
+                    return Ok(());
+                }
+                Given::Answered(Err(errno)) => {
+                    *reached = None;
+                    return Err(errno.into());
+                }
+            }
+            // Boxed, because few sends wait.
+            Box::pin(self.submit(Op::AwaitWritable)?.cancelled_with_caller().result()).await?;
+        }
     }
 
     /// Checks one datagram; the address to send it to, or none for a connected socket's peer.
@@ -131,7 +171,7 @@ impl UdpSocket {
     ) -> Result<Option<RawAddr>, ErrorCode> {
         let effective = self.destination(payload, to, remote)?;
         self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
-        Ok(remote.is_none().then(|| effective.into()))
+        Ok(named(effective, remote))
     }
 
     /// The peer of a well-formed datagram.
@@ -157,4 +197,10 @@ impl UdpSocket {
             (None, None) => Err(ErrorCode::InvalidArgument),
         }
     }
+}
+
+/// The address that a datagram's entry names: none for a connected socket's, whose peer the kernel knows
+/// better. (What the guest has connected to may have been rewritten, by a load balancer's cgroup program.)
+fn named(effective: SocketAddr, remote: Option<SocketAddr>) -> Option<RawAddr> {
+    remote.is_none().then(|| effective.into())
 }

@@ -185,6 +185,8 @@ fn a_port_bound_by_number_is_free_when_the_drop_has_returned<G: Guest>() {
                     guest.drop_socket(socket).await;
                     if guest.is_uring() {
                         assert!(!native::is_bound(local));
+                    } else {
+                        native::wait_until_free(local);
                     }
                 }
             }

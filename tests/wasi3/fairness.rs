@@ -2,7 +2,13 @@
 
 use std::net::Ipv4Addr;
 
-use crate::common::{LOOPBACK, block_on, enters_while, native, side_by_side, steps_beside, uring};
+use tokio::runtime::Builder;
+use tokio::task::yield_now;
+
+use crate::common::{
+    LOOPBACK, Setup, block_on, enters_while, native, on_each, side_by_side, steps_beside, uring,
+    within,
+};
 use crate::rig::{Rig3, Status, V4};
 
 /// Kills: a yield with a waker that wakes no task.
@@ -166,5 +172,64 @@ fn guests_that_echo_side_by_side_get_their_own_datagrams() {
             });
         }
         side_by_side(guests).await;
+    });
+}
+
+/// Sends that are cancelled unless they are done at once; how many have told that they were sent, and how
+/// many that they were not.
+async fn send_or_cancel(mut rig: Rig3) -> (usize, usize) {
+    let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
+    witness.set_nonblocking(true).unwrap();
+    let (socket, _) = rig.bound(LOOPBACK).await;
+    let (mut sent, mut cancelled, mut heard) = (0, 0, 0);
+    for _ in 0..500 {
+        let (status, call) = rig.start_send(socket, b"now or never", Some(to)).await;
+        let status = if status == Status::Started { rig.cancel(call).await } else { status };
+        if status == Status::Cancelled {
+            cancelled += 1;
+        } else {
+            rig.sent(call).await.unwrap();
+            sent += 1;
+        }
+        while witness.recv(&mut [0; 16]).is_ok() {
+            heard += 1;
+        }
+        yield_now().await;
+    }
+    // The last may still be another worker's to submit.
+    witness.set_nonblocking(false).unwrap();
+    while heard < sent {
+        witness.recv(&mut [0; 16]).unwrap();
+        heard += 1;
+    }
+    native::socket(Ipv4Addr::LOCALHOST).0.send_to(b"the last", to).unwrap();
+    let mut last = [0; 16];
+    let bytes = witness.recv(&mut last).unwrap();
+    assert_eq!(&last[..bytes], b"the last", "sent, though {cancelled} were cancelled");
+    (sent, cancelled)
+}
+
+/// As language libraries do it: what is not done at once is cancelled, and tried later. Kills: a send that is
+/// left to the thread inside, which sends it although its call was cancelled.
+#[test]
+fn a_cancelled_send_is_not_sent_and_few_are_cancelled_although_workers_share_a_ring() {
+    on_each(|backend| {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let (sent, cancelled) = runtime.block_on(within(async {
+            let uring = uring();
+            let mut guests = Vec::new();
+            for _ in 0..16 {
+                let rig = Rig3::new(backend, Setup::of(&uring)).await;
+                guests.push(tokio::spawn(send_or_cancel(rig)));
+            }
+            let mut totals = (0, 0);
+            for guest in guests {
+                let (sent, cancelled) = guest.await.unwrap();
+                totals = (totals.0 + sent, totals.1 + cancelled);
+            }
+            totals
+        }));
+        // A worker that the machine stops while it is inside holds up the others.
+        assert!(cancelled * 100 <= sent, "{cancelled} of {}", sent + cancelled);
     });
 }
