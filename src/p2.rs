@@ -15,7 +15,8 @@
 //! | `start-bind` after a failed one | can be called again at once | `concurrency-conflict` until `finish-bind` has returned the error | it is an error of `finish-bind` |
 //! | datagrams that made `poll` ready and were not received | the first is lost when the streams are dropped | they wait for the next streams | nothing that arrived is lost |
 //! | buffer sizes | getsockopt | computed from the kernel's limits when the ring was built | no system call |
-//! | `local-address` | never fails on a bound socket | `out-of-memory` when the process has no descriptor left | getsockname needs one for a moment |
+//! | `local-address`, `remote-address` | never fail on a bound, connected socket | `out-of-memory` when the process has no descriptor left | getsockname and getpeername need one for a moment, when they are first wanted |
+//! | `send` of a connected socket that names the peer as it was asked for, where the kernel has another (a scope, a load balancer) | `invalid-argument` | sent to the peer | the guest means that one; the kernel is not asked for each connect |
 //! | `unicast-hop-limit` | getsockopt, which for a connected IPv6 socket returns its route's | the limit that was set, or the system's default when the ring was built | no system call |
 
 mod bindings;

@@ -6,8 +6,8 @@
 //!
 //! # Where the answers differ from wasmtime-wasi 48
 //!
-//! As for WASI 0.2 (see `p2`): buffer sizes, the hop limit, and `get-local-address` without a spare
-//! descriptor. And:
+//! As for WASI 0.2 (see `p2`): buffer sizes, the hop limit, addresses without a spare descriptor, and a peer
+//! that is named as it was asked for. And:
 //!
 //! | function | wasmtime-wasi | here | why |
 //! |---|---|---|---|

@@ -25,7 +25,8 @@ mod receive;
 mod send;
 
 use std::future::poll_fn;
-use std::net::{SocketAddr, SocketAddrV6};
+use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -71,13 +72,34 @@ struct State {
     options: Options,
     /// The kernel's last answer, if no operation since then may have changed it.
     local: Option<Box<SocketAddr>>,
-    remote: Option<Box<SocketAddr>>,
+    remote: Option<Box<Remote>>,
     /// The receive's submission, if a guest has yet to wait for it.
     arming: Option<Box<Flush>>,
     /// What a `send` was answered for before the kernel has taken it: a batch for which there was no send
     /// buffer, or a datagram that another thread submits. The next `send`, of whichever stream, waits
     /// for it.
     blocked_send: Option<Box<InFlight>>,
+}
+
+/// Whom a socket is connected to.
+#[derive(Clone, Copy)]
+struct Remote {
+    asked: SocketAddr,
+    /// As the kernel has it, once it was asked: with the scope that it has found, or rewritten by a
+    /// cgroup's program.
+    peer: Option<SocketAddr>,
+}
+
+impl Remote {
+    /// The peer, as far as it is known.
+    fn known(self) -> SocketAddr {
+        self.peer.unwrap_or(self.asked)
+    }
+
+    /// Whether a guest may mean the peer by this address.
+    fn is_named_by(self, to: SocketAddr) -> bool {
+        self.asked == to || self.peer == Some(to)
+    }
 }
 
 /// How far a socket's bind is. The kernel has no socket before `Binding`.
@@ -210,35 +232,52 @@ impl UdpSocket {
         if let Some(local) = self.lock().local.as_deref() {
             return Ok(*local);
         }
-        let local = self.query_local_address().await?;
+        let local = self.query(std::net::UdpSocket::local_addr).await?;
         if local.port() != 0 {
             self.lock().local = Some(Box::new(local));
         }
         Ok(local)
     }
 
-    /// Linux before 6.19 has no getsockname on the ring, so the kernel makes a file descriptor of
-    /// the direct one, which is closed at once.
-    async fn query_local_address(&self) -> Result<SocketAddr, ErrorCode> {
-        match self.run(Op::Install).await {
-            // Owned from here on: dropping it closes the descriptor, and the slot keeps the socket.
-            Ok(Output::Descriptor(descriptor)) => std::net::UdpSocket::from(descriptor)
-                .local_addr()
-                .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL)).into()),
-            // The process has no descriptor to spare. The errno table has `new-socket-limit` here,
-            // but no socket is being made.
-            Err(Errno(libc::EMFILE | libc::ENFILE)) => Err(ErrorCode::OutOfMemory),
-            Err(errno) => Err(errno.into()),
-            Ok(Output::Done | Output::Sent(_) | Output::Unsent(_)) => Err(ErrorCode::Unknown),
+    /// The address of the socket's peer, as the kernel has it.
+    pub(crate) async fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
+        let remote = self.remote().ok_or(ErrorCode::InvalidState)?;
+        match remote.peer {
+            Some(peer) => Ok(peer),
+            None => Ok(self.query_peer(remote).await?),
         }
     }
 
-    fn remote(&self) -> Option<SocketAddr> {
-        self.lock().remote.as_deref().copied()
+    async fn query_peer(&self, remote: Remote) -> Result<SocketAddr, Errno> {
+        let peer = self.query(std::net::UdpSocket::peer_addr).await?;
+        // In WASI 0.3 a `connect` may come while a `receive` asks.
+        if let Some(now) = self.lock().remote.as_deref_mut().filter(|now| now.asked == remote.asked)
+        {
+            now.peer = Some(peer);
+        }
+        Ok(peer)
     }
 
-    pub(crate) fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
-        self.remote().ok_or(ErrorCode::InvalidState)
+    /// Asks the kernel for an address. Linux before 6.19 has neither getsockname nor getpeername on the
+    /// ring, so the kernel makes a file descriptor of the direct one, which is closed at once.
+    async fn query(
+        &self,
+        address: impl FnOnce(&std::net::UdpSocket) -> io::Result<SocketAddr>,
+    ) -> Result<SocketAddr, Errno> {
+        match self.run(Op::Install).await {
+            // Owned from here on: dropping it closes the descriptor, and the slot keeps the socket.
+            Ok(Output::Descriptor(descriptor)) => address(&descriptor.into())
+                .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL))),
+            // The process has no descriptor to spare. The errno table has `new-socket-limit` here,
+            // but no socket is being made.
+            Err(Errno(libc::EMFILE | libc::ENFILE)) => Err(Errno(libc::ENOMEM)),
+            Err(errno) => Err(errno),
+            Ok(Output::Done | Output::Sent(_) | Output::Unsent(_)) => Err(Errno(libc::EINVAL)),
+        }
+    }
+
+    fn remote(&self) -> Option<Remote> {
+        self.lock().remote.as_deref().copied()
     }
 }
 
@@ -252,17 +291,6 @@ impl Receiver {
         let admitted = u64::from(self.take_admitted().is_some());
         admitted + self.queue.discard()
     }
-}
-
-/// An address as getsockname(2) and getpeername(2) return it: without flow information, and with a
-/// scope only where the address needs one (RFC 4007: link-local).
-fn as_the_kernel_names(addr: SocketAddr) -> SocketAddr {
-    let SocketAddr::V6(addr) = addr else { return addr };
-    let ip = addr.ip();
-    let scoped =
-        ip.is_unicast_link_local() || matches!(ip.octets(), [0xff, scope, ..] if scope & 0xf == 2);
-    let scope_id = if scoped { addr.scope_id() } else { 0 };
-    SocketAddr::V6(SocketAddrV6::new(*ip, addr.port(), 0, scope_id))
 }
 
 impl State {

@@ -26,6 +26,7 @@ wasmtime::component::bindgen!({
         "wasi:sockets/udp.[method]udp-socket.finish-bind": async | trappable,
         "wasi:sockets/udp.[method]udp-socket.stream": async | trappable,
         "wasi:sockets/udp.[method]udp-socket.local-address": async | trappable,
+        "wasi:sockets/udp.[method]udp-socket.remote-address": async | trappable,
         "wasi:sockets/udp.[method]udp-socket.set-unicast-hop-limit": async | trappable,
         "wasi:sockets/udp.[method]udp-socket.set-receive-buffer-size": async | trappable,
         "wasi:sockets/udp.[method]udp-socket.set-send-buffer-size": async | trappable,

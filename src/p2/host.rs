@@ -80,8 +80,8 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         Ok(self.table.get(&this)?.0.socket().local_address().await?.into())
     }
 
-    fn remote_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
-        Ok(self.table.get(&this)?.0.socket().remote_address()?.into())
+    async fn remote_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {
+        Ok(self.table.get(&this)?.0.socket().remote_address().await?.into())
     }
 
     fn address_family(&mut self, this: Resource<UdpSocket>) -> wasmtime::Result<IpAddressFamily> {

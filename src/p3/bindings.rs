@@ -15,6 +15,7 @@ wasmtime::component::bindgen!({
         "wasi:sockets/types.[method]udp-socket.connect": async | trappable,
         "wasi:sockets/types.[method]udp-socket.disconnect": async | trappable,
         "wasi:sockets/types.[method]udp-socket.get-local-address": async | trappable,
+        "wasi:sockets/types.[method]udp-socket.get-remote-address": async | trappable,
         "wasi:sockets/types.[method]udp-socket.set-unicast-hop-limit": async | trappable,
         "wasi:sockets/types.[method]udp-socket.set-receive-buffer-size": async | trappable,
         "wasi:sockets/types.[method]udp-socket.set-send-buffer-size": async | trappable,

@@ -58,8 +58,8 @@ impl types::HostUdpSocket for UdpCtxView<'_> {
         answer(self.table.get(&this)?.0.socket().local_address().await.map(IpSocketAddress::from))
     }
 
-    fn get_remote_address(&mut self, this: Resource<UdpSocket>) -> Answer<IpSocketAddress> {
-        answer(self.table.get(&this)?.0.socket().remote_address().map(IpSocketAddress::from))
+    async fn get_remote_address(&mut self, this: Resource<UdpSocket>) -> Answer<IpSocketAddress> {
+        answer(self.table.get(&this)?.0.socket().remote_address().await.map(IpSocketAddress::from))
     }
 
     fn get_address_family(

@@ -107,6 +107,15 @@ impl ReceiveQueue {
         self.lock().error.get_or_insert(errno);
     }
 
+    /// Gives datagrams back that were taken last, before all others.
+    pub(crate) fn put_back(&self, datagrams: Vec<Datagram>) {
+        let mut state = self.lock();
+        for datagram in datagrams.into_iter().rev() {
+            state.bytes += datagram.payload.len();
+            state.datagrams.push_front(datagram);
+        }
+    }
+
     pub(crate) fn is_paused(&self) -> bool {
         self.lock().is_paused
     }

@@ -11,7 +11,7 @@ use crate::error::{ErrorCode, RingGone};
 use crate::ring::op::BindOp;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
-use crate::socket::{BindState, UdpSocket, as_the_kernel_names};
+use crate::socket::{BindState, UdpSocket};
 
 impl UdpSocket {
     /// Validates the address, checks the policy and submits the bind.
@@ -76,11 +76,9 @@ impl UdpSocket {
         let slot = self.slot.get().copied();
         let (slot, in_flight) = driver.submit_bind(*guest, slot, bind)?;
         self.slot.get_or_init(|| slot);
-        // Where the guest left a part open the kernel chooses it, and it must be queried later.
-        let is_known = addr.port() != 0 && !addr.ip().is_unspecified();
         let mut state = self.lock();
         state.bind = BindState::Binding(Box::new(in_flight));
-        state.local = is_known.then(|| Box::new(as_the_kernel_names(addr)));
+        state.local = None;
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use crate::datagram::RawAddr;
 use crate::error::{Errno, ErrorCode};
 use crate::ring::op::Op;
 use crate::socket::policy::{SocketAddrUse, is_of_family, is_remote};
-use crate::socket::{UdpSocket, as_the_kernel_names};
+use crate::socket::{Remote, UdpSocket};
 
 impl UdpSocket {
     /// Connects, reconnects or disconnects a bound socket, for `stream` of WASI 0.2.
@@ -39,7 +39,7 @@ impl UdpSocket {
     }
 
     pub(crate) async fn disconnect(&self) -> Result<(), ErrorCode> {
-        self.remote_address()?;
+        self.remote().ok_or(ErrorCode::InvalidState)?;
         self.dissolve().await
     }
 
@@ -80,7 +80,7 @@ impl UdpSocket {
     }
 
     fn set_remote(&self, remote: Option<SocketAddr>) {
-        self.lock().remote = remote.map(|remote| Box::new(as_the_kernel_names(remote)));
+        self.lock().remote = remote.map(|asked| Box::new(Remote { asked, peer: None }));
         self.readmit();
     }
 

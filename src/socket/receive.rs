@@ -17,7 +17,7 @@ use crate::limits::{BATCH_DATAGRAMS_MAX, RECEIVE_BYTES_MAX};
 use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, Taken};
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::SocketAddrUse;
-use crate::socket::{Receiver, UdpSocket};
+use crate::socket::{Receiver, Remote, UdpSocket};
 
 impl Receiver {
     fn new(queue: Arc<ReceiveQueue>) -> Self {
@@ -35,6 +35,14 @@ impl Receiver {
 struct Withheld {
     by_policy: u64,
     not_from_peer: u64,
+}
+
+/// What a call that waits for an arrival has to do next.
+enum Next {
+    Arrival(Arrival),
+    BudgetIsSpent,
+    /// Whether a datagram is the peer's only the kernel can tell.
+    UnknownPeer(Remote),
 }
 
 impl UdpSocket {
@@ -92,8 +100,16 @@ impl UdpSocket {
                 self.ctx.driver.reap();
                 continue;
             }
-            self.ctx.budget.spend(datagrams.len());
             let remote = self.remote();
+            if let Some(remote) = remote.filter(|remote| remote.peer.is_none())
+                && datagrams.iter().any(|datagram| datagram.from != remote.asked)
+            {
+                receiver.queue.put_back(datagrams);
+                // Boxed, because few sockets hear from another address than they have asked for.
+                Box::pin(self.query_peer(remote)).await?;
+                continue;
+            }
+            self.ctx.budget.spend(datagrams.len());
             let mut withheld = Withheld::default();
             datagrams.retain(|datagram| {
                 std::mem::take(&mut is_admitted)
@@ -138,21 +154,25 @@ impl UdpSocket {
     /// so that their senders do not hold up the thread's other tasks.
     async fn next_arrival(&self, receiver: &Receiver) -> Arrival {
         loop {
-            if let Some(arrival) = poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
-                return arrival;
+            match poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
+                Next::Arrival(arrival) => return arrival,
+                Next::BudgetIsSpent => self.ctx.yield_if_spent().await,
+                Next::UnknownPeer(remote) => {
+                    Box::pin(self.query_peer(remote)).await?;
+                }
             }
-            self.ctx.yield_if_spent().await;
         }
     }
 
-    /// Ready with the next arrival that the guest may see, or `None` if its budget is spent.
-    fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Option<Arrival>> {
-        let check = || self.ctx.driver.check().map_err(|gone| Poll::Ready(Some(Err(gone.into()))));
+    /// Ready with the next arrival that the guest may see, or with what is to be done before.
+    fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Next> {
+        let gone = |gone: RingGone| Poll::Ready(Next::Arrival(Err(gone.into())));
+        let check = || self.ctx.driver.check().map_err(gone);
         if let Err(gone) = check() {
             return gone;
         }
         if let Some(datagram) = receiver.take_admitted() {
-            return Poll::Ready(Some(Ok(datagram)));
+            return Poll::Ready(Next::Arrival(Ok(datagram)));
         }
         if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
             return taken;
@@ -177,22 +197,32 @@ impl UdpSocket {
     }
 
     /// Takes arrivals from the queue until the guest may see one; the others are dropped, and after a
-    /// budget of them the task is to yield: `None`. Errors always pass. Pending if the queue is empty.
-    fn take_arrival(&self, receiver: &Receiver) -> Poll<Option<Arrival>> {
+    /// budget of them the task is to yield. Errors always pass. Pending if the queue is empty.
+    fn take_arrival(&self, receiver: &Receiver) -> Poll<Next> {
         let mut withheld = Withheld::default();
         let mut has_resumed = false;
         let taken = loop {
             let Taken { arrivals: arrival, resumes } = receiver.queue.take_first();
             has_resumed |= resumes;
-            match arrival {
+            let datagram = match arrival {
                 None => break Poll::Pending,
-                Some(Ok(datagram)) if !self.admits(datagram.from, self.remote(), &mut withheld) => {
-                    self.ctx.budget.spend(1);
-                    if self.ctx.budget.is_spent() {
-                        break Poll::Ready(None);
-                    }
-                }
-                arrival => break Poll::Ready(arrival),
+                Some(Err(errno)) => break Poll::Ready(Next::Arrival(Err(errno))),
+                Some(Ok(datagram)) => datagram,
+            };
+            let remote = self.remote();
+            if let Some(remote) = remote
+                && remote.peer.is_none()
+                && remote.asked != datagram.from
+            {
+                receiver.queue.put_back(vec![datagram]);
+                break Poll::Ready(Next::UnknownPeer(remote));
+            }
+            if self.admits(datagram.from, remote, &mut withheld) {
+                break Poll::Ready(Next::Arrival(Ok(datagram)));
+            }
+            self.ctx.budget.spend(1);
+            if self.ctx.budget.is_spent() {
+                break Poll::Ready(Next::BudgetIsSpent);
             }
         };
         self.count(&withheld);
@@ -205,15 +235,10 @@ impl UdpSocket {
 
     /// Whether the guest may see a datagram of this sender. The policy is the host's code: no lock is
     /// held.
-    fn admits(
-        &self,
-        from: SocketAddr,
-        remote: Option<SocketAddr>,
-        withheld: &mut Withheld,
-    ) -> bool {
+    fn admits(&self, from: SocketAddr, remote: Option<Remote>, withheld: &mut Withheld) -> bool {
         let is_allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
         // The kernel filters what arrives after the connect, not what was queued before.
-        let is_peer = remote.is_none_or(|remote| remote == from);
+        let is_peer = remote.is_none_or(|remote| remote.known() == from);
         withheld.by_policy += u64::from(!is_allowed);
         withheld.not_from_peer += u64::from(is_allowed && !is_peer);
         is_allowed && is_peer
@@ -222,13 +247,9 @@ impl UdpSocket {
     /// The socket has another peer: what was admitted before is judged again.
     pub(super) fn readmit(&self) {
         let Some(receiver) = self.receiver.get() else { return };
-        let Some(datagram) = receiver.take_admitted() else { return };
-        let mut withheld = Withheld::default();
-        let remote = self.remote();
-        if self.admits(datagram.from, remote, &mut withheld) {
-            receiver.keep_admitted(datagram);
+        if let Some(datagram) = receiver.take_admitted() {
+            receiver.queue.put_back(vec![datagram]);
         }
-        self.count(&withheld);
     }
 
     /// The socket's pending error, which a call that sends is told if it comes before one that

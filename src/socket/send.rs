@@ -13,7 +13,7 @@ use crate::ring::op::{Op, Output, Sent};
 use crate::ring::send::SendOp;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family, is_remote};
-use crate::socket::{Reached, UdpSocket};
+use crate::socket::{Reached, Remote, UdpSocket};
 
 impl UdpSocket {
     /// Sends datagrams in order, as one submission, and returns how many the kernel took or will
@@ -167,7 +167,7 @@ impl UdpSocket {
         &self,
         payload: &[u8],
         to: Option<SocketAddr>,
-        remote: Option<SocketAddr>,
+        remote: Option<Remote>,
     ) -> Result<Option<RawAddr>, ErrorCode> {
         let effective = self.destination(payload, to, remote)?;
         self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
@@ -179,7 +179,7 @@ impl UdpSocket {
         &self,
         payload: &[u8],
         to: Option<SocketAddr>,
-        remote: Option<SocketAddr>,
+        remote: Option<Remote>,
     ) -> Result<SocketAddr, ErrorCode> {
         if payload.len() > PAYLOAD_BYTES_MAX {
             return Err(ErrorCode::DatagramTooLarge);
@@ -191,9 +191,9 @@ impl UdpSocket {
         }
         match (to, remote) {
             // WIT: a connected socket's datagrams name its peer or none.
-            (Some(to), Some(remote)) if to != remote => Err(ErrorCode::InvalidArgument),
+            (Some(to), Some(remote)) if !remote.is_named_by(to) => Err(ErrorCode::InvalidArgument),
             (Some(to), _) => Ok(to),
-            (None, Some(remote)) => Ok(remote),
+            (None, Some(remote)) => Ok(remote.known()),
             (None, None) => Err(ErrorCode::InvalidArgument),
         }
     }
@@ -201,6 +201,6 @@ impl UdpSocket {
 
 /// The address that a datagram's entry names: none for a connected socket's, whose peer the kernel knows
 /// better. (What the guest has connected to may have been rewritten, by a load balancer's cgroup program.)
-fn named(effective: SocketAddr, remote: Option<SocketAddr>) -> Option<RawAddr> {
+fn named(effective: SocketAddr, remote: Option<Remote>) -> Option<RawAddr> {
     remote.is_none().then(|| effective.into())
 }

@@ -1,11 +1,13 @@
 //! A socket's life: create, bind, addresses, peer, drop.
 
 use std::fs;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
-use crate::common::network::in_a_network;
+use nix::net::if_::if_nametoindex;
+
+use crate::common::network::{in_a_network, run};
 use crate::common::{
-    ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Setup, addr, native, own_ip, uring,
+    BOUND, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Setup, addr, native, own_ip, uring,
     uring_without_recycling,
 };
 use crate::guest::{Guest, alike, family, on_both};
@@ -151,6 +153,53 @@ fn flow_information_and_scope_of_a_peer_are_shown_as_the_kernel_shows_them<G: Gu
         guest.remote(socket).await
     });
     assert_eq!(shown, Ok(addr("[::1]:9")));
+}
+
+/// Kills: a peer remembered as it was asked for; an answer dropped because the kernel's peer has a scope.
+fn is_answered_by_a_peer_without_a_scope<G: Guest>(asks_early: bool) {
+    in_a_network(65_536, || {
+        for line in [
+            "ip link add va type veth peer name vb",
+            "ip link set va up",
+            "ip link set vb up",
+            "ip -6 addr add fe80::a/64 dev va nodad",
+            "ip -6 addr add fe80::b/64 dev va nodad",
+        ] {
+            run(line);
+        }
+        let scope = if_nametoindex("va").unwrap();
+        let on_va = |ip: &str, scope| SocketAddrV6::new(ip.parse().unwrap(), 0, 0, scope);
+        on_both::<G>(Setup::default(), async |guest| {
+            let native = UdpSocket::bind(on_va("fe80::b", scope)).unwrap();
+            native.set_read_timeout(Some(BOUND)).unwrap();
+            let peer = native.local_addr().unwrap();
+            let mut asked = on_va("fe80::b", 0);
+            asked.set_port(peer.port());
+
+            let (socket, _) = guest.bound(on_va("fe80::a", scope)).await;
+            guest.connect(socket, asked.into()).await.unwrap();
+            if asks_early {
+                assert_eq!(guest.remote(socket).await, Ok(peer));
+            }
+            for to in [None, asks_early.then_some(peer)] {
+                guest.send(socket, b"question", to).await.unwrap();
+                let (bytes, from) = native.recv_from(&mut [0; 16]).unwrap();
+                assert_eq!((bytes, from), (8, guest.local(socket).await.unwrap()));
+                native.send_to(b"answer", from).unwrap();
+                assert_eq!(guest.receive(socket).await, Ok((b"answer".to_vec(), peer)));
+            }
+            assert_eq!(guest.remote(socket).await, Ok(peer));
+            let stats = guest.rig().stats();
+            assert_eq!(stats.dropped_not_from_peer, 0);
+        });
+    });
+}
+
+in_both!(a_peer_of_this_link_answers_though_the_guest_has_named_no_scope);
+fn a_peer_of_this_link_answers_though_the_guest_has_named_no_scope<G: Guest>() {
+    for asks_early in [false, true] {
+        is_answered_by_a_peer_without_a_scope::<G>(asks_early);
+    }
 }
 
 // ---- drop ---------------------------------------------------------------------------------------
