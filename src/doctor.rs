@@ -182,14 +182,16 @@ fn families() -> Check {
 fn recycling() -> Check {
     let name = "recycling of closed sockets";
     let Support { v4, v6 } = self_test::support();
-    let is_limited =
-        [&v4, &v6].iter().any(|support| matches!(support, FamilySupport::Unsupported(_)));
+    let is_limited = [&v4, &v6].iter().any(|support| {
+        matches!(support, FamilySupport::Unsupported(_) | FamilySupport::Untested(_))
+    });
     let found = [("IPv4", v4), ("IPv6", v6)].map(|(family, support)| match support {
         FamilySupport::Works { also_connected: true } => format!("{family}: works"),
         FamilySupport::Works { also_connected: false } => {
             format!("{family}: works, unless connected")
         }
         FamilySupport::Unsupported(reason) => format!("{family}: off, {reason}"),
+        FamilySupport::Untested(reason) => format!("{family}: off for now, {reason}"),
         FamilySupport::NoFamily => format!("{family}: no such family"),
     });
     let found = found.join("; ");

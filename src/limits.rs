@@ -99,6 +99,9 @@ pub(crate) const DRAINS_MAX: u32 = 64;
 /// refused.
 pub(crate) const QUOTA_RETRIES_MAX: u32 = 1000;
 
+/// Shortest time between two attempts at a self-test that could not be run.
+pub(crate) const RETEST_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Longest that a bind waits for closes that may hold its port.
 pub(crate) const BIND_PATIENCE: Duration = Duration::from_millis(5);
 

@@ -23,6 +23,9 @@ pub(crate) mod rcu;
 pub(crate) mod self_test;
 pub(crate) mod taint;
 
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
 use self::pool::{Cached, Drained, Pools, Recycle};
 use self::rcu::{Rcu, RcuEvent};
 use self::self_test::{FamilySupport, Support};
@@ -31,7 +34,7 @@ use super::op::{Op, OpResult, SocketMemory};
 use super::queues::SlotIndex;
 use crate::datagram::Family;
 use crate::error::Errno;
-use crate::limits::TICK_BATCH;
+use crate::limits::{RETEST_INTERVAL, TICK_BATCH};
 use crate::stats::ClosedInstead;
 
 /// What the ring is to do with a slot after the last operation on its socket.
@@ -51,12 +54,22 @@ pub(super) struct Recycler {
     support: Support,
     pools: Pools,
     rcu: Rcu,
+    retest: Retest,
     warning: Option<&'static str>,
+}
+
+/// The self-test of a family that could not be tested when the ring was built.
+#[derive(Default)]
+struct Retest {
+    is_running: bool,
+    /// Not before.
+    next: Option<Instant>,
+    outcome: Arc<Mutex<Option<Support>>>,
 }
 
 impl Recycler {
     pub(super) fn new(limits: Recycle, support: Support, rcu: Rcu) -> Self {
-        Self { support, pools: Pools::new(limits), rcu, warning: None }
+        Self { support, pools: Pools::new(limits), rcu, retest: Retest::default(), warning: None }
     }
 
     /// Slots that cached sockets may need beside those of the guests.
@@ -72,8 +85,13 @@ impl Recycler {
         if self.pools.limits().quarantined_max == 0 {
             return None;
         }
-        let FamilySupport::Works { also_connected } = *self.support.of(taint.family) else {
-            return None;
+        let also_connected = match self.support.of(taint.family) {
+            FamilySupport::Works { also_connected } => *also_connected,
+            FamilySupport::Untested(_) => {
+                self.test_again();
+                return None;
+            }
+            FamilySupport::Unsupported(_) | FamilySupport::NoFamily => return None,
         };
         let reason = taint
             .reason
@@ -151,6 +169,7 @@ impl Recycler {
         match self.rcu.take_event() {
             Some(RcuEvent::GraceOver) => self.pools.end_grace(),
             Some(RcuEvent::TimerExpired) => self.pools.idle(),
+            Some(RcuEvent::TaskOver) => self.is_tested_again(),
             Some(RcuEvent::Failed) => {
                 const WARNING: &str =
                     "no RCU grace periods: closed sockets are not recycled any more";
@@ -183,6 +202,31 @@ impl Recycler {
     /// Something to log, once.
     pub(super) fn take_warning(&mut self) -> Option<&'static str> {
         self.warning.take()
+    }
+
+    // ---- self-test --------------------------------------------------------------------------
+
+    /// Has the thread of the grace periods run the self-test, now and then.
+    fn test_again(&mut self) {
+        let Retest { is_running, next, outcome } = &mut self.retest;
+        if *is_running || next.is_some_and(|next| Instant::now() < next) {
+            return;
+        }
+        *is_running = true;
+        let outcome = Arc::clone(outcome);
+        self.rcu.run(Box::new(move || {
+            let support = self_test::support();
+            *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(support);
+        }));
+    }
+
+    fn is_tested_again(&mut self) {
+        self.retest.is_running = false;
+        self.retest.next = Some(Instant::now() + RETEST_INTERVAL);
+        let outcome = self.retest.outcome.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(support) = outcome {
+            self.support = support;
+        }
     }
 
     // ---- figures ----------------------------------------------------------------------------

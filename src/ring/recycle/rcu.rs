@@ -22,8 +22,12 @@ pub(crate) struct Rcu {
     has_reported_failure: bool,
 }
 
+/// What else the thread does: it may take long.
+pub(super) type Task = Box<dyn FnOnce() + Send>;
+
 enum Request {
     Grace,
+    Task(Task),
     Timer(Duration),
 }
 
@@ -32,6 +36,8 @@ pub(super) enum RcuEvent {
     /// The grace period that was begun last is over.
     GraceOver,
     TimerExpired,
+    /// A task has run.
+    TaskOver,
     /// No more grace periods will end.
     Failed,
 }
@@ -42,6 +48,7 @@ struct State {
     over: AtomicU64,
     has_failed: AtomicBool,
     has_expired: AtomicBool,
+    has_run: AtomicBool,
 }
 
 impl Rcu {
@@ -78,6 +85,10 @@ impl Rcu {
         self.request(Request::Grace);
     }
 
+    pub(super) fn run(&mut self, task: Task) {
+        self.request(Request::Task(task));
+    }
+
     /// Sets the timer unless it is set.
     pub(super) fn set_timer(&mut self, after: Duration) {
         if !self.has_timer {
@@ -95,8 +106,10 @@ impl Rcu {
         if self.ended < self.begun && self.state.over.load(Ordering::Acquire) == self.begun {
             return Some(RcuEvent::GraceOver);
         }
-        let has_expired = self.has_timer && self.state.has_expired.load(Ordering::Relaxed);
-        has_expired.then_some(RcuEvent::TimerExpired)
+        if self.has_timer && self.state.has_expired.load(Ordering::Relaxed) {
+            return Some(RcuEvent::TimerExpired);
+        }
+        self.state.has_run.load(Ordering::Relaxed).then_some(RcuEvent::TaskOver)
     }
 
     #[cfg(test)]
@@ -117,6 +130,7 @@ impl Rcu {
                 self.state.has_expired.store(false, Ordering::Relaxed);
                 self.has_timer = false;
             }
+            Some(RcuEvent::TaskOver) => self.state.has_run.store(false, Ordering::Relaxed),
             Some(RcuEvent::Failed) => self.has_reported_failure = true,
             None => {}
         }
@@ -140,6 +154,10 @@ fn serve(requests: &Receiver<Request>, state: &State, eventfd: &EventFd) {
                 // The ring logs it; a tracing subscriber that panicked here would end the thread.
                 Err(_) => state.has_failed.store(true, Ordering::Relaxed),
             },
+            Ok(Request::Task(task)) => {
+                task();
+                state.has_run.store(true, Ordering::Relaxed);
+            }
             Ok(Request::Timer(after)) => {
                 // An instant beyond the clock's range never comes.
                 timer = Instant::now().checked_add(after);

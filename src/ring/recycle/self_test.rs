@@ -25,6 +25,9 @@ pub(crate) enum FamilySupport {
     Works { also_connected: bool },
     /// Why not.
     Unsupported(String),
+    /// Why it could not be tested, which says nothing of the kernel: ports were few, say. It is tried
+    /// again when a ring could use it.
+    Untested(String),
     /// This kernel has no such family.
     NoFamily,
 }
@@ -49,6 +52,12 @@ impl Support {
         [&self.v4, &self.v6].iter().any(|support| matches!(support, FamilySupport::Works { .. }))
     }
 
+    /// Whether anything may be, now or later.
+    pub(crate) fn may_be_any(&self) -> bool {
+        let is_untested = |support: &&FamilySupport| matches!(support, FamilySupport::Untested(_));
+        self.is_any() || [&self.v4, &self.v6].iter().any(is_untested)
+    }
+
     /// Logs what is not recycled, and why.
     pub(crate) fn log(&self) {
         for (family, support) in [("IPv4", &self.v4), ("IPv6", &self.v6)] {
@@ -59,6 +68,9 @@ impl Support {
                 FamilySupport::NoFamily => {}
                 FamilySupport::Unsupported(reason) => {
                     tracing::warn!(family, %reason, "closed sockets are not recycled");
+                }
+                FamilySupport::Untested(reason) => {
+                    tracing::warn!(family, %reason, "closed sockets are not recycled yet");
                 }
             }
         }
@@ -92,7 +104,7 @@ fn family_support(family: Family, tested: &mut Option<FamilySupport>) -> FamilyS
             FamilySupport::NoFamily
         }
         Err(Trace::Untested(error)) => {
-            return FamilySupport::Unsupported(format!("could not be tested: {error}"));
+            return FamilySupport::Untested(format!("could not be tested: {error}"));
         }
     };
     tested.insert(support).clone()
