@@ -36,7 +36,7 @@ pub(crate) const PAYLOAD_BYTES_MAX: usize = u16::MAX as usize;
 pub(crate) const BATCH_DATAGRAMS_MAX: usize = 16;
 
 /// Datagrams a guest may take without suspending before it yields to the other guests of its thread.
-pub(crate) const BUDGET_DATAGRAMS: usize = 32;
+pub(crate) const BUDGET_DATAGRAMS: usize = 64;
 
 /// Bytes after which one `receive` returns what it has, as wasmtime-wasi's `MAX_READ_SIZE_ALLOC`.
 pub(crate) const RECEIVE_BYTES_MAX: usize = 64 * 1024;

@@ -5,6 +5,7 @@
 //! | function | wasmtime-wasi | here | why |
 //! |---|---|---|---|
 //! | `start-bind` | the kernel binds; `address-in-use`, `address-not-bindable` and what else it says come from here | these come from `finish-bind` | WIT lists them as finish errors |
+//! | `create-udp-socket`, `stream` | trap when the host's bound of the resource table is reached | `new-socket-limit`, `out-of-memory` | the guest can go on |
 //! | `create-udp-socket` | `unknown` when the process has no descriptors left | `new-socket-limit` when the table or the guest's quota is full | WIT names this code |
 //! | `send` | the first datagram that finds the send buffer full ends the batch | the rest of the batch is accepted too, and waits with it | a batch is one chain |
 //! | `send` | a peer's refusal of the first datagram ends the batch | it ends the batch after the message: datagrams of one size are one message | the kernel takes a message as a whole |

@@ -284,9 +284,9 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_is_thirty_two_datagrams() {
+    fn a_budget_is_sixty_four_datagrams() {
         let budget = Budget::default();
-        budget.spend(31);
+        budget.spend(63);
         assert!(!budget.is_spent());
         budget.spend(1);
         assert!(budget.is_spent());

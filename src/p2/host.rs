@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use wasmtime::component::Resource;
+use wasmtime::component::{Resource, ResourceTableError};
 use wasmtime::format_err;
 use wasmtime_wasi::async_trait;
 use wasmtime_wasi::p2::Network;
@@ -33,7 +33,10 @@ impl udp_create_socket::Host for UdpCtxView<'_> {
             IpAddressFamily::Ipv6 => Family::V6,
         };
         let socket = self.ctx.new_socket(family)?;
-        Ok(self.table.push(UdpSocket(Handle::new(socket)))?)
+        match self.table.push(UdpSocket(Handle::new(socket))) {
+            Err(ResourceTableError::Full) => Err(ErrorCode::NewSocketLimit.into()),
+            pushed => Ok(pushed?),
+        }
     }
 }
 
@@ -70,10 +73,17 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
         let socket = self.table.get_mut(&this)?.0.share();
         socket.stream(remote_address.map(SocketAddr::from)).await?;
         let outgoing = OutgoingDatagramStream { socket: Arc::clone(&socket), permit: 0 };
-        Ok((
-            self.table.push_child(IncomingDatagramStream(socket), &this)?,
-            self.table.push_child(outgoing, &this)?,
-        ))
+        let incoming = match self.table.push_child(IncomingDatagramStream(socket), &this) {
+            Err(ResourceTableError::Full) => return Err(ErrorCode::OutOfMemory.into()),
+            pushed => pushed?,
+        };
+        match self.table.push_child(outgoing, &this) {
+            Err(ResourceTableError::Full) => {
+                self.table.delete(incoming)?;
+                Err(ErrorCode::OutOfMemory.into())
+            }
+            pushed => Ok((incoming, pushed?)),
+        }
     }
 
     async fn local_address(&mut self, this: Resource<UdpSocket>) -> SocketResult<IpSocketAddress> {

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use wasmtime::component::{Accessor, Resource};
+use wasmtime::component::{Accessor, Resource, ResourceTableError};
 use wasmtime_wasi::p3::bindings::sockets::types::{
     ErrorCode as WitCode, IpAddressFamily, IpSocketAddress,
 };
@@ -36,9 +36,13 @@ impl types::HostUdpSocket for UdpCtxView<'_> {
             IpAddressFamily::Ipv4 => Family::V4,
             IpAddressFamily::Ipv6 => Family::V6,
         };
-        match self.ctx.new_socket(family) {
-            Ok(socket) => Ok(Ok(self.table.push(UdpSocket(Handle::new(socket)))?)),
-            Err(error) => answer(Err(error)),
+        let socket = match self.ctx.new_socket(family) {
+            Ok(socket) => UdpSocket(Handle::new(socket)),
+            Err(error) => return answer(Err(error)),
+        };
+        match self.table.push(socket) {
+            Err(ResourceTableError::Full) => answer(Err(ErrorCode::NewSocketLimit)),
+            pushed => Ok(Ok(pushed?)),
         }
     }
 

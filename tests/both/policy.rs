@@ -154,3 +154,26 @@ fn datagrams_of_refused_senders_are_dropped_and_others_pass<G: Guest>() {
         }
     });
 }
+
+// ---- resources ----------------------------------------------------------------------------------
+
+in_both!(a_guest_whose_table_is_full_is_answered_with_an_error_and_goes_on);
+/// (wasmtime-wasi's call traps.) Kills: a trap, which ends the guest; a socket that is lost with its handle.
+fn a_guest_whose_table_is_full_is_answered_with_an_error_and_goes_on<G: Guest>() {
+    let setup = Setup { resources_max: 16, ..Setup::default() };
+    on::<G, _>(Backend::Uring, setup, async |guest| {
+        let mut sockets = Vec::new();
+        let full = loop {
+            match guest.create(IpAddressFamily::Ipv4).await {
+                Ok(socket) => sockets.push(socket),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full, ErrorCode::NewSocketLimit);
+        let open = guest.rig().stats().sockets_open;
+        assert_eq!(open, sockets.len() as u64, "none beside those that the guest has");
+        guest.drop_socket(sockets.pop().unwrap()).await;
+        guest.create(IpAddressFamily::Ipv4).await.unwrap();
+        assert_eq!(guest.create(IpAddressFamily::Ipv4).await, Err(ErrorCode::NewSocketLimit));
+    });
+}

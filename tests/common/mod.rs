@@ -86,6 +86,8 @@ pub struct Setup {
     pub uring: Option<Uring>,
     /// The guest's arguments, after the first.
     pub args: Vec<String>,
+    /// Resources that the guest may hold.
+    pub resources_max: usize,
 }
 
 impl Default for Setup {
@@ -96,6 +98,7 @@ impl Default for Setup {
             sockets_max: 1024,
             uring: None,
             args: Vec::new(),
+            resources_max: 1_000_000,
         }
     }
 }
@@ -192,7 +195,9 @@ pub fn host(engine: &Engine, backend: Backend, setup: Setup) -> (Uring, Linker<H
         });
         udp = udp.allow(move |addr, use_| allow(addr, use_));
     }
-    let host = Host { wasi: wasi.build(), table: ResourceTable::new(), udp: udp.build() };
+    let mut table = ResourceTable::new();
+    table.set_max_capacity(setup.resources_max);
+    let host = Host { wasi: wasi.build(), table, udp: udp.build() };
     let store = Store::new(engine, host);
     (uring, linker, store)
 }
