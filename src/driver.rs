@@ -159,15 +159,15 @@ impl Driver {
         let Some(mut core) = self.lock() else { return };
         let before = core.ring.queued();
         let named = core.ring.close(slot, quota, unread);
-        if core.ring.queued() == before {
-            return;
-        }
-        core.batching.queue(guest);
         if let Some(close) = named {
+            core.batching.queue(guest);
             return self.enter_until_closed(core, close);
         }
         core.watch_closes();
-        self.leave_to_flusher(core);
+        if core.ring.queued() > before {
+            core.batching.queue(guest);
+            self.leave_to_flusher(core);
+        }
     }
 
     /// Has a close give its port up before this returns, unless a thread holds it up for too long: one

@@ -327,7 +327,21 @@ impl Ring {
 
     /// Queues the binds that have waited for long enough.
     pub(crate) fn expire_binds(&mut self) {
-        self.ports.expire(Instant::now());
+        if self.ports.has_waiting() {
+            self.ports.expire(Instant::now());
+            self.queue_due_binds();
+        }
+    }
+
+    /// Closes that only sends hold up, which wait for send buffer, perhaps for ever: nobody waits for
+    /// these closes any more.
+    pub(crate) fn give_up_on_sends(&mut self) {
+        for (slot, close) in self.slots.held_up() {
+            let in_flight = self.ops.in_flight(slot);
+            if in_flight.all == in_flight.sends {
+                self.ports.end_close(close);
+            }
+        }
         self.queue_due_binds();
     }
 
@@ -349,10 +363,6 @@ impl Ring {
             quota.put_back();
         }
         if in_flight.all > 0 {
-            if in_flight.all == in_flight.sends {
-                // They may wait for ever: a bind does not wait for them.
-                self.ports.end_close(releasing.close);
-            }
             return;
         }
         releasing.is_submitted = true;
@@ -417,12 +427,12 @@ impl Ring {
 
     /// Whether something has happened that the next flush takes note of.
     pub(crate) fn has_event(&self) -> bool {
-        self.recycler.has_event()
+        !self.is_ending && self.recycler.has_event()
     }
 
     /// Whether the next flush submits operations on cached sockets.
     pub(crate) fn has_cached_work(&self) -> bool {
-        self.recycler.has_work()
+        !self.is_ending && self.recycler.has_work()
     }
 
     fn tick(&mut self) {
@@ -635,6 +645,7 @@ impl Ring {
     /// tasks of the parent. Only the descriptor is a fork's own, which would keep the ring alive.
     fn abandon(&mut self) {
         std::mem::forget((std::mem::take(&mut self.ops), std::mem::take(&mut self.wakers)));
+        self.recycler.abandon();
         self.receives.leak();
         self.queues.abandon();
     }

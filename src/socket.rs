@@ -226,6 +226,7 @@ impl UdpSocket {
 
     /// The address the kernel has given the socket.
     pub(crate) async fn local_address(&self) -> Result<SocketAddr, ErrorCode> {
+        self.ctx.driver.check()?;
         if !self.is_bound().await {
             return Err(ErrorCode::InvalidState);
         }
@@ -241,6 +242,7 @@ impl UdpSocket {
 
     /// The address of the socket's peer, as the kernel has it.
     pub(crate) async fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
+        self.ctx.driver.check()?;
         let remote = self.remote().ok_or(ErrorCode::InvalidState)?;
         match remote.peer {
             Some(peer) => Ok(peer),

@@ -89,11 +89,7 @@ impl LockedCore<'_> {
     /// Wakes the guests that wait until what they queued has reached the kernel.
     fn wake_submitted(&mut self) {
         let (core, after) = self.split();
-        if !core.overdue.is_inside || core.runtimes.is_empty() {
-            after.wake_later(core.flush_wakers.drain(..));
-        } else if !core.flush_wakers.is_empty() {
-            after.wake_later(core.runtimes.take_reapers());
-        }
+        after.wake_later(core.flush_wakers.drain(..));
     }
 
     /// Wakes every reaper, so that they go on where this thread stops.
@@ -242,6 +238,7 @@ impl Driver {
         core.ring.disable_notifications();
         let mut rounds = Rounds::default();
         loop {
+            core.ring.expire_binds();
             let entries = core.ring.flush();
             let reaps = std::mem::take(&mut reap) || core.ring.has_overflow();
             if entries > 0 || reaps {
@@ -257,6 +254,7 @@ impl Driver {
                         // Nothing that trying again at once would mend; the next caller tries.
                         core.split().1.log_later(errno);
                         core.ring.reap();
+                        core.wake_submitted();
                         core.wake_completed();
                         if core.ring.enable_notifications() {
                             core.wake_reapers();
@@ -281,6 +279,7 @@ impl Driver {
             core.ring.disable_notifications();
         }
         core.entering = false;
+        core.overdue.is_inside = false;
         core.watch_closes();
         std::mem::forget(inside);
         core.run_left()
@@ -316,7 +315,12 @@ impl Drop for Driver {
     /// The last handle is gone; the ring waits for the kernel when it is dropped next.
     fn drop(&mut self) {
         if !self.process.is_current() {
-            // The tasks are the parent's.
+            // The tasks are the parent's, and so are their wakers.
+            let core = self.core.get_mut();
+            std::mem::forget((
+                std::mem::take(&mut core.runtimes),
+                std::mem::take(&mut core.flush_wakers),
+            ));
             return;
         }
         let mut after = AfterUnlock::default();

@@ -15,10 +15,13 @@ use std::time::{Duration, Instant};
 use crate::limits::{OVERDUE, QUIET_LOOKS_MAX};
 use crate::ring::port_order::CloseId;
 
+/// When the thread looks again after it has got on with a close that does not end at once; later and later.
+const SOON: Duration = Duration::from_micros(50);
+
 /// What the thread looks after: a driver.
 pub(super) trait Watched: Send + Sync {
-    /// Gets on with closes that take too long.
-    fn enter_overdue(&self);
+    /// Gets on with closes that take too long; whether some go on.
+    fn enter_overdue(&self) -> bool;
 
     /// Whether the thread is to sleep until [`Overdue::note`] has it woken.
     fn may_sleep(&self) -> bool;
@@ -110,6 +113,8 @@ impl Overdue {
 fn watch(watcher: &Weak<Watcher>) {
     let mut quiet_looks = 0;
     let mut time = OVERDUE;
+    // What it has begun goes on elsewhere, most often for microseconds.
+    let mut soon = SOON;
     loop {
         // Woken early only to end.
         thread::park_timeout(time);
@@ -124,7 +129,9 @@ fn watch(watcher: &Weak<Watcher>) {
                 let Some(driver) = watcher.driver.upgrade() else { return };
                 drop(watcher);
                 if closing_for.is_some() {
-                    driver.enter_overdue();
+                    let goes_on = driver.enter_overdue();
+                    time = if goes_on { soon } else { OVERDUE };
+                    soon = if goes_on { OVERDUE.min(2 * soon) } else { SOON };
                 } else if driver.may_sleep() {
                     drop(driver);
                     thread::park();

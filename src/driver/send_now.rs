@@ -15,6 +15,7 @@ use super::enter::Driver;
 use super::in_flight::InFlight;
 use crate::datagram::Outgoing;
 use crate::error::RingGone;
+use crate::limits::COMBINE_ROUNDS_MAX;
 use crate::ring::op::{Op, OpResult};
 use crate::ring::queues::SlotIndex;
 use crate::ring::send::SendOp;
@@ -75,7 +76,15 @@ impl SendNow {
         let key = core.ring.submit(*slot, Op::SendNow(datagram));
         let mut submitted = InFlight::new(driver, &core, *guest, key);
         core = driver.combine(core);
-        let result = core.ring.take_result(key);
+        let mut result = core.ring.take_result(key);
+        // A flood may have kept its completion from being reaped.
+        for _ in 0..COMBINE_ROUNDS_MAX {
+            if result.is_some() || core.entering {
+                break;
+            }
+            core = driver.combine_with(core, true);
+            result = core.ring.take_result(key);
+        }
         drop(core);
         if let Some(result) = result {
             submitted.is_taken = true;

@@ -171,22 +171,23 @@ impl Drop for Reaper {
 }
 
 impl Watched for Driver {
-    fn enter_overdue(&self) {
-        let Some(mut core) = self.lock() else { return };
+    fn enter_overdue(&self) -> bool {
+        let Some(mut core) = self.lock() else { return false };
         // A thread that is inside does this when it comes out.
         if !core.entering {
+            core.ring.give_up_on_sends();
             let before = core.ring.stats.enters;
             core.overdue.is_inside = true;
-            core.ring.expire_binds();
             core = self.combine(core);
-            core.overdue.is_inside = false;
             core.ring.stats.enters_overdue += core.ring.stats.enters - before;
         }
-        let is_held_up = core.ring.ports().is_closing() && core.ring.has_task_work();
+        let is_closing = core.ring.ports().is_closing();
+        let is_held_up = is_closing && core.ring.has_task_work();
         drop(core);
         if is_held_up {
             kick();
         }
+        is_closing
     }
 
     fn may_sleep(&self) -> bool {

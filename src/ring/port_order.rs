@@ -109,6 +109,10 @@ impl PortOrder {
         self.waiting.push_back(Waiting { key, slot, port, closes_before, left, until });
     }
 
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Lets no bind wait beyond its time.
     pub(super) fn expire(&mut self, now: Instant) {
         for bind in self.waiting.iter_mut().filter(|bind| bind.until <= now) {

@@ -199,6 +199,11 @@ impl Recycler {
         self.pools.evict_all(Reason::Idle);
     }
 
+    /// In a fork: the thread is the parent's, and a lock of the channel to it may be held for ever.
+    pub(super) fn abandon(&mut self) {
+        self.rcu.abandon();
+    }
+
     /// Something to log, once.
     pub(super) fn take_warning(&mut self) -> Option<&'static str> {
         self.warning.take()

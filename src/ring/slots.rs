@@ -116,6 +116,19 @@ impl SlotTable {
         numbered.filter_map(|(slot, state)| state.is_owned().then_some(slot)).collect()
     }
 
+    /// Closes that other operations on their slots hold up.
+    pub(super) fn held_up(&self) -> Vec<(SlotIndex, CloseId)> {
+        let held_up = |(slot, state): (SlotIndex, &Slot)| match &state.state {
+            SlotState::Releasing(Releasing { close, is_submitted: false, .. }) => {
+                Some((slot, *close))
+            }
+            SlotState::Free | SlotState::Owned | SlotState::Cached | SlotState::Releasing(_) => {
+                None
+            }
+        };
+        (0..).map(SlotIndex).zip(&self.slots).filter_map(held_up).collect()
+    }
+
     /// What the close of a slot's socket gives up.
     pub(super) fn port(&self, slot: SlotIndex) -> Port {
         let slot = &self.slots[slot.at()];

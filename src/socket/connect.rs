@@ -35,11 +35,14 @@ impl UdpSocket {
         let is_bound = self.is_bound().await;
         self.check_peer(remote, !is_bound)?;
         self.bind_anywhere(!is_bound).await?;
+        // For the present peer, as in `stream`.
+        poll_fn(|cx| self.poll_sendable(cx)).await;
         self.associate(remote).await
     }
 
     pub(crate) async fn disconnect(&self) -> Result<(), ErrorCode> {
         self.remote().ok_or(ErrorCode::InvalidState)?;
+        poll_fn(|cx| self.poll_sendable(cx)).await;
         self.dissolve().await
     }
 

@@ -25,6 +25,7 @@ impl UdpSocket {
         &self,
         datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
+        self.ctx.driver.check()?;
         match self.take_blocked() {
             None => return Ok(0),
             Some(result) => result?,
@@ -113,6 +114,7 @@ impl UdpSocket {
         payload: Vec<u8>,
         to: Option<SocketAddr>,
     ) -> Result<(), ErrorCode> {
+        self.ctx.driver.check()?;
         let remote = self.remote();
         let effective = self.destination(&payload, to, remote)?;
         let (is_bound, is_binding) = {
@@ -128,7 +130,10 @@ impl UdpSocket {
             self.first_in_line(self.bind_anywhere(is_to_bind)).await?;
         }
         let mut reached = self.send_line.lock().await;
-        poll_fn(|cx| self.poll_blocked(cx)).await?;
+        if let Err(error) = poll_fn(|cx| self.poll_blocked(cx)).await {
+            *reached = None;
+            return Err(error);
+        }
         let bytes = payload.len();
         let mut datagram = Box::new(Outgoing { payload, to: named(effective, remote) });
         // What went well lately will again: it may be another thread's to submit.

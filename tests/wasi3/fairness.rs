@@ -6,8 +6,8 @@ use tokio::runtime::Builder;
 use tokio::task::yield_now;
 
 use crate::common::{
-    LOOPBACK, Setup, block_on, enters_while, native, on_each, side_by_side, steps_beside, uring,
-    within,
+    LOOPBACK, Setup, block_on, enters_while, native, on_each, shared_enters_while, side_by_side,
+    steps_beside, uring, within,
 };
 use crate::rig::{Rig3, Status, V4};
 
@@ -142,7 +142,7 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
                 cycle(&mut rig).await;
             }
         };
-        let enters = enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
+        let enters = shared_enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
         assert!(enters <= GUESTS * CYCLES / 10, "{enters}");
     });
 }

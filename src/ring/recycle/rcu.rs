@@ -85,6 +85,10 @@ impl Rcu {
         self.request(Request::Grace);
     }
 
+    pub(super) fn abandon(&mut self) {
+        std::mem::forget(self.requests.take());
+    }
+
     pub(super) fn run(&mut self, task: Task) {
         self.request(Request::Task(task));
     }

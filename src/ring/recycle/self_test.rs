@@ -86,28 +86,34 @@ impl Support {
 /// What this kernel leaves of a socket's former owner. Tested once per process, unless something
 /// else than the kernel has prevented the test: a namespace without loopback, say.
 pub(crate) fn support() -> Support {
+    /// Not held while a test runs: a fork of the process must not find it locked for ever.
     static TESTED: Mutex<[Option<FamilySupport>; 2]> = Mutex::new([None, None]);
-    let mut tested = TESTED.lock().unwrap_or_else(PoisonError::into_inner);
-    let [v4, v6] = &mut *tested;
-    Support { v4: family_support(Family::V4, v4), v6: family_support(Family::V6, v6) }
+    let tested = || TESTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let of = |at: usize, family| {
+        if let Some(support) = &tested()[at] {
+            return support.clone();
+        }
+        let support = family_support(family);
+        if !matches!(support, FamilySupport::Untested(_)) {
+            tested()[at] = Some(support.clone());
+        }
+        support
+    };
+    Support { v4: of(0, Family::V4), v6: of(1, Family::V6) }
 }
 
-fn family_support(family: Family, tested: &mut Option<FamilySupport>) -> FamilySupport {
-    if let Some(support) = tested {
-        return support.clone();
-    }
+fn family_support(family: Family) -> FamilySupport {
     let ran = SelfTest::of(family).map_err(Trace::from).and_then(|mut test| test.run());
-    let support = match ran {
+    match ran {
         Ok(also_connected) => FamilySupport::Works { also_connected },
         Err(Trace::Left(what)) => FamilySupport::Unsupported(what.to_owned()),
         Err(Trace::Untested(error)) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
             FamilySupport::NoFamily
         }
         Err(Trace::Untested(error)) => {
-            return FamilySupport::Untested(format!("could not be tested: {error}"));
+            FamilySupport::Untested(format!("could not be tested: {error}"))
         }
-    };
-    tested.insert(support).clone()
+    }
 }
 
 /// Why sockets of a family are not recycled.
