@@ -925,3 +925,19 @@ fn what_is_closed_during_a_grace_period_waits_for_the_next() {
     rig.until(|ring| ring.recycler.has_ready());
     assert!(rig.ring.recycler.is_quiet());
 }
+
+/// Nothing takes such events any more. Kills: a thread that enters for them, and again.
+#[test]
+fn a_ring_that_is_closed_has_no_event_of_its_cache_to_look_after() {
+    let mut rig = Recycling::new();
+    let slot = rig.bound(LOOPBACK);
+    rig.close(slot);
+    enter(&mut rig.ring);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !rig.ring.has_event() {
+        assert!(Instant::now() < deadline, "no grace period ends");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    rig.ring.begin_shutdown();
+    assert!(!rig.ring.has_event() && !rig.ring.has_cached_work());
+}
