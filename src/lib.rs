@@ -73,7 +73,7 @@
 //! A full receive queue pauses its receive: what comes then waits in the kernel's receive buffer, and
 //! what that cannot hold the kernel drops. So a flood costs the flooded socket alone, because a buffer
 //! of the ring is ours for no longer than it takes to copy. A guest that always finds datagrams yields
-//! to the other tasks of its thread after every 64, and so does, now and then, one that calls again and
+//! to the other tasks of its thread after every 32, and so does, now and then, one that calls again and
 //! again. [`Stats`] counts what was withheld or lost, by reason.
 //!
 //! # Where a closed socket goes

@@ -284,9 +284,9 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_is_sixty_four_datagrams() {
+    fn a_budget_is_thirty_two_datagrams() {
         let budget = Budget::default();
-        budget.spend(63);
+        budget.spend(31);
         assert!(!budget.is_spent());
         budget.spend(1);
         assert!(budget.is_spent());
