@@ -121,6 +121,9 @@ pub(crate) const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(1);
 /// in a virtual machine, for the timer alone.)
 pub(crate) const OVERDUE: Duration = Duration::from_micros(1700);
 
+/// When that looks again after it has got on with a close which did not end at once; later each time.
+pub(crate) const OVERDUE_AGAIN: Duration = Duration::from_micros(50);
+
 /// Looks without a close before the thread that looks goes to sleep: to wake it costs more than a few
 /// looks.
 pub(crate) const QUIET_LOOKS_MAX: u32 = 8;

@@ -301,11 +301,9 @@ impl Ring {
             return None;
         }
         let (taint, is_receiving) = (owned.taint, owned.receive.is_some());
-        let port = self.slots.port(slot);
-        self.cancel_receive(slot);
         let is_busy = self.ops.in_flight(slot).all > u32::from(is_receiving);
-        let close = self.ports.begin_close(port);
-        let mut releasing = Releasing { close, is_submitted: false, quota: None };
+        let mut releasing = self.begin_release(slot);
+        let close = releasing.close;
         if let Some(unbind) = self.recycler.release(slot, taint, is_busy) {
             releasing.is_submitted = true;
             quota.put_back();
@@ -317,7 +315,14 @@ impl Ring {
             self.slots.get(slot).state = SlotState::Releasing(releasing);
             self.submit_close_once_idle(slot);
         }
-        port.number.map(|_| close)
+        self.slots.port(slot).number.map(|_| close)
+    }
+
+    /// A socket is on its way out: nothing more is received for it, and its port is being given up.
+    fn begin_release(&mut self, slot: SlotIndex) -> Releasing {
+        self.cancel_receive(slot);
+        let close = self.ports.begin_close(self.slots.port(slot));
+        Releasing { close, is_submitted: false, quota: None }
     }
 
     /// The closes on their way.
@@ -623,9 +628,7 @@ impl Ring {
             if let Some(bind) = self.ports.withdraw(slot) {
                 self.end(bind, slot, Err(Errno(libc::ECANCELED)));
             }
-            self.cancel_receive(slot);
-            let close = self.ports.begin_close(self.slots.port(slot));
-            let releasing = Releasing { close, is_submitted: false, quota: None };
+            let releasing = self.begin_release(slot);
             self.slots.get(slot).state = SlotState::Releasing(releasing);
             self.submit_close_once_idle(slot);
         }

@@ -96,6 +96,11 @@ impl Remote {
         self.peer.unwrap_or(self.asked)
     }
 
+    /// Whether only the kernel can tell if this is the peer.
+    fn is_unknown_by(self, from: SocketAddr) -> bool {
+        self.peer.is_none() && self.asked != from
+    }
+
     /// Whether a guest may mean the peer by this address.
     fn is_named_by(self, to: SocketAddr) -> bool {
         self.asked == to || self.peer == Some(to)

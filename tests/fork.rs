@@ -8,8 +8,11 @@ mod common;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use common::{BOUND, Endpoint, IpAddressFamily, LOOPBACK, Rig, block_on, native, payloads, uring};
-use wasi_uring::{RingGone, Stats, UdpCtx, Uring};
+use common::{
+    BOUND, Endpoint, IpAddressFamily, LOOPBACK, Rig, armed_in_a_former_runtime, block_on, native,
+    payloads, uring,
+};
+use wasi_uring::{RingGone, Stats, UdpCtx};
 
 /// Runs that in a fork of this process, which must end well.
 fn in_a_fork(run: impl FnOnce()) {
@@ -41,16 +44,6 @@ fn in_a_fork(run: impl FnOnce()) {
     }
 }
 
-/// A guest with a socket that receives.
-fn armed(uring: &Uring) -> (Rig, Endpoint) {
-    block_on(async {
-        let mut rig = Rig::on_ring(uring).await;
-        let endpoint = rig.endpoint(LOOPBACK).await;
-        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-        (rig, endpoint)
-    })
-}
-
 #[track_caller]
 fn is_told<T: std::fmt::Debug>(answer: wasmtime::Result<T>) {
     let error = answer.expect_err("must trap");
@@ -71,7 +64,7 @@ fn hears(rig: &mut Rig, endpoint: Endpoint) {
 #[test]
 fn a_fork_of_the_process_gets_errors_and_its_drops_are_harmless() {
     let uring = uring();
-    let (mut rig, endpoint) = armed(&uring);
+    let (mut rig, endpoint) = armed_in_a_former_runtime(&uring);
     let calls: [fn(&mut Rig, Endpoint, SocketAddr); 6] = [
         |Rig { guest, store, .. }, _, _| {
             is_told(block_on(guest.call_create_udp_socket(store, IpAddressFamily::Ipv4)));
@@ -106,11 +99,11 @@ fn a_fork_of_the_process_gets_errors_and_its_drops_are_harmless() {
     assert!(native.recv(&mut [0; 32]).is_err(), "nothing came from a fork");
 
     // Everything is dropped, and a ring of the fork's own works.
-    let mut all = Some((rig, armed(&uring), uring));
+    let mut all = Some((rig, armed_in_a_former_runtime(&uring), uring));
     in_a_fork(|| {
         drop(all.take());
         let uring = common::uring();
-        let (mut rig, endpoint) = armed(&uring);
+        let (mut rig, endpoint) = armed_in_a_former_runtime(&uring);
         hears(&mut rig, endpoint);
         let rings = std::fs::read_dir("/proc/self/fd").unwrap().filter(|fd| {
             let target = std::fs::read_link(fd.as_ref().unwrap().path());

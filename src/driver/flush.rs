@@ -40,10 +40,7 @@ impl Flush {
         driver: &'driver Driver,
         cx: &Context<'_>,
     ) -> Poll<Result<LockedCore<'driver>, RingGone>> {
-        let mut core = match driver.lock_open() {
-            Ok(core) => core,
-            Err(gone) => return Poll::Ready(Err(gone)),
-        };
+        let mut core = driver.lock_open()?;
         self.end_yield(&mut core);
         let core = ready!(self.submit(driver, core, cx));
         if self.is_submitted(&core) {
@@ -135,9 +132,7 @@ impl Driver {
             std::thread::yield_now();
         }
     }
-}
 
-impl Driver {
     /// Ready when what is queued has reached the kernel, and what completed at once is recorded.
     pub(crate) fn poll_entered(&self, cx: &Context<'_>) -> Poll<Result<(), RingGone>> {
         let core = ready!(self.poll_outside(cx))?;

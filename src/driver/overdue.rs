@@ -12,11 +12,8 @@ use std::task::{Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use crate::limits::{OVERDUE, QUIET_LOOKS_MAX};
+use crate::limits::{OVERDUE, OVERDUE_AGAIN, QUIET_LOOKS_MAX};
 use crate::ring::port_order::CloseId;
-
-/// When the thread looks again after it has got on with a close that does not end at once; later and later.
-const SOON: Duration = Duration::from_micros(50);
 
 /// What the thread looks after: a driver.
 pub(super) trait Watched: Send + Sync {
@@ -42,7 +39,8 @@ pub(super) struct Overdue {
 struct Watcher {
     driver: Weak<dyn Watched>,
     thread: OnceLock<Thread>,
-    /// Since when the oldest close has been the oldest, in nanoseconds from `begun`; 0: there is none. Written under the driver's lock, which the thread does not take to look.
+    /// Since when the oldest close has been the oldest, in nanoseconds from `begun`; 0: there is none.
+    /// Written under the driver's lock, which the thread does not take to look.
     closing_since: AtomicU64,
     begun: Instant,
 }
@@ -114,7 +112,7 @@ fn watch(watcher: &Weak<Watcher>) {
     let mut quiet_looks = 0;
     let mut time = OVERDUE;
     // What it has begun goes on elsewhere, most often for microseconds.
-    let mut soon = SOON;
+    let mut soon = OVERDUE_AGAIN;
     loop {
         // Woken early only to end.
         thread::park_timeout(time);
@@ -131,7 +129,7 @@ fn watch(watcher: &Weak<Watcher>) {
                 if closing_for.is_some() {
                     let goes_on = driver.enter_overdue();
                     time = if goes_on { soon } else { OVERDUE };
-                    soon = if goes_on { OVERDUE.min(2 * soon) } else { SOON };
+                    soon = if goes_on { OVERDUE.min(2 * soon) } else { OVERDUE_AGAIN };
                 } else if driver.may_sleep() {
                     drop(driver);
                     thread::park();

@@ -1,7 +1,6 @@
 //! One thin function per WIT method of `wasi:sockets/udp`: handles in, results out. What the methods
 //! do is in [`crate::socket`].
 
-use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -238,7 +237,7 @@ impl udp::HostOutgoingDatagramStream for UdpCtxView<'_> {
 #[async_trait]
 impl Pollable for OutgoingDatagramStream {
     async fn ready(&mut self) {
-        poll_fn(|cx| self.socket.poll_sendable(cx)).await;
+        self.socket.sendable().await;
     }
 }
 

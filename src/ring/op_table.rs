@@ -14,7 +14,7 @@ use crate::error::Errno;
 enum OpState {
     /// No owner: the entry is free.
     Vacant,
-    /// The kernel, once it is queued (a deferred bind is not yet). A caller waits, or will.
+    /// The kernel, once it is queued (a bind that waits for closes is not). A caller waits, or will.
     InKernel { op: Op, waker: Option<Waker> },
     /// The kernel. No caller is left: the last completion frees the memory.
     Detached { op: Op },

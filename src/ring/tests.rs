@@ -217,20 +217,23 @@ proptest! {
     }
 }
 
-/// A bind to a port by number, and the kernel's first answer: the port is taken.
-fn refused(rig: &mut Rig, port: u16) -> (SlotIndex, OpKey) {
+/// A bind to a port by number, on its way.
+fn begun(rig: &mut Rig, port: u16) -> (SlotIndex, OpKey) {
     assert!(rig.table.take());
     let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], port).into());
-    let (slot, key) = rig.ring.submit_bind(None, Box::new(bind));
+    rig.ring.submit_bind(None, Box::new(bind))
+}
+
+/// A bind to a port by number, and the kernel's first answer: the port is taken.
+fn refused(rig: &mut Rig, port: u16) -> (SlotIndex, OpKey) {
+    let (slot, key) = begun(rig, port);
     rig.complete(key.user_data(), -libc::EADDRINUSE, 0);
     (slot, key)
 }
 
 /// A socket bound to a port by number.
 fn bound(rig: &mut Rig, port: u16) -> SlotIndex {
-    assert!(rig.table.take());
-    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], port).into());
-    let (slot, key) = rig.ring.submit_bind(None, Box::new(bind));
+    let (slot, key) = begun(rig, port);
     rig.complete(key.user_data(), 0, 0);
     assert!(matches!(rig.ring.take_result(key), Some(Ok(Output::Done))));
     slot
@@ -275,9 +278,7 @@ fn a_bind_is_tried_again_although_the_close_has_ended_before_the_refusal_came() 
     let mut rig = Rig::new();
     let old = bound(&mut rig, 5000);
     rig.ring.close(old, &rig.quota, 0);
-    assert!(rig.table.take());
-    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], 5000).into());
-    let (new, key) = rig.ring.submit_bind(None, Box::new(bind));
+    let (new, key) = begun(&mut rig, 5000);
     let close = rig.close_in_kernel(old);
     rig.complete(close, 0, 0);
     assert_eq!(rig.queued_by(|rig| rig.complete(key.user_data(), IN_USE, 0)), 1, "BIND");
@@ -291,9 +292,7 @@ fn a_bind_is_tried_again_although_the_close_has_ended_before_the_refusal_came() 
 fn a_bind_waits_for_a_close_that_began_after_it() {
     let mut rig = Rig::new();
     let old = bound(&mut rig, 5000);
-    assert!(rig.table.take());
-    let bind = BindOp::new(Family::V4, Vec::new(), ([127, 0, 0, 1], 5000).into());
-    let (new, key) = rig.ring.submit_bind(None, Box::new(bind));
+    let (new, key) = begun(&mut rig, 5000);
     rig.ring.close(old, &rig.quota, 0);
     rig.complete(key.user_data(), IN_USE, 0);
     let close = rig.close_in_kernel(old);

@@ -1,6 +1,5 @@
 //! Connecting: `stream` of WASI 0.2, `connect` and `disconnect` of WASI 0.3.
 
-use std::future::poll_fn;
 use std::net::SocketAddr;
 
 use crate::datagram::RawAddr;
@@ -18,7 +17,7 @@ impl UdpSocket {
         if remote.is_some() || self.remote().is_some() {
             // Datagrams that wait for send buffer go to the peer the socket has when the kernel
             // takes them, since their entries name none. They are for the present one.
-            poll_fn(|cx| self.poll_sendable(cx)).await;
+            self.sendable().await;
         }
         match remote {
             Some(remote) => {
@@ -36,13 +35,13 @@ impl UdpSocket {
         self.check_peer(remote, !is_bound)?;
         self.bind_anywhere(!is_bound).await?;
         // For the present peer, as in `stream`.
-        poll_fn(|cx| self.poll_sendable(cx)).await;
+        self.sendable().await;
         self.associate(remote).await
     }
 
     pub(crate) async fn disconnect(&self) -> Result<(), ErrorCode> {
         self.remote().ok_or(ErrorCode::InvalidState)?;
-        poll_fn(|cx| self.poll_sendable(cx)).await;
+        self.sendable().await;
         self.dissolve().await
     }
 

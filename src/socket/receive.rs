@@ -101,8 +101,8 @@ impl UdpSocket {
                 continue;
             }
             let remote = self.remote();
-            if let Some(remote) = remote.filter(|remote| remote.peer.is_none())
-                && datagrams.iter().any(|datagram| datagram.from != remote.asked)
+            if let Some(remote) = remote
+                && datagrams.iter().any(|datagram| remote.is_unknown_by(datagram.from))
             {
                 receiver.queue.put_back(datagrams);
                 // Boxed, because few sockets hear from another address than they have asked for.
@@ -211,8 +211,7 @@ impl UdpSocket {
             };
             let remote = self.remote();
             if let Some(remote) = remote
-                && remote.peer.is_none()
-                && remote.asked != datagram.from
+                && remote.is_unknown_by(datagram.from)
             {
                 receiver.queue.put_back(vec![datagram]);
                 break Poll::Ready(Next::UnknownPeer(remote));

@@ -95,6 +95,11 @@ impl UdpSocket {
         Poll::Ready(self.take_blocked().unwrap_or(Ok(())))
     }
 
+    /// Waits until the kernel has taken all that was sent.
+    pub(crate) async fn sendable(&self) {
+        poll_fn(|cx| self.poll_sendable(cx)).await;
+    }
+
     /// Ready when the kernel has taken all that was sent.
     pub(crate) fn poll_sendable(&self, cx: &mut Context<'_>) -> Poll<()> {
         // Taken out to be polled with the state unlocked.

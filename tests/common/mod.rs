@@ -347,6 +347,16 @@ pub async fn yield_to_others() {
     }
 }
 
+/// A guest with a socket whose receive is armed, made in a runtime that has ended since.
+pub fn armed_in_a_former_runtime(uring: &Uring) -> (Rig, Endpoint) {
+    block_on(async {
+        let mut rig = Rig::on_ring(uring).await;
+        let endpoint = rig.endpoint(LOOPBACK).await;
+        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
+        (rig, endpoint)
+    })
+}
+
 /// The message of a call that must trap.
 #[track_caller]
 pub fn trap<T: Debug>(answer: wasmtime::Result<T>) -> String {

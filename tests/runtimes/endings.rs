@@ -6,20 +6,10 @@ use std::sync::mpsc;
 use wasi_uring::Uring;
 
 use crate::common::{
-    self, BOUND, Endpoint, IpAddressFamily, LOOPBACK, Rig, block_on, eventually, native, payloads,
-    uring, uring_with,
+    self, BOUND, Endpoint, IpAddressFamily, LOOPBACK, Rig, armed_in_a_former_runtime, block_on,
+    eventually, native, payloads, uring, uring_with,
 };
 use crate::{echo, echo_in_a_store_of_its_own};
-
-/// A guest with a socket whose receive is armed, made in a runtime that has ended since.
-fn armed_in_a_former_runtime(uring: &Uring) -> (Rig, Endpoint) {
-    block_on(async {
-        let mut rig = Rig::on_ring(uring).await;
-        let endpoint = rig.endpoint(LOOPBACK).await;
-        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-        (rig, endpoint)
-    })
-}
 
 async fn goes_on(mut rig: Rig, endpoint: Endpoint) {
     let (native, _) = native::socket(Ipv4Addr::LOCALHOST);

@@ -6,7 +6,8 @@ use wasi_uring::RingGone;
 
 use crate::common::network::in_a_network;
 use crate::common::{
-    IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, eventually, native, uring,
+    IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, datagram, eventually, native, to_wit,
+    uring, yield_to_others,
 };
 
 /// Why a call has trapped.
@@ -61,14 +62,14 @@ fn calls_of_guests_whose_ring_is_closed_trap_and_say_why() {
         uring.close();
         for (call, (mut rig, endpoint, unbound)) in rigs.into_iter().enumerate() {
             let Rig { guest, store, network, .. } = &mut rig;
-            let local = crate::common::to_wit(LOOPBACK);
+            let local = to_wit(LOOPBACK);
             let reason = match call {
                 0 => gone(guest.call_create_udp_socket(store, IpAddressFamily::Ipv4).await),
                 1 => gone(guest.call_start_bind(store, unbound, *network, local).await),
                 2 => gone(guest.call_receive(store, endpoint.incoming, 1).await),
                 3 => {
-                    let datagram = crate::common::datagram(b"late", Some(endpoint.local));
-                    gone(guest.call_send(store, endpoint.outgoing, &[datagram]).await)
+                    let late = datagram(b"late", Some(endpoint.local));
+                    gone(guest.call_send(store, endpoint.outgoing, &[late]).await)
                 }
                 4 => gone(guest.call_set_unicast_hop_limit(store, endpoint.socket, 9).await),
                 _ => {
@@ -97,7 +98,7 @@ fn a_guest_that_waits_for_a_datagram_hears_that_its_ring_is_closed() {
             let Rig { guest, store, .. } = &mut rig;
             gone(guest.call_receive(store, endpoint.incoming, 1).await)
         });
-        crate::common::yield_to_others().await;
+        yield_to_others().await;
         uring.close();
         assert_eq!(waiting.await.unwrap(), RingGone::Closed);
     });

@@ -7,6 +7,7 @@ use std::time::Instant;
 use tokio::runtime::Builder;
 use wasi_uring::Uring;
 
+use crate::common::network::in_a_network;
 use crate::common::{BOUND, Endpoint, Rig, block_on, native, own_ip, uring, within};
 
 /// What comes of something done beside the thread on which a guest has armed its receive, and which
@@ -43,10 +44,12 @@ pub(crate) fn beside_a_thread_that_computes<T>(
 /// The receive's end is task work of the thread that armed it, which computes on.
 #[test]
 fn a_thread_that_computes_on_holds_no_port_up() {
-    let uring = uring();
-    beside_a_thread_that_computes(&uring, |mut rig, endpoint| {
-        block_on(rig.close(endpoint));
-        native::wait_until_free(endpoint.local);
+    in_a_network(65_536, || {
+        let uring = uring();
+        beside_a_thread_that_computes(&uring, |mut rig, endpoint| {
+            block_on(rig.close(endpoint));
+            native::wait_until_free(endpoint.local);
+        });
     });
 }
 
@@ -77,16 +80,19 @@ async fn hand_over(uring: Uring) -> usize {
 #[test]
 fn guests_of_two_workers_hand_their_ports_over() {
     const GUESTS: usize = 16;
-    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let taken = runtime.block_on(within(async {
-        let uring = uring();
-        let guests: Vec<_> = (0..GUESTS).map(|_| tokio::spawn(hand_over(uring.clone()))).collect();
-        let mut taken = 0;
-        for guest in guests {
-            taken += guest.await.unwrap();
-        }
-        taken
-    }));
-    // A worker that the machine stops for long while it is inside holds a close up all the same.
-    assert!(taken <= GUESTS * ROUNDS / 1000, "{taken} of {}", GUESTS * ROUNDS);
+    in_a_network(65_536, || {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let taken = runtime.block_on(within(async {
+            let uring = uring();
+            let guest = |_| tokio::spawn(hand_over(uring.clone()));
+            let guests: Vec<_> = (0..GUESTS).map(guest).collect();
+            let mut taken = 0;
+            for guest in guests {
+                taken += guest.await.unwrap();
+            }
+            taken
+        }));
+        // A worker that the machine stops for long while it is inside holds a close up all the same.
+        assert!(taken <= GUESTS * ROUNDS / 1000, "{taken} of {}", GUESTS * ROUNDS);
+    });
 }
