@@ -55,6 +55,11 @@ impl Driver {
         &self.defaults
     }
 
+    /// Whether sockets can be asked for their addresses on the ring.
+    pub(crate) fn has_names(&self) -> bool {
+        self.has_names
+    }
+
     pub(crate) fn count(&self, count: impl FnOnce(&mut Stats)) {
         if let Some(mut core) = self.lock() {
             count(&mut core.ring.stats);

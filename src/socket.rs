@@ -33,7 +33,7 @@ use std::task::{Context, Poll, Waker};
 use crate::datagram::Family;
 use crate::driver::{Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
-use crate::ring::op::{Op, OpResult, Output};
+use crate::ring::op::{Op, OpResult, Output, SocketName};
 use crate::ring::queues::SlotIndex;
 use crate::ring::receive_queue::{Datagram, ReceiveQueue};
 use crate::socket::guest::GuestCtx;
@@ -238,7 +238,7 @@ impl UdpSocket {
         if let Some(local) = self.lock().local.as_deref() {
             return Ok(*local);
         }
-        let local = self.query(std::net::UdpSocket::local_addr).await?;
+        let local = self.query(SocketName::new(false), std::net::UdpSocket::local_addr).await?;
         if local.port() != 0 {
             self.lock().local = Some(Box::new(local));
         }
@@ -256,7 +256,7 @@ impl UdpSocket {
     }
 
     async fn query_peer(&self, remote: Remote) -> Result<SocketAddr, Errno> {
-        let peer = self.query(std::net::UdpSocket::peer_addr).await?;
+        let peer = self.query(SocketName::new(true), std::net::UdpSocket::peer_addr).await?;
         // In WASI 0.3 a `connect` may come while a `receive` asks.
         if let Some(now) = self.lock().remote.as_deref_mut().filter(|now| now.asked == remote.asked)
         {
@@ -269,9 +269,13 @@ impl UdpSocket {
     /// ring, so the kernel makes a file descriptor of the direct one, which is closed at once.
     async fn query(
         &self,
+        name: SocketName,
         address: impl FnOnce(&std::net::UdpSocket) -> io::Result<SocketAddr>,
     ) -> Result<SocketAddr, Errno> {
-        match self.run(Op::Install).await {
+        let has_names = self.ctx.driver.has_names();
+        let query = if has_names { Op::QueryName(Box::new(name)) } else { Op::Install };
+        match self.run(query).await {
+            Ok(Output::Address(address)) => Ok(address),
             // Owned from here on: dropping it closes the descriptor, and the slot keeps the socket.
             Ok(Output::Descriptor(descriptor)) => address(&descriptor.into())
                 .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL))),

@@ -10,8 +10,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::limits::{
-    BATCH_BYTES_MAX, BATCH_GUESTS_MAX, BUDGET_DATAGRAMS, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS,
-    QUOTA_RETRIES_MAX,
+    BATCH_BYTES_MAX, BATCH_GUESTS_MAX, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS, QUOTA_RETRIES_MAX,
 };
 
 /// Names a guest among those of all rings.
@@ -149,8 +148,8 @@ impl Budget {
         self.spent.fetch_add(datagrams, Ordering::Relaxed);
     }
 
-    pub(crate) fn is_spent(&self) -> bool {
-        self.spent.load(Ordering::Relaxed) >= BUDGET_DATAGRAMS
+    pub(crate) fn is_spent(&self, datagrams: usize) -> bool {
+        self.spent.load(Ordering::Relaxed) >= datagrams
     }
 }
 
@@ -158,6 +157,7 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::{BUDGET_BATCHED, BUDGET_DATAGRAMS};
 
     const A: Guest = Guest(u64::MAX - 1);
     const B: Guest = Guest(u64::MAX);
@@ -284,14 +284,16 @@ mod tests {
     }
 
     #[test]
-    fn a_budget_is_thirty_two_datagrams() {
-        let budget = Budget::default();
-        budget.spend(31);
-        assert!(!budget.is_spent());
-        budget.spend(1);
-        assert!(budget.is_spent());
-        budget.renew();
-        assert!(!budget.is_spent());
+    fn a_budget_is_sixty_four_datagrams_or_thirty_two_in_batches() {
+        for (max, datagrams) in [(BUDGET_DATAGRAMS, 64), (BUDGET_BATCHED, 32)] {
+            let budget = Budget::default();
+            budget.spend(datagrams - 1);
+            assert!(!budget.is_spent(max));
+            budget.spend(1);
+            assert!(budget.is_spent(max));
+            budget.renew();
+            assert!(!budget.is_spent(max));
+        }
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub(crate) struct Driver {
     /// The eventfd that completions signal while no thread is inside.
     pub(super) eventfd: EventFd,
     pub(super) defaults: Defaults,
+    pub(super) has_names: bool,
     pub(super) queue_limits: QueueLimits,
     pub(super) core: Lock<Core>,
 }
@@ -133,7 +134,7 @@ impl Driver {
         queue_limits: QueueLimits,
         recycle: Recycle,
     ) -> Result<Arc<Self>, SetupError> {
-        let setup::Built { process, ring, quota, defaults, eventfd } =
+        let setup::Built { process, ring, quota, defaults, eventfd, has_names } =
             setup::build(sockets, recycle)?;
         Ok(Arc::new_cyclic(|driver: &Weak<Self>| Self {
             process,
@@ -142,6 +143,7 @@ impl Driver {
             quota,
             eventfd,
             defaults,
+            has_names,
             queue_limits,
             core: Lock::new(Core {
                 ring,

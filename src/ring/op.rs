@@ -23,9 +23,9 @@ use super::queues::{OpKey, SlotIndex};
 use super::receive_queue::ReceiveQueue;
 use super::recycle::taint::{Reason, Taint};
 use super::send::{SegmentLimit, SendOp};
-use crate::datagram::{Family, Outgoing, RawAddr};
+use crate::datagram::{Family, Outgoing, RawAddr, decode_addr};
 use crate::error::Errno;
-use crate::limits::CACHED_BYTES_MAX;
+use crate::limits::{CACHED_BYTES_MAX, NAME_BYTES};
 use crate::stats::Stats;
 
 /// Every io_uring operation used here, with the kernel that brought it.
@@ -56,6 +56,8 @@ pub(crate) enum Op {
     Receive(Arc<ReceiveQueue>),
     /// `FIXED_FD_INSTALL`: makes a file descriptor of the direct one.
     Install,
+    /// Asks for an address of the socket (from Linux 6.19 on).
+    QueryName(Box<SocketName>),
     /// Counts what the kernel has dropped because the socket's receive buffer was full.
     CountDrops(Box<SocketMemory>),
     /// CONNECT with `AF_UNSPEC`, which dissolves the association and gives up a port that bind(2)
@@ -107,6 +109,7 @@ pub(crate) enum Output {
     Unsent(Box<Outgoing>),
     /// The caller closes it by dropping it.
     Descriptor(OwnedFd),
+    Address(SocketAddr),
 }
 
 /// What a send has come to, of whose datagrams the kernel took at least one.
@@ -170,6 +173,7 @@ impl Op {
             | Self::SetOption(_)
             | Self::Receive(_)
             | Self::Install
+            | Self::QueryName(_)
             | Self::CountDrops(_)
             | Self::Close => 1,
         }
@@ -190,6 +194,7 @@ impl Op {
             Self::AwaitWritable
             | Self::Receive(_)
             | Self::Install
+            | Self::QueryName(_)
             | Self::CountDrops(_)
             | Self::Unbind(_)
             | Self::Drain(_)
@@ -223,6 +228,7 @@ impl Op {
                 entries.push(opcode::RecvMsgMulti::new(fd, receive_header, BUFFER_GROUP).build());
             }
             Self::Install => entries.push(opcode::FixedFdInstall::new(fd, 0).build()),
+            Self::QueryName(name) => entries.push(name.entry(fd)),
             Self::CountDrops(memory) => entries.push(memory.entry(fd)),
             Self::Unbind(memory) => {
                 entries.push(opcode::Connect::new(fd, UNSPEC.as_ptr(), UNSPEC.len()).build());
@@ -290,6 +296,9 @@ impl Op {
             Self::Install if error.is_none() => {
                 return Completed::Ended(Ok(Output::Descriptor(descriptor(outcome.value))));
             }
+            Self::QueryName(name) if error.is_none() => {
+                return Completed::Ended(name.addr().map(Output::Address).ok_or(Errno(libc::EINVAL)));
+            }
             Self::CountDrops(memory) if error.is_none() => {
                 record.stats.dropped_by_kernel += u64::from(memory.drops());
             }
@@ -312,6 +321,7 @@ impl Op {
             | Self::SetOption(_)
             | Self::Receive(_)
             | Self::Install
+            | Self::QueryName(_)
             | Self::CountDrops(_)
             | Self::Close => {}
         }
@@ -461,11 +471,6 @@ pub(crate) struct SocketMemory(Cell<[u32; 9]>);
 /// `SO_MEMINFO`, which libc does not have (asm-generic/socket.h).
 const SO_MEMINFO: libc::c_int = 55;
 
-/// `SOCKET_URING_OP_GETSOCKOPT`.
-const GETSOCKOPT: u32 = 2;
-
-/// Where an entry names its command, in words.
-const CMD_OP: usize = 2;
 
 impl SocketMemory {
     /// Until the kernel has written it: the worst.
@@ -491,8 +496,6 @@ impl SocketMemory {
         sending == 0
     }
 
-    /// GETSOCKOPT is SETSOCKOPT with another command, which io-uring has no builder for.
-    #[expect(unsafe_code, reason = "an entry as the words it consists of")]
     fn entry(&self, fd: Fixed) -> Entry {
         let set = opcode::SetSockOpt::new(
             fd,
@@ -501,11 +504,62 @@ impl SocketMemory {
             self.0.as_ptr().cast_const().cast(),
             u32::try_from(size_of_val(&self.0)).expect("36"),
         );
+        Command::GetSockOpt.entry(set)
+    }
+}
+
+/// What `SOCKET_URING_OP_GETSOCKNAME` answers: an address that the kernel writes, and its length.
+pub(crate) struct SocketName {
+    is_peers: bool,
+    addr: Cell<[u8; NAME_BYTES]>,
+    len: Cell<libc::c_int>,
+}
+
+impl SocketName {
+    /// To ask for the socket's own address, as getsockname(2) does, or for its peer's, as getpeername(2).
+    pub(crate) fn new(is_peers: bool) -> Self {
+        let len = libc::c_int::try_from(NAME_BYTES).expect("28");
+        Self { is_peers, addr: Cell::new([0; NAME_BYTES]), len: Cell::new(len) }
+    }
+
+    pub(super) fn addr(&self) -> Option<SocketAddr> {
+        let len = usize::try_from(self.len.get()).ok()?;
+        decode_addr(self.addr.get().get(..len)?)
+    }
+
+    /// The address's pointer takes the place of level and name, the length's that of the value.
+    fn entry(&self, fd: Fixed) -> Entry {
+        let [a, b, c, d, e, f, g, h] = self.addr.as_ptr().expose_provenance().to_ne_bytes();
+        let set = opcode::SetSockOpt::new(
+            fd,
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            self.len.as_ptr().cast_const().cast(),
+            u32::from(self.is_peers),
+        );
+        Command::GetSockName.entry(set)
+    }
+}
+
+/// Commands of a socket beside SETSOCKOPT (`linux/io_uring.h`), which io-uring has no builders for.
+#[derive(Clone, Copy)]
+enum Command {
+    GetSockOpt = 2,
+    GetSockName = 5,
+}
+
+impl Command {
+    /// Where an entry names its command, in words.
+    const AT: usize = 2;
+
+    /// SETSOCKOPT with another command.
+    #[expect(unsafe_code, reason = "an entry as the words it consists of")]
+    fn entry(self, set: opcode::SetSockOpt) -> Entry {
         // SAFETY: an entry is 64 bytes of plain integers (`struct io_uring_sqe`), and so are 16
         // words. (`what_the_kernel_drops_is_counted_when_the_socket_closes` reads what this asks
         // for.)
         let mut words: [u32; 16] = unsafe { std::mem::transmute(set.build()) };
-        words[CMD_OP] = GETSOCKOPT;
+        words[Self::AT] = self as u32;
         // SAFETY: as above, the other way round.
         unsafe { std::mem::transmute(words) }
     }

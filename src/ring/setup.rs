@@ -12,7 +12,7 @@ use super::buffers::BufferRing;
 use super::eventfd::EventFd;
 use super::kernel_defaults::Defaults;
 use super::membarrier;
-use super::op::{BindOp, OPERATIONS, Op, SocketOption};
+use super::op::{BindOp, OPERATIONS, Op, SocketName, SocketOption};
 use super::process::Process;
 use super::queues::{Queues, SlotIndex};
 use super::quota::Quota;
@@ -34,6 +34,8 @@ pub(crate) struct Built {
     pub(crate) defaults: Defaults,
     /// The kernel signals it for completions.
     pub(crate) eventfd: EventFd,
+    /// Sockets can be asked for their addresses on the ring.
+    pub(crate) has_names: bool,
 }
 
 /// Builds a ring with a table of `sockets` slots and some for cached sockets, or says which
@@ -59,6 +61,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     let buffers = BufferRing::register(&io).map_err(step("registering the buffer ring"))?;
     let mut queues = Queues::new(io);
     check_socket_operations(&mut queues)?;
+    let has_names = answers_names(&mut queues)?;
     let eventfd = EventFd::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
     queues
         .submitter()
@@ -73,7 +76,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
         .map_err(|errno| SetupError::Io { step: "duplicating the eventfd", errno })?;
     let recycler = Recycler::new(recycle, support, rcu);
     let ring = Ring::new(process, queues, buffers, Arc::clone(&quota), recycler);
-    Ok(Built { process, ring, quota, defaults, eventfd })
+    Ok(Built { process, ring, quota, defaults, eventfd, has_names })
 }
 
 /// `io_uring_setup`, with the flags a ring entered from any thread can have: not SINGLE_ISSUER and
@@ -178,14 +181,12 @@ fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {
 /// The probe lists opcodes only; whether URING_CMD knows SETSOCKOPT, and BIND and SOCKET know direct
 /// descriptors, shows in use: a socket is made in slot 0, configured and closed again.
 fn check_socket_operations(queues: &mut Queues) -> Result<(), SetupError> {
-    let slot = SlotIndex(0);
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let receive_buffer =
         SocketOption { level: libc::SOL_SOCKET, name: libc::SO_RCVBUF, value: 4096 };
     let steps = [
         (
             "IORING_OP_SOCKET and IORING_OP_BIND with a fixed-file slot",
-            Op::Bind(Box::new(BindOp::new(Family::V4, Vec::new(), loopback))),
+            trial_bind(),
         ),
         (
             "IORING_OP_URING_CMD with SOCKET_URING_OP_SETSOCKOPT",
@@ -194,9 +195,7 @@ fn check_socket_operations(queues: &mut Queues) -> Result<(), SetupError> {
         ("IORING_OP_CLOSE of a fixed-file slot", Op::Close),
     ];
     for (operation, op) in steps {
-        let mut entries = Vec::new();
-        op.write(slot, 0, std::ptr::null(), &mut entries);
-        match queues.run_alone(&entries).map_err(step("a trial operation"))? {
+        match try_alone(queues, &op)? {
             0 => {}
             // BIND is there, and no port is free just now.
             result if result == -libc::EADDRINUSE => {}
@@ -212,6 +211,27 @@ fn check_socket_operations(queues: &mut Queues) -> Result<(), SetupError> {
         }
     }
     Ok(())
+}
+
+/// Whether a socket answers on the ring what its addresses are: from Linux 6.19 on.
+fn answers_names(queues: &mut Queues) -> Result<bool, SetupError> {
+    let query = Op::QueryName(Box::new(SocketName::new(false)));
+    let _may_fail = try_alone(queues, &trial_bind())?;
+    let result = try_alone(queues, &query)?;
+    try_alone(queues, &Op::Close)?;
+    Ok(result == 0 && matches!(query, Op::QueryName(name) if name.addr().is_some()))
+}
+
+fn trial_bind() -> Op {
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    Op::Bind(Box::new(BindOp::new(Family::V4, Vec::new(), loopback)))
+}
+
+/// Runs an operation on slot 0; the result of its first completion.
+fn try_alone(queues: &mut Queues, op: &Op) -> Result<i32, SetupError> {
+    let mut entries = Vec::new();
+    op.write(SlotIndex(0), 0, std::ptr::null(), &mut entries);
+    queues.run_alone(&entries).map_err(step("a trial operation"))
 }
 
 #[expect(unsafe_code, reason = "getrlimit(2)")]

@@ -33,9 +33,9 @@ impl GuestCtx {
 }
 
 impl GuestCtx {
-    /// Suspends a guest that has spent its budget, so that the other tasks of its thread run.
-    pub(crate) async fn yield_if_spent(&self) {
-        if self.budget.is_spent() {
+    /// Suspends a guest that has spent a budget of so many datagrams, so that the other tasks of its thread run.
+    pub(crate) async fn yield_if_spent(&self, datagrams: usize) {
+        if self.budget.is_spent(datagrams) {
             first_poll::over().await;
             // tokio polls its I/O driver before a task that has yielded by this, so tasks that a
             // packet has made ready run first, too.

@@ -13,7 +13,9 @@ use tokio::task::coop::consume_budget;
 
 use crate::driver::first_poll;
 use crate::error::{ErrorCode, RingGone};
-use crate::limits::{BATCH_DATAGRAMS_MAX, RECEIVE_BYTES_MAX};
+use crate::limits::{
+    BATCH_DATAGRAMS_MAX, BUDGET_BATCHED, BUDGET_DATAGRAMS, RECEIVE_BYTES_MAX,
+};
 use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, Taken};
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::SocketAddrUse;
@@ -86,7 +88,7 @@ impl UdpSocket {
         let most = QueueLimits { datagrams: max, bytes: RECEIVE_BYTES_MAX };
         let mut has_reaped = false;
         loop {
-            self.ctx.yield_if_spent().await;
+            self.ctx.yield_if_spent(BUDGET_BATCHED).await;
             let first = receiver.take_admitted();
             let mut is_admitted = first.is_some();
             let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
@@ -133,7 +135,7 @@ impl UdpSocket {
         }
         let receiver = self.receiver().await?;
         let _line = receiver.line.lock().await;
-        self.ctx.yield_if_spent().await;
+        self.ctx.yield_if_spent(BUDGET_DATAGRAMS).await;
         let arrival = self.next_arrival(receiver).await;
         self.ctx.budget.spend(1);
         Ok(arrival?)
@@ -156,7 +158,7 @@ impl UdpSocket {
         loop {
             match poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
                 Next::Arrival(arrival) => return arrival,
-                Next::BudgetIsSpent => self.ctx.yield_if_spent().await,
+                Next::BudgetIsSpent => self.ctx.yield_if_spent(BUDGET_DATAGRAMS).await,
                 Next::UnknownPeer(remote) => {
                     Box::pin(self.query_peer(remote)).await?;
                 }
@@ -220,7 +222,7 @@ impl UdpSocket {
                 break Poll::Ready(Next::Arrival(Ok(datagram)));
             }
             self.ctx.budget.spend(1);
-            if self.ctx.budget.is_spent() {
+            if self.ctx.budget.is_spent(BUDGET_DATAGRAMS) {
                 break Poll::Ready(Next::BudgetIsSpent);
             }
         };

@@ -219,8 +219,8 @@ fn datagrams_are_received_in_the_order_they_were_sent() {
                 assert_eq!(rig.received(call).await.unwrap().0, [n]);
             }
         }
-        // Now and then the task yields.
-        assert!(!rig.is_uring() || at_once >= 280, "{at_once} of 300 at once");
+        // Once in 64 the task yields.
+        assert!(!rig.is_uring() || at_once >= 295, "{at_once} of 300 at once");
     });
 }
 
