@@ -13,7 +13,7 @@ use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::error::Errno;
 use crate::ring::op::{BindOp, Op, Output, SocketOption};
 use crate::ring::queues::{Enter, OpKey, SlotIndex};
-use crate::ring::quota::Quota;
+use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::{QueueLimits, ReceiveQueue};
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::send::SendOp;
@@ -164,7 +164,7 @@ impl Bare {
     #[must_use]
     pub fn receive(&mut self, Socket(slot): Socket) -> Incoming {
         let unlimited = QueueLimits { datagrams: usize::MAX, bytes: usize::MAX };
-        let queue = Arc::new(ReceiveQueue::new(unlimited));
+        let queue = Arc::new(ReceiveQueue::new(unlimited, ByteQuota::new(usize::MAX)));
         self.ring.arm(slot, &queue);
         Incoming(queue)
     }

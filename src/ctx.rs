@@ -8,7 +8,7 @@ use wasmtime::component::{HasData, ResourceTable};
 
 use crate::datagram::Family;
 use crate::error::ErrorCode;
-use crate::limits::GUEST_SOCKETS_DEFAULT;
+use crate::limits::{GUEST_QUEUE_BYTES_DEFAULT, GUEST_SOCKETS_DEFAULT};
 use crate::socket::UdpSocket;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{Policy, SocketAddrUse};
@@ -51,6 +51,7 @@ impl UdpCtx {
             uring: uring.clone(),
             policy: Policy::default(),
             sockets_max: GUEST_SOCKETS_DEFAULT,
+            queue_bytes_max: GUEST_QUEUE_BYTES_DEFAULT,
         }
     }
 
@@ -66,6 +67,7 @@ pub struct UdpCtxBuilder {
     uring: Uring,
     policy: Policy,
     sockets_max: u32,
+    queue_bytes_max: usize,
 }
 
 impl UdpCtxBuilder {
@@ -97,6 +99,21 @@ impl UdpCtxBuilder {
         self
     }
 
+    /// Bytes of received datagrams that may wait for the guest, in the queues of all its sockets together;
+    /// any number, by default [`GUEST_QUEUE_BYTES_DEFAULT`]. A datagram counts its payload and
+    /// [`QUEUED_DATAGRAM_BYTES`](crate::limits::QUEUED_DATAGRAM_BYTES).
+    ///
+    /// From half of it on the sockets that get something are paused, so that the kernel's buffers
+    /// (`SO_RCVBUF`) take over; beyond it what comes is dropped and counted
+    /// ([`Stats::dropped_by_queue`](crate::Stats)), but for one message (up to 64 datagrams and 65,507
+    /// bytes) of each socket. So that is what a guest can have a host hold: so many bytes, and one message
+    /// for each socket it may have. One socket's own bound is
+    /// [`UringBuilder::queue_bytes`](crate::UringBuilder::queue_bytes).
+    pub fn queue_bytes_max(mut self, queue_bytes_max: usize) -> Self {
+        self.queue_bytes_max = queue_bytes_max;
+        self
+    }
+
     /// The finished configuration.
     #[must_use]
     pub fn build(self) -> UdpCtx {
@@ -104,6 +121,7 @@ impl UdpCtxBuilder {
             Arc::clone(self.uring.driver()),
             self.policy,
             self.sockets_max,
+            self.queue_bytes_max,
         )))
     }
 }

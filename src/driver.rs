@@ -46,7 +46,7 @@ use crate::ring::membarrier::kick;
 use crate::ring::op::{BindOp, Op};
 use crate::ring::port_order::CloseId;
 use crate::ring::queues::SlotIndex;
-use crate::ring::quota::Quota;
+use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::ReceiveQueue;
 use crate::stats::Stats;
 
@@ -135,8 +135,9 @@ impl Driver {
         &self,
         guest: Guest,
         slot: SlotIndex,
+        quota: &Arc<ByteQuota>,
     ) -> Result<(Arc<ReceiveQueue>, Flush), RingGone> {
-        let queue = Arc::new(ReceiveQueue::new(self.queue_limits));
+        let queue = Arc::new(ReceiveQueue::new(self.queue_limits, Arc::clone(quota)));
         let mut core = self.lock_open()?;
         core.ring.arm(slot, &queue);
         core.batching.queue(guest);

@@ -81,6 +81,17 @@ pub const QUEUE_DATAGRAMS_DEFAULT: usize = 64;
 /// Bytes queued for one socket before its receive is paused.
 pub const QUEUE_BYTES_DEFAULT: usize = 256 * 1024;
 
+/// Bytes beyond those that a queue still takes, while the end of its receive is on its way.
+pub const QUEUE_SLACK_BYTES: usize = 256 * 1024;
+
+/// Bytes queued for all sockets of a guest together, unless its
+/// [`UdpCtxBuilder`](crate::UdpCtxBuilder) says otherwise.
+pub const GUEST_QUEUE_BYTES_DEFAULT: usize = 16 << 20;
+
+/// What a queued datagram counts beside its payload: its place in the queue, whose memory grows by
+/// doubling, and what the allocator needs.
+pub const QUEUED_DATAGRAM_BYTES: usize = 128;
+
 /// Shortest interval at which a ring looks for cached sockets that no bind has needed.
 pub(crate) const IDLE_MIN: Duration = Duration::from_millis(1);
 

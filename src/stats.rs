@@ -57,6 +57,10 @@ pub struct Stats {
     /// receive in bursts: what a socket lost that no guest received from is not in here, unless
     /// it was recycled and a later owner's drops were counted.
     pub dropped_by_kernel: u64,
+    /// Datagrams dropped because the socket's queue was full, or those of all the guest's sockets together
+    /// ([`UdpCtxBuilder::queue_bytes_max`](crate::UdpCtxBuilder::queue_bytes_max)), before the kernel
+    /// had ended the receive.
+    pub dropped_by_queue: u64,
     /// Messages that could not be read: cut, or without an IP sender.
     pub dropped_malformed: u64,
 }
@@ -87,6 +91,7 @@ impl std::ops::AddAssign for Stats {
             dropped_not_from_peer,
             dropped_at_close,
             dropped_by_kernel,
+            dropped_by_queue,
             dropped_malformed,
         } = other;
         self.enters += enters;
@@ -111,6 +116,7 @@ impl std::ops::AddAssign for Stats {
         self.dropped_not_from_peer += dropped_not_from_peer;
         self.dropped_at_close += dropped_at_close;
         self.dropped_by_kernel += dropped_by_kernel;
+        self.dropped_by_queue += dropped_by_queue;
         self.dropped_malformed += dropped_malformed;
     }
 }

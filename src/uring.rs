@@ -103,16 +103,21 @@ impl UringBuilder {
     /// own buffer (`SO_RCVBUF`) takes over: 1 to `usize::MAX` (0 counts as 1), by default
     /// [`QUEUE_DATAGRAMS_DEFAULT`].
     ///
-    /// What the kernel delivers before it ends the receive of a full queue is still queued: at most
-    /// what the ring's 128 buffers hold, each a message of up to 64 datagrams and 65,507 bytes.
+    /// What the kernel delivers before it ends the receive of a full queue is still queued, up to
+    /// [`QUEUE_SLACK_BYTES`](crate::limits::QUEUE_SLACK_BYTES) beyond
+    /// [`queue_bytes`](Self::queue_bytes) and one message (up to 64 datagrams and 65,507 bytes). The rest
+    /// is dropped, and counted by [`Stats::dropped_by_queue`].
     pub fn queue_datagrams(mut self, datagrams: usize) -> Self {
         self.queue.datagrams = datagrams.max(1);
         self
     }
 
-    /// Payload bytes that may wait in one socket's queue before its receive is paused, as with
+    /// Bytes that may wait in one socket's queue before its receive is paused, as with
     /// [`queue_datagrams`](Self::queue_datagrams): 1 to `usize::MAX` (0 counts as 1), by default
-    /// [`QUEUE_BYTES_DEFAULT`]. Whichever limit is reached first pauses it.
+    /// [`QUEUE_BYTES_DEFAULT`]. A datagram counts its payload and
+    /// [`QUEUED_DATAGRAM_BYTES`](crate::limits::QUEUED_DATAGRAM_BYTES). Whichever limit is reached first
+    /// pauses it; those of a guest's sockets together are bounded too
+    /// ([`UdpCtxBuilder::queue_bytes_max`](crate::UdpCtxBuilder::queue_bytes_max)).
     pub fn queue_bytes(mut self, bytes: usize) -> Self {
         self.queue.bytes = bytes.max(1);
         self

@@ -228,6 +228,7 @@ fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
                 "not_from_peer": stats.dropped_not_from_peer,
                 "at_close": stats.dropped_at_close,
                 "kernel": stats.dropped_by_kernel,
+                "queue": stats.dropped_by_queue,
                 "malformed": stats.dropped_malformed,
             },
         }),

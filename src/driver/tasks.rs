@@ -61,12 +61,16 @@ impl Driver {
         if core.entering {
             return;
         }
+        let pauses = core.ring.stats.pauses;
         core.ring.reap();
         core.wake_completed();
         if core.ring.has_task_work() {
             // Completions wait for a thread to enter, perhaps this one: a guest that polls again
             // and again makes no other system call.
             drop(self.combine_with(core, true));
+        } else if core.ring.stats.pauses > pauses {
+            // Until the cancel is in the kernel, that goes on filling the buffers given back just now.
+            drop(self.combine(core));
         } else if core.has_queued() {
             self.leave_to_flusher(core);
         }

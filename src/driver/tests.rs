@@ -16,6 +16,7 @@ use super::in_flight::InFlight;
 use crate::datagram::Family;
 use crate::ring::op::{BindOp, Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
+use crate::ring::quota::ByteQuota;
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
 
@@ -117,7 +118,7 @@ impl Panics {
 fn left_waiting(driver: &Arc<Driver>, waker: &Waker) -> (SlotIndex, Flush) {
     let guest = Guest::new();
     let slot = socket(driver, guest);
-    let (_queue, mut flush) = driver.arm(guest, slot).unwrap();
+    let (_queue, mut flush) = driver.arm(guest, slot, &ByteQuota::new(usize::MAX)).unwrap();
     driver.lock().unwrap().entering = true;
     assert!(flush.poll(driver, &mut Context::from_waker(waker)).is_pending());
     driver.lock().unwrap().entering = false;

@@ -1,7 +1,8 @@
-//! A number of sockets that may exist at once: a ring's table has one, and so has every guest.
+//! What may exist at once: a number of sockets, of which a ring's table has one and every guest; and the
+//! bytes of received datagrams that wait for a guest.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Refuses at once when it is used up, and never waits.
 ///
@@ -62,6 +63,38 @@ impl Quota {
 
     pub(crate) fn capacity(&self) -> u64 {
         self.capacity
+    }
+}
+
+/// Bytes that wait for a guest, in the queues of all its sockets.
+#[derive(Debug)]
+pub(crate) struct ByteQuota {
+    pub(super) used: AtomicUsize,
+    max: usize,
+}
+
+impl ByteQuota {
+    pub(crate) fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self { used: AtomicUsize::new(0), max })
+    }
+
+    /// Takes bytes, be they there or not: the caller has asked before.
+    pub(crate) fn take(&self, bytes: usize) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn put_back(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// From here on no more should come.
+    pub(crate) fn is_half_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.max.div_ceil(2)
+    }
+
+    /// From here on no more is taken.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.used.load(Ordering::Relaxed) >= self.max
     }
 }
 

@@ -76,12 +76,17 @@ impl Receives {
         let delivered = if let Some(received) = received {
             let payloads = received.payloads();
             let count = payloads.len() as u64;
-            stats.datagrams_received += count;
-            stats.datagrams_split += if count > 1 { count } else { 0 };
-            stats.bytes_received += received.bytes() as u64;
             let from = received.from;
             let datagrams = payloads.map(|payload| Datagram { payload: payload.to_vec(), from });
-            Delivered::Message(queue.push(datagrams))
+            let pushed = queue.push(datagrams);
+            if pushed.is_dropped {
+                stats.dropped_by_queue += count;
+            } else {
+                stats.datagrams_received += count;
+                stats.datagrams_split += if count > 1 { count } else { 0 };
+                stats.bytes_received += received.bytes() as u64;
+            }
+            Delivered::Message(pushed)
         } else {
             stats.dropped_malformed += u64::from(result >= 0);
             Delivered::Nothing

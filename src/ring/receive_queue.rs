@@ -10,16 +10,25 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
+use super::quota::ByteQuota;
 use crate::error::Errno;
+use crate::limits::{QUEUE_SLACK_BYTES, QUEUED_DATAGRAM_BYTES};
 
 /// A datagram as the guest gets it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Datagram {
     pub(crate) payload: Vec<u8>,
     pub(crate) from: SocketAddr,
+}
+
+impl Datagram {
+    /// The memory that it is counted as.
+    fn bytes(&self) -> usize {
+        self.payload.len() + QUEUED_DATAGRAM_BYTES
+    }
 }
 
 /// What a guest can take: a datagram, or the socket's pending error.
@@ -29,6 +38,8 @@ pub(crate) type Arrival = Result<Datagram, Errno>;
 pub(crate) struct Pushed {
     /// Datagrams in the queue now.
     pub(crate) queued: usize,
+    /// The queue had no room for it, so it was dropped.
+    pub(crate) is_dropped: bool,
     /// This delivery has filled the queue: its receive is to be cancelled.
     pub(crate) pauses: bool,
     /// The task that waits for an arrival.
@@ -47,20 +58,21 @@ pub(crate) struct Taken<T> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QueueLimits {
     pub(crate) datagrams: usize,
-    /// Of payload.
     pub(crate) bytes: usize,
 }
 
 #[derive(Debug)]
 pub(crate) struct ReceiveQueue {
     limits: QueueLimits,
+    /// Of all queues of its guest.
+    quota: Arc<ByteQuota>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     datagrams: VecDeque<Datagram>,
-    /// Of payload.
+    /// What they are counted as.
     bytes: usize,
     error: Option<Errno>,
     /// The one pause state: set when a delivery fills the queue, cleared when the guest has taken
@@ -70,31 +82,38 @@ struct State {
 }
 
 impl ReceiveQueue {
-    pub(crate) fn new(limits: QueueLimits) -> Self {
-        Self { limits, state: Mutex::default() }
+    pub(crate) fn new(limits: QueueLimits, quota: Arc<ByteQuota>) -> Self {
+        Self { limits, quota, state: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues the datagrams of a message. A full queue still takes them, so that nothing is lost
-    /// that the kernel has delivered: the excess came before the cancel of the receive, which the
-    /// ring queues at once.
+    /// Queues the datagrams of a message. A full queue has some slack, for what the kernel delivers
+    /// before the cancel of the receive takes effect; beyond that the message is dropped. An empty
+    /// queue takes one in any case: what waits in others must not keep a guest from hearing of it.
     pub(crate) fn push(&self, datagrams: impl Iterator<Item = Datagram>) -> Pushed {
         let mut state = self.lock();
-        for datagram in datagrams {
-            state.bytes += datagram.payload.len();
-            state.datagrams.push_back(datagram);
+        let is_dropped = !state.datagrams.is_empty()
+            && (state.bytes >= self.limits.bytes.saturating_add(QUEUE_SLACK_BYTES)
+                || self.quota.is_used_up());
+        if !is_dropped {
+            let before = state.bytes;
+            for datagram in datagrams {
+                state.bytes += datagram.bytes();
+                state.datagrams.push_back(datagram);
+            }
+            self.quota.take(state.bytes - before);
         }
-        state.pushed(self.limits)
+        self.pushed(&mut state, is_dropped)
     }
 
     /// The socket has an error, instead of the one that was pending.
     pub(crate) fn push_error(&self, errno: Errno) -> Pushed {
         let mut state = self.lock();
         state.error = Some(errno);
-        state.pushed(self.limits)
+        self.pushed(&mut state, false)
     }
 
     /// Takes the pending error, for a call that sends.
@@ -111,7 +130,8 @@ impl ReceiveQueue {
     pub(crate) fn put_back(&self, datagrams: Vec<Datagram>) {
         let mut state = self.lock();
         for datagram in datagrams.into_iter().rev() {
-            state.bytes += datagram.payload.len();
+            state.bytes += datagram.bytes();
+            self.quota.take(datagram.bytes());
             state.datagrams.push_front(datagram);
         }
     }
@@ -126,8 +146,10 @@ impl ReceiveQueue {
         if let Some(errno) = state.error.take() {
             return Taken { arrivals: Some(Err(errno)), resumes: false };
         }
-        let arrivals = state.pop().map(Ok);
-        Taken { arrivals, resumes: state.resume_if_drained(self.limits) }
+        let arrivals = state.pop();
+        self.quota.put_back(arrivals.as_ref().map_or(0, Datagram::bytes));
+        let resumes = self.resume_if_drained(&mut state);
+        Taken { arrivals: arrivals.map(Ok), resumes }
     }
 
     /// Takes datagrams from the front, behind one that was taken before: at most so many in all,
@@ -149,12 +171,15 @@ impl ReceiveQueue {
         let capacity = (state.datagrams.len() + first.iter().len()).min(most.datagrams);
         let mut datagrams = Vec::with_capacity(capacity);
         datagrams.extend(first);
+        let before = state.bytes;
         while datagrams.len() < most.datagrams && bytes < most.bytes {
             let Some(datagram) = state.pop() else { break };
             bytes += weight(&datagram);
             datagrams.push(datagram);
         }
-        Ok(Taken { arrivals: datagrams, resumes: state.resume_if_drained(self.limits) })
+        self.quota.put_back(before - state.bytes);
+        let resumes = self.resume_if_drained(&mut state);
+        Ok(Taken { arrivals: datagrams, resumes })
     }
 
     /// Registers the task that the next arrival is to wake. The caller drops the waker that was
@@ -174,7 +199,32 @@ impl ReceiveQueue {
         let closed = State { is_paused: true, ..State::default() };
         // Dropped, with its waker, outside of the lock.
         let state = std::mem::replace(&mut *self.lock(), closed);
+        self.quota.put_back(state.bytes);
         state.datagrams.len() as u64
+    }
+
+    fn pushed(&self, state: &mut State, is_dropped: bool) -> Pushed {
+        let pauses = !state.is_paused && self.is_full(state);
+        state.is_paused |= pauses;
+        Pushed { queued: state.datagrams.len(), is_dropped, pauses, waker: state.waker.take() }
+    }
+
+    /// Whether no more should come.
+    fn is_full(&self, state: &State) -> bool {
+        state.is_full(self.limits) || self.quota.is_half_used()
+    }
+
+    /// Ends a pause once the guest has left less than half, and its other sockets no more than that
+    /// either. An empty queue waits for no other.
+    fn resume_if_drained(&self, state: &mut State) -> bool {
+        let half = QueueLimits {
+            datagrams: self.limits.datagrams.div_ceil(2),
+            bytes: self.limits.bytes.div_ceil(2),
+        };
+        let has_room = !state.is_full(half) && !self.quota.is_half_used();
+        let resumes = state.is_paused && (has_room || state.datagrams.is_empty());
+        state.is_paused &= !resumes;
+        resumes
     }
 
     #[cfg(test)]
@@ -185,27 +235,10 @@ impl ReceiveQueue {
 }
 
 impl State {
-    fn pushed(&mut self, limits: QueueLimits) -> Pushed {
-        let pauses = !self.is_paused && self.is_full(limits);
-        self.is_paused |= pauses;
-        Pushed { queued: self.datagrams.len(), pauses, waker: self.waker.take() }
-    }
-
     fn pop(&mut self) -> Option<Datagram> {
         let datagram = self.datagrams.pop_front()?;
-        self.bytes -= datagram.payload.len();
+        self.bytes -= datagram.bytes();
         Some(datagram)
-    }
-
-    /// Ends a pause once the guest has left less than half.
-    fn resume_if_drained(&mut self, limits: QueueLimits) -> bool {
-        let half = QueueLimits {
-            datagrams: limits.datagrams.div_ceil(2),
-            bytes: limits.bytes.div_ceil(2),
-        };
-        let resumes = self.is_paused && !self.is_full(half);
-        self.is_paused &= !resumes;
-        resumes
     }
 
     fn is_full(&self, limits: QueueLimits) -> bool {
@@ -215,6 +248,8 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
 
     fn datagram(port: u16, bytes: usize) -> Datagram {
@@ -222,7 +257,7 @@ mod tests {
     }
 
     fn queue(datagrams: usize, bytes: usize) -> ReceiveQueue {
-        ReceiveQueue::new(QueueLimits { datagrams, bytes })
+        ReceiveQueue::new(QueueLimits { datagrams, bytes }, ByteQuota::new(usize::MAX))
     }
 
     fn push(queue: &ReceiveQueue, datagram: Datagram) -> bool {
@@ -253,13 +288,60 @@ mod tests {
         assert!(!take(&queue, 1).unwrap().resumes, "a pause ends once");
     }
 
+    /// What a datagram counts beside its payload.
+    const PLACE: usize = QUEUED_DATAGRAM_BYTES;
+
     #[test]
     fn bytes_fill_a_queue_too_and_leave_it_with_their_datagram() {
-        let queue = queue(100, 1000);
+        let queue = queue(100, 1000 + PLACE);
         assert!(push(&queue, datagram(1, 1000)));
         let first = queue.take_first();
         assert!(first.arrivals.is_some() && first.resumes);
         assert!(!push(&queue, datagram(1, 999)));
+    }
+
+    /// Kills: a queue whose bound is only asked for.
+    #[test]
+    fn a_full_queue_drops_what_comes_beyond_its_slack_and_one_message() {
+        let quota = ByteQuota::new(usize::MAX);
+        let queue = ReceiveQueue::new(QueueLimits { datagrams: 4, bytes: 1 }, Arc::clone(&quota));
+        // Empty ones count, too.
+        for bytes in [0, 1000] {
+            let each = bytes + PLACE;
+            let bound = 1 + QUEUE_SLACK_BYTES;
+            let taken = (0..).find(|_| queue.push(std::iter::once(datagram(1, bytes))).is_dropped);
+            assert_eq!(taken, Some(bound.div_ceil(each)));
+            assert!(quota.used.load(Ordering::Relaxed) < bound + each);
+            assert_eq!(queue.discard(), bound.div_ceil(each) as u64);
+            assert_eq!(quota.used.load(Ordering::Relaxed), 0);
+        }
+    }
+
+    /// Kills: a guest's many queues, each within its bound; a queue that what waits in others keeps empty.
+    #[test]
+    fn the_queues_of_a_guest_pause_at_half_its_quota_and_drop_beyond_it_all_but_one() {
+        let each = 100 + PLACE;
+        let quota = ByteQuota::new(4 * each);
+        let new = || {
+            let limits = QueueLimits { datagrams: 100, bytes: 1 << 20 };
+            ReceiveQueue::new(limits, Arc::clone(&quota))
+        };
+        let push = |queue: &ReceiveQueue| queue.push(std::iter::once(datagram(1, 100)));
+        let (a, b) = (new(), new());
+        assert!(!push(&a).pauses);
+        assert!(push(&a).pauses, "half is used");
+        assert!(!push(&a).is_dropped && !push(&a).is_dropped);
+        assert!(push(&a).is_dropped, "all is used");
+        let first = push(&b);
+        assert!(!first.is_dropped && first.pauses, "the first of an empty queue");
+        assert!(push(&b).is_dropped);
+
+        assert!(b.take_first().resumes, "an empty queue waits for no other");
+        assert!(!a.take_first().resumes && !a.take_first().resumes, "half is used still");
+        assert!(a.take_first().resumes);
+        a.put_back(vec![datagram(1, 100)]);
+        assert_eq!(take(&a, 9).unwrap().arrivals.len(), 2);
+        assert_eq!(quota.used.load(Ordering::Relaxed), 0);
     }
 
     /// Kills: an error for each question that was refused.

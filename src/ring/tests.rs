@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::buffers::BufferId;
 use super::op::Sent;
+use super::quota::ByteQuota;
 use super::receive_queue::QueueLimits;
 use super::recycle::pool::Recycle;
 use super::send::SendOp;
@@ -57,7 +58,7 @@ impl Rig {
     fn open(&mut self) {
         assert!(self.table.take());
         let slot = self.ring.slots.take_free(Family::V4).unwrap();
-        let queue = Arc::new(ReceiveQueue::new(LIMITS));
+        let queue = Arc::new(ReceiveQueue::new(LIMITS, ByteQuota::new(usize::MAX)));
         self.ring.arm(slot, &queue);
         self.sockets.push(Socket { slot, queue, expected: VecDeque::new() });
     }
@@ -816,7 +817,7 @@ fn a_tainted_socket_is_closed_for_its_reason() {
             "a refusal that was received",
             |rig| {
                 let slot = rig.bound(LOOPBACK);
-                let queue = Arc::new(ReceiveQueue::new(LIMITS));
+                let queue = Arc::new(ReceiveQueue::new(LIMITS, ByteQuota::new(usize::MAX)));
                 rig.ring.arm(slot, &queue);
                 rig.run(slot, connect_op((Ipv4Addr::LOCALHOST, 9).into()));
                 rig.run(slot, a_send());
@@ -877,7 +878,7 @@ fn an_untainted_socket_is_the_next_owners() {
             rig.run(slot, a_send());
         }),
         (LOOPBACK, |rig, slot| {
-            let queue = Arc::new(ReceiveQueue::new(LIMITS));
+            let queue = Arc::new(ReceiveQueue::new(LIMITS, ByteQuota::new(usize::MAX)));
             rig.ring.arm(slot, &queue);
             let peer = UdpSocket::bind(LOOPBACK).unwrap();
             peer.send_to(b"unread", (Ipv4Addr::LOCALHOST, rig.port(slot))).unwrap();

@@ -1,5 +1,5 @@
 //! What all sockets of one guest share: its ring, its name in that ring's batching, its policy, its
-//! quota of sockets and its budget of datagrams.
+//! quotas of sockets and of queued bytes, and its budget of datagrams.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use tokio::task::yield_now;
 
 use crate::driver::batching::Budget;
 use crate::driver::{Driver, Guest, first_poll};
-use crate::ring::quota::Quota;
+use crate::ring::quota::{ByteQuota, Quota};
 use crate::socket::policy::Policy;
 
 /// One guest's share of a ring. The host's `UdpCtx` and each of the guest's sockets hold it.
@@ -17,16 +17,23 @@ pub(crate) struct GuestCtx {
     pub(crate) guest: Guest,
     pub(crate) policy: Policy,
     pub(crate) quota: Arc<Quota>,
+    pub(crate) queued: Arc<ByteQuota>,
     pub(crate) budget: Budget,
 }
 
 impl GuestCtx {
-    pub(crate) fn new(driver: Arc<Driver>, policy: Policy, sockets_max: u32) -> Self {
+    pub(crate) fn new(
+        driver: Arc<Driver>,
+        policy: Policy,
+        sockets_max: u32,
+        queue_bytes_max: usize,
+    ) -> Self {
         Self {
             driver,
             guest: Guest::new(),
             policy,
             quota: Quota::new(sockets_max),
+            queued: ByteQuota::new(queue_bytes_max),
             budget: Budget::default(),
         }
     }

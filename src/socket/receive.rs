@@ -51,13 +51,13 @@ impl UdpSocket {
     /// Arms the receive, unless that was done; afterwards what waited in the kernel is in the queue.
     async fn receiver(&self) -> Result<&Receiver, RingGone> {
         poll_fn(|cx| {
-            let GuestCtx { driver, guest, .. } = &*self.ctx;
+            let GuestCtx { driver, guest, queued, .. } = &*self.ctx;
             // In a fork the lock of an armed receive's queue may be held for ever.
             driver.check()?;
             let receiver: &Receiver = if let Some(armed) = self.receiver.get() {
                 armed
             } else {
-                let (queue, flush) = driver.arm(*guest, self.bound_slot())?;
+                let (queue, flush) = driver.arm(*guest, self.bound_slot(), queued)?;
                 self.lock().arming = Some(Box::new(flush));
                 self.receiver.get_or_init(|| Box::new(Receiver::new(queue)))
             };
