@@ -157,6 +157,7 @@ impl Driver {
     }
 
     /// Whether guests can use the ring.
+    #[inline]
     pub(crate) fn check(&self) -> Result<(), RingGone> {
         if !self.process.is_current() {
             return Err(RingGone::Forked);
@@ -171,6 +172,7 @@ impl Driver {
     }
 
     /// For what queues operations.
+    #[inline]
     pub(super) fn lock_open(&self) -> Result<LockedCore<'_>, RingGone> {
         let core = self.lock().ok_or(RingGone::Forked)?;
         self.check().map(|()| core)

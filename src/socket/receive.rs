@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use tokio::task::coop::consume_budget;
 
 use crate::driver::first_poll;
-use crate::error::{ErrorCode, RingGone};
+use crate::error::{Errno, ErrorCode, RingGone};
 use crate::limits::{
     BATCH_DATAGRAMS_MAX, BUDGET_BATCHED, BUDGET_DATAGRAMS, RECEIVE_BYTES_MAX,
 };
@@ -39,12 +39,21 @@ struct Withheld {
     not_from_peer: u64,
 }
 
+/// What a call that does not wait has found.
+enum Batch {
+    Admitted(Vec<Datagram>),
+    /// Nothing of it is for the guest.
+    Withheld,
+    Empty,
+    UnknownPeer,
+}
+
 /// What a call that waits for an arrival has to do next.
 enum Next {
     Arrival(Arrival),
     BudgetIsSpent,
     /// Whether a datagram is the peer's only the kernel can tell.
-    UnknownPeer(Remote),
+    UnknownPeer,
 }
 
 impl UdpSocket {
@@ -89,38 +98,56 @@ impl UdpSocket {
         let mut has_reaped = false;
         loop {
             self.ctx.yield_if_spent(BUDGET_BATCHED).await;
-            let first = receiver.take_admitted();
-            let mut is_admitted = first.is_some();
-            let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
-            if resumes {
-                self.resume(receiver);
-            }
-            if datagrams.is_empty() {
-                if std::mem::replace(&mut has_reaped, true) {
-                    return Ok(datagrams);
+            // What it takes is not to lie in this future while that waits.
+            let is_peer_known = match self.take_batch(receiver, most)? {
+                Batch::Admitted(datagrams) => return Ok(datagrams),
+                Batch::Withheld => true,
+                Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
+                Batch::Empty => {
+                    self.ctx.driver.reap();
+                    true
                 }
-                self.ctx.driver.reap();
-                continue;
-            }
-            let remote = self.remote();
-            if let Some(remote) = remote
-                && datagrams.iter().any(|datagram| remote.is_unknown_by(datagram.from))
-            {
-                receiver.queue.put_back(datagrams);
+                Batch::UnknownPeer => false,
+            };
+            if !is_peer_known {
                 // Boxed, because few sockets hear from another address than they have asked for.
-                Box::pin(self.query_peer(remote)).await?;
-                continue;
+                Box::pin(self.ask_for_peer()).await?;
             }
-            self.ctx.budget.spend(datagrams.len());
-            let mut withheld = Withheld::default();
-            datagrams.retain(|datagram| {
-                std::mem::take(&mut is_admitted)
-                    || self.admits(datagram.from, remote, &mut withheld)
-            });
-            self.count(&withheld);
-            if !datagrams.is_empty() {
-                return Ok(datagrams);
-            }
+        }
+    }
+
+    /// Takes a batch from the queue, as far as the guest may see it.
+    fn take_batch(&self, receiver: &Receiver, most: QueueLimits) -> Result<Batch, Errno> {
+        let first = receiver.take_admitted();
+        let mut is_admitted = first.is_some();
+        let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
+        if resumes {
+            self.resume(receiver);
+        }
+        if datagrams.is_empty() {
+            return Ok(Batch::Empty);
+        }
+        let remote = self.remote();
+        if let Some(remote) = remote
+            && datagrams.iter().any(|datagram| remote.is_unknown_by(datagram.from))
+        {
+            receiver.queue.put_back(datagrams);
+            return Ok(Batch::UnknownPeer);
+        }
+        self.ctx.budget.spend(datagrams.len());
+        let mut withheld = Withheld::default();
+        datagrams.retain(|datagram| {
+            std::mem::take(&mut is_admitted) || self.admits(datagram.from, remote, &mut withheld)
+        });
+        self.count(&withheld);
+        Ok(if datagrams.is_empty() { Batch::Withheld } else { Batch::Admitted(datagrams) })
+    }
+
+    /// Who the peer is, by the kernel.
+    async fn ask_for_peer(&self) -> Result<(), Errno> {
+        match self.remote() {
+            Some(remote) => self.query_peer(remote).await.map(drop),
+            None => Ok(()),
         }
     }
 
@@ -156,12 +183,16 @@ impl UdpSocket {
     /// so that their senders do not hold up the thread's other tasks.
     async fn next_arrival(&self, receiver: &Receiver) -> Arrival {
         loop {
-            match poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
+            // What it finds is not to lie in this future while that waits.
+            let is_peer_known = match poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
                 Next::Arrival(arrival) => return arrival,
-                Next::BudgetIsSpent => self.ctx.yield_if_spent(BUDGET_DATAGRAMS).await,
-                Next::UnknownPeer(remote) => {
-                    Box::pin(self.query_peer(remote)).await?;
-                }
+                Next::BudgetIsSpent => true,
+                Next::UnknownPeer => false,
+            };
+            if is_peer_known {
+                self.ctx.yield_if_spent(BUDGET_DATAGRAMS).await;
+            } else {
+                Box::pin(self.ask_for_peer()).await?;
             }
         }
     }
@@ -216,7 +247,7 @@ impl UdpSocket {
                 && remote.is_unknown_by(datagram.from)
             {
                 receiver.queue.put_back(vec![datagram]);
-                break Poll::Ready(Next::UnknownPeer(remote));
+                break Poll::Ready(Next::UnknownPeer);
             }
             if self.admits(datagram.from, remote, &mut withheld) {
                 break Poll::Ready(Next::Arrival(Ok(datagram)));
@@ -271,5 +302,23 @@ impl UdpSocket {
 
     fn resume(&self, receiver: &Receiver) {
         self.ctx.driver.resume(self.ctx.guest, self.bound_slot(), &receiver.queue);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datagram::Family;
+    use crate::{UdpCtx, Uring};
+
+    /// Wasmtime moves a call's future twice before it is polled. Up to 128 bytes compilers move in
+    /// registers; beyond that each move is a call of memcpy, of some 50 instructions.
+    #[test]
+    fn futures_of_calls_that_take_what_is_there_are_moved_in_registers() {
+        let uring = Uring::builder().sockets(1).build().unwrap();
+        let ctx = UdpCtx::builder(&uring).allow(|_, _| true).build();
+        let socket = ctx.new_socket(Family::V4).unwrap();
+        assert!(size_of_val(&socket.receive(16)) <= 128);
+        assert!(size_of_val(&socket.receivable()) <= 128);
     }
 }
