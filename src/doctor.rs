@@ -127,6 +127,10 @@ fn operations() -> Vec<Check> {
         }
         Check::bad(name, Verdict::Missing, "unknown", format!("use Linux {since} or newer"))
     }));
+    checks.push(match setup::restrict(&io) {
+        Ok(()) => Check::good("restrictions", "a ring can do nothing but these operations"),
+        Err(error) => missing("restrictions", &error),
+    });
     checks
 }
 
@@ -214,7 +218,14 @@ fn ring() -> Check {
     let sockets = u32::try_from(setup::soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
     let sockets = sockets.min(SOCKETS_DEFAULT);
     match Uring::builder().sockets(sockets).build() {
-        Ok(_) => Check::good(name, format!("built, with {sockets} slots")),
+        Ok(uring) => {
+            let addresses = if uring.driver().has_names() {
+                "sockets are asked for their addresses on it"
+            } else {
+                "sockets are asked for their addresses by a descriptor (before Linux 6.19)"
+            };
+            Check::good(name, format!("built, with {sockets} slots; {addresses}"))
+        }
         Err(error) => missing(name, &error),
     }
 }

@@ -23,6 +23,7 @@ mod flush;
 mod in_flight;
 mod lock;
 mod overdue;
+mod refusals;
 mod runtimes;
 mod send_now;
 mod tasks;
@@ -40,7 +41,7 @@ pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
 pub(crate) use self::send_now::{Given, SendNow};
 use crate::error::RingGone;
-use crate::limits::CLOSE_PATIENCE;
+use crate::limits::{CLOSE_PATIENCE, LINGER};
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
 use crate::ring::op::{BindOp, Op};
@@ -205,7 +206,7 @@ impl Driver {
         let Ok(core) = self.lock_open() else { return };
         let mut core = self.combine_with(core, true);
         core.ring.close_cached();
-        while !core.entering && core.ring.has_cached_work() {
+        while !core.entering && core.ring.has_cached_work() && !core.refusals.go_on() {
             core = self.combine(core);
         }
         if core.entering {
@@ -216,11 +217,16 @@ impl Driver {
 
     // ---- entering ---------------------------------------------------------------------------
 
-    /// Enters with what a dropped guest has left queued: its runtime may be gone, too.
-    pub(crate) fn flush_now(&self) {
-        let Some(core) = self.lock() else { return };
+    /// A guest and all its sockets are dropped. Enters with what they have left queued: the runtime may be
+    /// gone, too. Sends that still wait for send buffer keep a unit of its quota, and have some time left.
+    pub(crate) fn forsake(&self, quota: &Quota) {
+        let Some(mut core) = self.lock() else { return };
         if core.has_queued() {
-            drop(self.combine(core));
+            core = self.combine(core);
+        }
+        if quota.in_use() > 0 {
+            quota.forsake();
+            core.call_after(LINGER);
         }
     }
 }

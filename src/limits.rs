@@ -158,6 +158,19 @@ pub(crate) const BATCH_BYTES_MAX: usize = 16 * 1024;
 /// Rounds that one thread enters the kernel for all guests before the reapers take over.
 pub(crate) const COMBINE_ROUNDS_MAX: u32 = 16;
 
+/// When an enter that the kernel has refused is tried again: twice as late each time, up to
+/// `REFUSAL_PAUSE_MAX`.
+pub(crate) const REFUSAL_PAUSE: Duration = Duration::from_millis(1);
+
+/// Longest time between two tries.
+pub(crate) const REFUSAL_PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// How long the kernel may refuse enters before guests whose operations wait for one are told.
+pub(crate) const REFUSAL_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How long sends go on to wait for send buffer when their guest is gone.
+pub(crate) const LINGER: Duration = Duration::from_secs(1);
+
 /// Rounds without progress that teardown waits for the kernel to give memory back before it
 /// leaks it.
 pub(crate) const TEARDOWN_ROUNDS_MAX: u32 = 64;

@@ -48,7 +48,7 @@ use self::recycle::{Next, Recycler};
 use self::slots::{Receive, Releasing, SlotState, SlotTable};
 use crate::error::Errno;
 use crate::limits::{
-    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, TEARDOWN_ROUNDS_MAX,
+    BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, LINGER, TEARDOWN_ROUNDS_MAX,
 };
 use crate::stats::Stats;
 
@@ -322,7 +322,7 @@ impl Ring {
     fn begin_release(&mut self, slot: SlotIndex) -> Releasing {
         self.cancel_receive(slot);
         let close = self.ports.begin_close(self.slots.port(slot));
-        Releasing { close, is_submitted: false, quota: None }
+        Releasing { close, is_submitted: false, quota: None, is_forsaken: false }
     }
 
     /// The closes on their way.
@@ -348,6 +348,18 @@ impl Ring {
             }
         }
         self.queue_due_binds();
+    }
+
+    /// Cancels the sends that wait for send buffer although their guest has been gone for some time;
+    /// whether others wait, of guests that have not been gone for that long.
+    pub(crate) fn end_forsaken_sends(&mut self) -> bool {
+        let (forsaken, has_others) = self.slots.forsaken(LINGER);
+        if !forsaken.is_empty() {
+            for key in self.ops.sends(&forsaken) {
+                self.cancel_op(key);
+            }
+        }
+        has_others
     }
 
     fn queue_due_binds(&mut self) {
@@ -541,7 +553,7 @@ impl Ring {
         let mut record = Record {
             is_owned: entry.is_owned(),
             is_closing: self.ports.is_closing(),
-            is_ending: self.is_ending,
+            is_ending: self.is_ending || entry.is_forsaken(),
             stats: &mut self.stats,
             taint: &mut entry.taint,
             segment_limit: &mut entry.segment_limit,

@@ -11,6 +11,7 @@ use common::{
     eventually, native, own_ip, payloads, steps_beside, uring, uring_with, yield_to_others,
 };
 use wasi_uring::Uring;
+use wasi_uring::limits::GUEST_QUEUE_BYTES_DEFAULT;
 
 async fn all_free(uring: &Uring) {
     eventually("every slot is free", || uring.stats().sockets_open == 0).await;
@@ -195,6 +196,42 @@ fn a_flood_that_the_policy_refuses_yields_to_others_while_a_guest_waits() {
         assert_eq!(uring.stats().dropped_by_policy, 200);
         assert!(steps + 1 >= 200 / 64, "{steps} steps while 200 datagrams were refused");
         assert_eq!(payloads(&rig.receive_exactly(target.incoming, 1).await), [b"friend"]);
+    });
+}
+
+/// Kills: bounds of each queue by itself, which many sockets multiply; receives that end when the flusher
+/// comes by; a socket that hears nothing because the guest's others are full.
+#[test]
+fn what_a_flooded_guest_has_the_host_hold_is_bounded_whatever_the_number_of_its_sockets() {
+    const SOCKETS: usize = 200;
+    const BYTES: usize = 60_000;
+    block_on(async {
+        let uring = uring();
+        let mut rig = Rig::on_ring(&uring).await;
+        let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let mut endpoints = Vec::new();
+        for _ in 0..SOCKETS {
+            let endpoint = rig.endpoint(LOOPBACK).await;
+            let readable = rig.subscribe_incoming(endpoint.incoming).await;
+            assert!(!rig.is_ready(readable).await);
+            rig.drop_pollable(readable).await;
+            endpoints.push(endpoint);
+        }
+        for n in 0..8 {
+            for endpoint in &endpoints {
+                native.send_to(&vec![n; BYTES], endpoint.local).unwrap();
+            }
+            yield_to_others().await;
+        }
+        let held = usize::try_from(uring.stats().bytes_received).unwrap();
+        assert!(held > SOCKETS * BYTES, "{held} bytes: more than each socket's first");
+        assert!(held <= GUEST_QUEUE_BYTES_DEFAULT + SOCKETS * BYTES, "{held} bytes");
+
+        for endpoint in endpoints {
+            let received = rig.receive_exactly(endpoint.incoming, 1).await;
+            assert_eq!(received[0].data, vec![0; BYTES]);
+            rig.close(endpoint).await;
+        }
     });
 }
 

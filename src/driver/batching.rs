@@ -118,6 +118,11 @@ impl Batching {
 pub(super) struct Rounds(u32);
 
 impl Rounds {
+    /// Whether the round that goes on is the last.
+    pub(super) fn is_last(&self) -> bool {
+        self.0 + 1 >= COMBINE_ROUNDS_MAX
+    }
+
     /// Counts a round; `true` if the reapers are to go on from here.
     pub(super) fn end(&mut self) -> bool {
         self.0 += 1;

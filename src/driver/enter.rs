@@ -4,14 +4,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use super::batching::{Batching, Rounds};
 use super::lock::{AfterUnlock, Lock, Locked};
 use super::overdue::Overdue;
+use super::refusals::Refusals;
 use super::runtimes::Runtimes;
-use crate::error::{RingGone, SetupError};
+use crate::error::{Errno, RingGone, SetupError};
 use crate::limits::SHUTDOWN_PATIENCE;
 use crate::ring::eventfd::EventFd;
 use crate::ring::kernel_defaults::Defaults;
@@ -59,6 +60,7 @@ pub(super) struct Core {
     /// Of guests that wait until what they queued has reached the kernel.
     pub(super) flush_wakers: Vec<Waker>,
     pub(super) overdue: Overdue,
+    pub(super) refusals: Refusals,
 }
 
 /// The driver's lock, held by this thread.
@@ -68,6 +70,11 @@ impl Core {
     /// Whether entries are queued that the kernel has not taken.
     pub(super) fn has_queued(&self) -> bool {
         self.ring.queued() > self.ring.submitted()
+    }
+
+    /// Why the kernel has not taken the first so many entries, if it has not for too long.
+    pub(super) fn refusal_of(&self, queued: u64) -> Option<Errno> {
+        self.refusals.told().filter(|_| self.ring.submitted() < queued)
     }
 }
 
@@ -103,6 +110,28 @@ impl LockedCore<'_> {
     pub(super) fn wake_all(&mut self) {
         let (core, after) = self.split();
         after.wake_later(core.ring.take_all_wakers());
+    }
+
+    /// Takes note of an enter that the kernel has refused: it is tried again, and guests are told if that
+    /// goes on.
+    fn refuse(&mut self, error: io::Error) {
+        let (core, after) = self.split();
+        let errno = Errno(error.raw_os_error().unwrap_or(libc::EIO));
+        let refused = core.refusals.count(errno, Instant::now());
+        if refused.is_new {
+            after.log_later(error);
+        }
+        if refused.tells {
+            after.wake_later(core.flush_wakers.drain(..));
+            after.wake_later(core.ring.take_all_wakers());
+        }
+        self.call_after(refused.again_after);
+    }
+
+    /// Has the ring's own thread call `Watched::on_time` then, or before.
+    pub(super) fn call_after(&mut self, time: Duration) {
+        let (core, after) = self.split();
+        after.wake_later(core.overdue.call_after(time));
     }
 
     /// Takes note of the oldest close that goes on.
@@ -152,6 +181,7 @@ impl Driver {
                 runtimes: Runtimes::default(),
                 flush_wakers: Vec::new(),
                 overdue: Overdue::new(driver.clone()),
+                refusals: Refusals::default(),
             }),
         }))
     }
@@ -252,13 +282,16 @@ impl Driver {
                 let taken;
                 (core, taken) = core.unlocked(|| enter(entries, reaps.then_some(0)));
                 match taken {
-                    Ok(taken) => core.ring.stats.submissions += u64::from(taken),
-                    Err(errno) if is_passing(&errno) => {}
-                    Err(errno) => {
-                        // Nothing that trying again at once would mend; the next caller tries.
-                        core.split().1.log_later(errno);
+                    Ok(taken) => {
+                        core.ring.stats.submissions += u64::from(taken);
+                        core.refusals.end();
+                    }
+                    Err(error) if is_passing(&error) && !rounds.is_last() => {}
+                    Err(error) => {
+                        // Nothing that trying again at once would mend. Guests that wait for an enter go
+                        // on waiting: each would try.
+                        core.refuse(error);
                         core.ring.reap();
-                        core.wake_submitted();
                         core.wake_completed();
                         if core.ring.enable_notifications() {
                             core.wake_reapers();

@@ -8,7 +8,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
-use crate::error::RingGone;
+use crate::error::{Errno, RingGone};
 use crate::limits::OUTSIDE_PATIENCE;
 
 /// Ready when what was queued has reached the kernel, and what completed at once is recorded.
@@ -29,7 +29,7 @@ impl Flush {
         &mut self,
         driver: &Driver,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(), RingGone>> {
+    ) -> Poll<Result<(), Errno>> {
         self.poll_submitted(driver, cx).map(|submitted| submitted.map(drop))
     }
 
@@ -39,14 +39,14 @@ impl Flush {
         &mut self,
         driver: &'driver Driver,
         cx: &Context<'_>,
-    ) -> Poll<Result<LockedCore<'driver>, RingGone>> {
+    ) -> Poll<Result<LockedCore<'driver>, Errno>> {
         let mut core = driver.lock_open()?;
         self.end_yield(&mut core);
         let core = ready!(self.submit(driver, core, cx));
         if self.is_submitted(&core) {
             return Poll::Ready(Ok(core));
         }
-        self.register(driver, core, cx).map(Ok)
+        self.register(driver, core, cx)
     }
 
     /// Has the thread that is inside wake this guest, unless it has submitted its entries by then.
@@ -56,18 +56,24 @@ impl Flush {
         driver: &'driver Driver,
         core: LockedCore<'driver>,
         cx: &Context<'_>,
-    ) -> Poll<LockedCore<'driver>> {
+    ) -> Poll<Result<LockedCore<'driver>, Errno>> {
         let (mut core, waker) = core.unlocked(|| cx.waker().clone());
         if !self.is_submitted(&core) {
             // The thread that was inside may have come out meanwhile, and without these entries.
             core = driver.combine(core);
         }
-        if self.is_submitted(&core) {
+        let refusal = self.refusal(&core);
+        if self.is_submitted(&core) || refusal.is_some() {
             core.drop_later(Some(waker));
-            return Poll::Ready(core);
+            return Poll::Ready(refusal.map_or(Ok(core), Err));
         }
         core.flush_wakers.push(waker);
         Poll::Pending
+    }
+
+    /// Why the guest's entries are not in the kernel, if that is to be waited for no longer.
+    pub(super) fn refusal(&self, core: &Core) -> Option<Errno> {
+        core.refusal_of(self.queued)
     }
 
     fn is_submitted(&self, core: &Core) -> bool {

@@ -60,6 +60,11 @@ impl InFlight {
             core = ready!(flush.submit(driver, core, cx));
             result = core.ring.take_result(*key);
         }
+        if result.is_none()
+            && let Some(refusal) = flush.refusal(&core)
+        {
+            return Poll::Ready(Err(refusal));
+        }
         if result.is_none() {
             let waker;
             (core, waker) = core.unlocked(|| cx.waker().clone());
@@ -80,17 +85,19 @@ impl InFlight {
 
     /// The operation's result, if its last completion is in.
     pub(crate) fn try_result(&mut self) -> Option<OpResult> {
-        let result = self.driver.lock()?.ring.take_result(self.key);
+        let mut core = self.driver.lock()?;
+        let result = core.ring.take_result(self.key);
         self.is_taken |= result.is_some();
-        result
+        result.or_else(|| self.flush.refusal(&core).map(Err))
     }
 
     /// Ready when the last completion is in.
     pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.driver.reap();
         let waker = cx.waker().clone();
-        let is_waiting =
-            self.driver.lock_open().is_ok_and(|mut core| core.register(self.key, waker));
+        let is_waiting = self.driver.lock_open().is_ok_and(|mut core| {
+            self.flush.refusal(&core).is_none() && core.register(self.key, waker)
+        });
         if !is_waiting {
             return Poll::Ready(());
         }
@@ -104,7 +111,7 @@ impl InFlight {
         let Self { driver, key, flush, is_taken, .. } = self;
         let result = match ready!(flush.poll_submitted(driver, cx)) {
             Ok(mut core) => core.ring.take_result(*key),
-            Err(gone) => return Poll::Ready(Some(Err(gone.into()))),
+            Err(errno) => return Poll::Ready(Some(Err(errno))),
         };
         *is_taken = result.is_some();
         coop.made_progress();

@@ -1,10 +1,10 @@
-//! What is overdue: a thread that gets on with closes that the guests' threads leave.
+//! What is overdue: the ring's own thread, which gets on with what the guests' threads leave.
 //!
 //! The CLOSE of a dropped socket is left to the flusher of its guest's runtime, which may not run for long:
 //! the guest computes on, or nobody polls the runtime any more. And the end of a receive waits for the
 //! thread that armed it to enter the kernel. So while sockets are closed this thread looks now and then
-//! whether that takes longer than [`OVERDUE`], and has the driver get on with it. While none is closed it
-//! sleeps.
+//! whether that takes longer than [`OVERDUE`], and has the driver get on with it. It is the driver's clock,
+//! too, for what is to be done at some time. While there is neither it sleeps.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -20,7 +20,10 @@ pub(super) trait Watched: Send + Sync {
     /// Gets on with closes that take too long; whether some go on.
     fn enter_overdue(&self) -> bool;
 
-    /// Whether the thread is to sleep until [`Overdue::note`] has it woken.
+    /// The time has come that was given to [`Overdue::call_after`].
+    fn on_time(&self);
+
+    /// Whether the thread is to sleep until [`Overdue::note`] or [`Overdue::call_after`] has it woken.
     fn may_sleep(&self) -> bool;
 }
 
@@ -42,6 +45,8 @@ struct Watcher {
     /// Since when the oldest close has been the oldest, in nanoseconds from `begun`; 0: there is none.
     /// Written under the driver's lock, which the thread does not take to look.
     closing_since: AtomicU64,
+    /// When the driver is to be called, as above.
+    call_at: AtomicU64,
     begun: Instant,
 }
 
@@ -73,6 +78,12 @@ impl Watcher {
         let since = self.closing_since.load(Ordering::Relaxed);
         (since != 0).then(|| Duration::from_nanos(self.now().saturating_sub(since)))
     }
+
+    /// Whether the driver is to be called now.
+    fn is_time(&self) -> bool {
+        let call_at = self.call_at.load(Ordering::Relaxed);
+        call_at != 0 && self.now() >= call_at
+    }
 }
 
 impl Overdue {
@@ -81,6 +92,7 @@ impl Overdue {
             driver,
             thread: OnceLock::new(),
             closing_since: AtomicU64::new(0),
+            call_at: AtomicU64::new(0),
             begun: Instant::now(),
         };
         Self { watcher: Arc::new(watcher), is_asleep: true, oldest: None, is_inside: false }
@@ -94,8 +106,34 @@ impl Overdue {
             let since = if oldest.is_some() { watcher.now() } else { 0 };
             watcher.closing_since.store(since, Ordering::Relaxed);
         }
-        let wakes = oldest.is_some() && std::mem::take(&mut self.is_asleep);
-        wakes.then(|| Waker::from(Arc::clone(watcher)))
+        if oldest.is_some() { self.wake() } else { None }
+    }
+
+    /// Has the thread call the driver after this time, or before if that was wanted. The waker is the
+    /// thread's, if it sleeps.
+    pub(super) fn call_after(&mut self, time: Duration) -> Option<Waker> {
+        let Watcher { call_at, .. } = &*self.watcher;
+        let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let at = self.watcher.now().saturating_add(time);
+        let before = call_at.load(Ordering::Relaxed);
+        if before == 0 || at < before {
+            call_at.store(at, Ordering::Relaxed);
+        }
+        self.wake()
+    }
+
+    /// The driver was called.
+    pub(super) fn end_call(&mut self) {
+        self.watcher.call_at.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether a call is to come.
+    pub(super) fn has_call(&self) -> bool {
+        self.watcher.call_at.load(Ordering::Relaxed) != 0
+    }
+
+    fn wake(&mut self) -> Option<Waker> {
+        std::mem::take(&mut self.is_asleep).then(|| Waker::from(Arc::clone(&self.watcher)))
     }
 
     /// The ring is gone: the thread ends.
@@ -117,6 +155,10 @@ fn watch(watcher: &Weak<Watcher>) {
         // Woken early only to end.
         thread::park_timeout(time);
         let Some(watcher) = watcher.upgrade() else { return };
+        if watcher.is_time() {
+            let Some(driver) = watcher.driver.upgrade() else { return };
+            driver.on_time();
+        }
         let closing_for = watcher.closing_for();
         quiet_looks = if closing_for.is_none() { quiet_looks + 1 } else { 0 };
         time = OVERDUE;

@@ -17,6 +17,7 @@ use tokio::runtime::{self, Handle};
 
 use super::enter::{Driver, LockedCore};
 use super::overdue::Watched;
+use crate::limits::LINGER;
 use crate::ring::membarrier::kick;
 
 impl Driver {
@@ -174,16 +175,24 @@ impl Drop for Reaper {
     }
 }
 
+impl Driver {
+    /// As the ring's own thread.
+    fn enter_for_all<'driver>(&'driver self, mut core: LockedCore<'driver>) -> LockedCore<'driver> {
+        let before = core.ring.stats.enters;
+        core.overdue.is_inside = true;
+        core = self.combine(core);
+        core.ring.stats.enters_overdue += core.ring.stats.enters - before;
+        core
+    }
+}
+
 impl Watched for Driver {
     fn enter_overdue(&self) -> bool {
         let Some(mut core) = self.lock() else { return false };
         // A thread that is inside does this when it comes out.
         if !core.entering {
             core.ring.give_up_on_sends();
-            let before = core.ring.stats.enters;
-            core.overdue.is_inside = true;
-            core = self.combine(core);
-            core.ring.stats.enters_overdue += core.ring.stats.enters - before;
+            core = self.enter_for_all(core);
         }
         let is_closing = core.ring.ports().is_closing();
         let is_held_up = is_closing && core.ring.has_task_work();
@@ -194,9 +203,20 @@ impl Watched for Driver {
         is_closing
     }
 
+    fn on_time(&self) {
+        let Some(mut core) = self.lock() else { return };
+        core.overdue.end_call();
+        if core.ring.end_forsaken_sends() {
+            core.call_after(LINGER);
+        }
+        if core.has_queued() && !core.entering {
+            drop(self.enter_for_all(core));
+        }
+    }
+
     fn may_sleep(&self) -> bool {
         let Some(mut core) = self.lock() else { return true };
-        core.overdue.is_asleep = !core.ring.ports().is_closing();
+        core.overdue.is_asleep = !core.ring.ports().is_closing() && !core.overdue.has_call();
         core.overdue.is_asleep
     }
 }

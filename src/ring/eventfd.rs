@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::sync::Arc;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-#[derive(Debug)]
-pub(crate) struct EventFd(File);
+#[derive(Clone, Debug)]
+pub(crate) struct EventFd(Arc<File>);
 
 impl EventFd {
     #[expect(unsafe_code, reason = "eventfd(2)")]
@@ -19,26 +20,22 @@ impl EventFd {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: eventfd(2) has just made this descriptor, and nothing else owns it.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
-    }
-
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
+        let file = unsafe { File::from_raw_fd(fd) };
+        Ok(Self(Arc::new(file)))
     }
 
     /// Signals it as a completion does.
     pub(crate) fn signal(&self) {
         // It fails only where the counter is at its limit, which is signal enough.
-        let _ = (&self.0).write(&1_u64.to_ne_bytes());
+        let _ = (&*self.0).write(&1_u64.to_ne_bytes());
     }
 
-    /// Registers a duplicate with the current runtime, edge-triggered: the counter need not be
-    /// read.
+    /// Registers it with the current runtime, edge-triggered: the counter need not be read. (No duplicate,
+    /// for which the process may have no descriptor left when a runtime's first guest comes.)
     #[expect(unsafe_code, reason = "tokio watches a descriptor number")]
-    pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let fd = OwnedFd::from(self.0.try_clone()?);
-        // SAFETY: the `AsyncFd` owns the duplicate, so its number stays open while it is watched.
-        Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+    pub(crate) fn watch(&self) -> io::Result<AsyncFd<Arc<File>>> {
+        // SAFETY: the `AsyncFd` shares in the descriptor, so its number stays open while it is watched.
+        Ok(unsafe { AsyncFd::register_with_interest(Arc::clone(&self.0), Interest::READABLE) }?)
     }
 }
 

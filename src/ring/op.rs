@@ -34,13 +34,21 @@ pub(crate) const OPERATIONS: &[(&str, u8, &str)] = &[
     ("IORING_OP_BIND", opcode::Bind::CODE, "6.11"),
     ("IORING_OP_CONNECT", opcode::Connect::CODE, "5.5"),
     ("IORING_OP_SEND", opcode::Send::CODE, "5.6"),
+    ("IORING_OP_SENDMSG", opcode::SendMsg::CODE, "5.3"),
     ("IORING_OP_POLL_ADD", opcode::PollAdd::CODE, "5.1"),
     ("IORING_OP_RECVMSG", opcode::RecvMsgMulti::CODE, "6.0 (multishot)"),
+    ("IORING_OP_RECV", opcode::Recv::CODE, "5.6"),
     ("IORING_OP_URING_CMD", opcode::SetSockOpt::CODE, "6.7 (SETSOCKOPT)"),
     ("IORING_OP_FIXED_FD_INSTALL", opcode::FixedFdInstall::CODE, "6.8"),
     ("IORING_OP_ASYNC_CANCEL", opcode::AsyncCancel::CODE, "5.5"),
     ("IORING_OP_CLOSE", opcode::Close::CODE, "5.6"),
 ];
+
+/// Every flag that entries here have.
+pub(crate) const ENTRY_FLAGS: Flags = Flags::FIXED_FILE
+    .union(Flags::IO_LINK)
+    .union(Flags::BUFFER_SELECT)
+    .union(Flags::SKIP_SUCCESS);
 
 /// An operation and its memory.
 pub(crate) enum Op {
@@ -153,7 +161,7 @@ pub(crate) struct Record<'a> {
     pub(crate) is_owned: bool,
     /// Sockets are being closed, which gives up their ports.
     pub(crate) is_closing: bool,
-    /// The ring is being dropped: nothing is tried again.
+    /// The ring is being dropped, or the guest is gone: nothing is tried again.
     pub(crate) is_ending: bool,
 }
 

@@ -110,6 +110,20 @@ impl OpTable {
         self.in_flight.get(slot.at()).copied().unwrap_or_default()
     }
 
+    /// The sends of these slots.
+    pub(super) fn sends(&self, slots: &[SlotIndex]) -> Vec<OpKey> {
+        let is_send = |entry: &Entry| {
+            slots.contains(&entry.slot)
+                && matches!(&entry.state,
+                    OpState::InKernel { op, .. } | OpState::Detached { op } if op.is_send())
+        };
+        let keyed = (0..).zip(&self.entries);
+        keyed
+            .filter(|(_, entry)| is_send(entry))
+            .map(|(index, entry)| OpKey { index, generation: entry.generation })
+            .collect()
+    }
+
     /// Counts one completion. `Some` if it was the last: the operation is to be ended or restarted.
     pub(super) fn count(&mut self, key: OpKey, result: i32) -> Option<Outcome> {
         self.find(key)?;

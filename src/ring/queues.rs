@@ -2,7 +2,7 @@
 //! entry names its socket and its operation by; and `io_uring_enter`.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use std::sync::atomic::{Ordering, fence};
 use io_uring::cqueue::{self, CompletionQueue};
 use io_uring::squeue::{Entry, SubmissionQueue};
 use io_uring::types::{CancelBuilder, DestinationSlot, Timespec};
-use io_uring::{IoUring, Submitter, types};
+use io_uring::{IoUring, types};
 
 use super::buffers::BufferId;
 use crate::limits::COMPLETIONS_BATCH;
@@ -138,11 +138,6 @@ impl Queues {
         Self { io: Arc::new(io), backlog: VecDeque::new(), queued: 0 }
     }
 
-    /// For what is registered with the ring.
-    pub(super) fn submitter(&self) -> Submitter<'_> {
-        self.io.submitter()
-    }
-
     /// What enters the kernel for this ring.
     pub(super) fn kernel(&self) -> Enter {
         Enter(Arc::clone(&self.io))
@@ -257,7 +252,12 @@ impl Queues {
         if !self.try_queue(chain) {
             return Err(io::Error::other("the chain is longer than the submission queue"));
         }
-        self.io.submit_and_wait(1)?;
+        while let Err(error) = self.io.submit_and_wait(1) {
+            // A signal, of a profiler say, that the process handles.
+            if error.kind() != ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
         let completion = self.completions().next();
         completion.map(|entry| entry.result()).ok_or_else(|| io::Error::other("no completion"))
     }

@@ -1,8 +1,9 @@
 //! What may exist at once: a number of sockets, of which a ring's table has one and every guest; and the
 //! bytes of received datagrams that wait for a guest.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Refuses at once when it is used up, and never waits.
 ///
@@ -12,6 +13,8 @@ pub(crate) struct Quota {
     taken: AtomicU64,
     returned: AtomicU64,
     capacity: u64,
+    /// When its guest was gone.
+    forsaken: OnceLock<Instant>,
 }
 
 impl Quota {
@@ -20,6 +23,7 @@ impl Quota {
             taken: AtomicU64::new(0),
             returned: AtomicU64::new(0),
             capacity: capacity.into(),
+            forsaken: OnceLock::new(),
         })
     }
 
@@ -48,6 +52,16 @@ impl Quota {
     /// Returns a unit.
     pub(crate) fn put_back(&self) {
         self.returned.fetch_add(1, Ordering::Release);
+    }
+
+    /// Its guest is gone; the units in use are of what it has left.
+    pub(crate) fn forsake(&self) {
+        self.forsaken.get_or_init(Instant::now);
+    }
+
+    /// How long its guest has been gone, if it is.
+    pub(crate) fn forsaken_for(&self) -> Option<Duration> {
+        self.forsaken.get().map(Instant::elapsed)
     }
 
     /// Units in use now.

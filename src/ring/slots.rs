@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU16;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::port_order::{CloseId, Port};
 use super::queues::{OpKey, SlotIndex};
@@ -32,6 +33,8 @@ pub(super) struct Releasing {
     /// The guest's quota, while such sends keep a unit of it: else a guest could pile up any number
     /// of them.
     pub(super) quota: Option<Arc<Quota>>,
+    /// Its sends are cancelled: their guest is gone.
+    pub(super) is_forsaken: bool,
 }
 
 /// A slot's multishot receive while it is in the kernel.
@@ -69,6 +72,10 @@ impl Slot {
 
     pub(super) fn is_owned(&self) -> bool {
         matches!(self.state, SlotState::Owned)
+    }
+
+    pub(super) fn is_forsaken(&self) -> bool {
+        matches!(self.state, SlotState::Releasing(Releasing { is_forsaken: true, .. }))
     }
 }
 
@@ -127,6 +134,26 @@ impl SlotTable {
             }
         };
         (0..).map(SlotIndex).zip(&self.slots).filter_map(held_up).collect()
+    }
+
+    /// Whose sends wait although their guest has been gone for so long; and whether there are others, of
+    /// guests that are gone.
+    pub(super) fn forsaken(&mut self, time: Duration) -> (Vec<SlotIndex>, bool) {
+        let mut has_others = false;
+        let mut forsaken = Vec::new();
+        for (slot, state) in (0..).map(SlotIndex).zip(&mut self.slots) {
+            let SlotState::Releasing(releasing) = &mut state.state else { continue };
+            let gone_for = releasing.quota.as_ref().and_then(|quota| quota.forsaken_for());
+            match gone_for {
+                Some(gone_for) if gone_for >= time => {
+                    releasing.is_forsaken = true;
+                    forsaken.push(slot);
+                }
+                Some(_) => has_others = true,
+                None => {}
+            }
+        }
+        (forsaken, has_others)
     }
 
     /// What the close of a slot's socket gives up.

@@ -56,6 +56,6 @@ impl Drop for GuestCtx {
     /// The store and all the guest's sockets are dropped. The runtime whose flusher would submit
     /// their closes may be shut down, so this thread submits them.
     fn drop(&mut self) {
-        self.driver.flush_now();
+        self.driver.forsake(&self.quota);
     }
 }

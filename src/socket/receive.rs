@@ -58,7 +58,7 @@ enum Next {
 
 impl UdpSocket {
     /// Arms the receive, unless that was done; afterwards what waited in the kernel is in the queue.
-    async fn receiver(&self) -> Result<&Receiver, RingGone> {
+    async fn receiver(&self) -> Result<&Receiver, Errno> {
         poll_fn(|cx| {
             let GuestCtx { driver, guest, queued, .. } = &*self.ctx;
             // In a fork the lock of an armed receive's queue may be held for ever.
@@ -307,7 +307,6 @@ impl UdpSocket {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::datagram::Family;
     use crate::{UdpCtx, Uring};
 

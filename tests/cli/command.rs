@@ -524,6 +524,43 @@ mod stats {
     }
 }
 
+/// Enters that fail, by strace: of each thread from its twelfth on, when the ring is built.
+mod refusals {
+    use super::*;
+
+    fn with_refusals(cycle: &str, error: &str) -> crate::tool::Ended {
+        let inject = format!("inject=io_uring_enter:error={error}");
+        let strace =
+            ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=io_uring_enter", "-e", &inject];
+        let options = ["--backend", "uring", "--no-recycle", "--threads", "1", "--guests", "2"];
+        let args = [&["run"], &options[..], &[cycle, "echo", "100"]].concat();
+        let ended = end(wrapped(&strace, args));
+        assert_eq!(ended.lines_with("io_uring_enter failed"), 1, "logged once: {ended}");
+        ended
+    }
+
+    /// Kills: guests that wait for an enter that nobody makes.
+    #[test]
+    fn guests_go_on_when_enters_have_failed_for_a_while() {
+        for cycle in CYCLES {
+            for error in ["ENOMEM", "EAGAIN", "EINTR", "EBUSY"] {
+                with_refusals(cycle, &format!("{error}:when=12..60")).with_code(0);
+            }
+        }
+    }
+
+    /// A seccomp filter, say. Kills: guests that wait for ever.
+    #[test]
+    fn guests_are_told_when_enters_fail_for_good() {
+        for cycle in CYCLES {
+            for error in ["ENOMEM", "EAGAIN", "EPERM"] {
+                let ended = with_refusals(cycle, &format!("{error}:when=12+")).with_code(1);
+                assert_eq!(ended.lines_with("returned an error"), 2, "{ended}");
+            }
+        }
+    }
+}
+
 mod quotas {
     use super::*;
 

@@ -164,6 +164,23 @@ fn messages_deferred_by_a_full_send_buffer_leave_although_their_socket_is_droppe
     }
 }
 
+/// As wasmtime-wasi's end with the store. Kills: sends of a guest that is gone which hold its slots, and
+/// memory, for as long as nothing flows.
+#[test]
+fn deferred_messages_are_given_up_a_while_after_their_guest_is_gone() {
+    in_a_clogged_network(|| {
+        let uring = uring();
+        block_on(async {
+            let mut rig = Rig::on_ring(&uring).await;
+            Witnesses::new().have_it_sent(&mut rig).await;
+            drop(rig);
+            eventually("its slot is free", || uring.stats().sockets_open == 0).await;
+            let [(first, _), ..] = TESTIMONY;
+            assert_eq!(uring.stats().datagrams_sent, first as u64, "what the kernel had taken");
+        });
+    });
+}
+
 /// Kills: a connect that does not wait for deferred sends, whose entries name no peer.
 #[test]
 fn deferred_messages_reach_the_peer_they_were_sent_to_although_the_socket_gets_another() {
