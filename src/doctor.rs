@@ -128,7 +128,13 @@ fn operations() -> Vec<Check> {
         Check::bad(name, Verdict::Missing, "unknown", format!("use Linux {since} or newer"))
     }));
     checks.push(match setup::restrict(&io) {
-        Ok(()) => Check::good("restrictions", "a ring can do nothing but these operations"),
+        Ok(true) => {
+            Check::good("restrictions", "nothing but these operations, on UDP sockets alone")
+        }
+        Ok(false) => Check::good(
+            "restrictions",
+            "nothing but these operations; on UDP sockets alone from Linux 7.0 on",
+        ),
         Err(error) => missing("restrictions", &error),
     });
     checks

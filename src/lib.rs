@@ -71,10 +71,16 @@
 //! # Where datagrams can be lost, and which guest runs when
 //!
 //! A full receive queue pauses its receive: what comes then waits in the kernel's receive buffer, and
-//! what that cannot hold the kernel drops. So a flood costs the flooded socket alone, because a buffer
+//! what that cannot hold the kernel drops. A queue is bounded in bytes, and so are all queues of a guest
+//! together ([`UdpCtxBuilder::queue_bytes_max`]); what the kernel still delivers beyond that is dropped.
+//! So a flood costs the flooded socket alone, because a buffer
 //! of the ring is ours for no longer than it takes to copy. A guest that always finds datagrams yields
-//! to the other tasks of its thread after every 32, and so does, now and then, one that calls again and
-//! again. [`Stats`] counts what was withheld or lost, by reason.
+//! to the other tasks of its thread after every 64 (32 in batches), and so does, now and then, one that
+//! calls again and again. [`Stats`] counts what was withheld or lost, by reason.
+//!
+//! An enter that the kernel refuses is tried again by the ring's own thread; if that goes on for 100 ms,
+//! the calls that wait for it answer with the error (`driver::refusals`). Sends that wait for send buffer
+//! go on without their socket, and for a second without their guest.
 //!
 //! # Where a closed socket goes
 //!
@@ -99,8 +105,9 @@
 //!   full; *coalesced*: sent with other datagrams in one message;
 //! - *recycled*: a socket that had another owner; *cached*: one between two owners; *taint*: what the
 //!   last owner has left in it;
+//! - *refusal*: an `io_uring_enter` that fails; *forsaken*: what a guest that is gone has left in flight;
 //! - *budget*: datagrams that a guest may take before it yields; *quota*: sockets that a guest or a
-//!   ring may have open at once.
+//!   ring may have open at once, or bytes that may wait for a guest.
 //!
 //! # The map
 //!
@@ -125,12 +132,13 @@
 //! | `driver::send_now` | the future of one datagram, which is over, or not begun, when it is dropped |
 //! | `driver::flush` | waiting until entries are in the kernel, or no thread is inside |
 //! | `driver::tasks` | each runtime's reaper and flusher; `driver::runtimes`: their wakers |
-//! | `driver::overdue` | a thread of the ring's own gets on with closes that the guests' threads leave |
+//! | `driver::overdue` | a thread of the ring's own gets on with what the guests' threads leave |
+//! | `driver::refusals` | enters that fail: when they are tried again, and guests told |
 //! | `driver::enter` | one thread calls `io_uring_enter` for all |
 //! | `driver::batching` | every rule of sharing and fairness |
 //! | `driver::first_poll` | Wasmtime's first poll of a concurrent call |
 //! | `driver::lock` | a lock, and what runs after the unlock |
-//! | `ring::setup` | builds a ring, and names what is missing |
+//! | `ring::setup` | builds a ring, restricts it, and names what is missing; `ring::socket_filter`: UDP alone |
 //! | `ring` | submit, flush, complete |
 //! | `ring::recycle` | the cache of closed sockets: its door; `pool`, `taint`, `rcu`, `self_test` behind it |
 //! | `ring::op_table` | who may touch an operation's memory |
@@ -141,7 +149,7 @@
 //! | `ring::port_order` | closes on their way, and binds that wait for their ports |
 //! | `ring::queues` | the submission and the completion queue |
 //! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
-//! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets |
+//! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets and bytes |
 //! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
 //! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
 //! | `datagram` | socket addresses, control data and messages as bytes |

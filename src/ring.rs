@@ -23,6 +23,7 @@ pub(crate) mod recycle;
 pub(crate) mod send;
 pub(crate) mod setup;
 mod slots;
+mod socket_filter;
 #[cfg(test)]
 mod tests;
 

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+use std::env;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +12,7 @@ use common::{
     Backend, Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on,
     eventually, native, own_ip, payloads, steps_beside, uring, uring_with, yield_to_others,
 };
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use wasi_uring::Uring;
 use wasi_uring::limits::GUEST_QUEUE_BYTES_DEFAULT;
 
@@ -25,6 +28,35 @@ async fn exchange(rig: &mut Rig, a: Endpoint, b: Endpoint, n: u32) {
         let received = rig.receive_exactly(to.incoming, 1).await;
         assert_eq!(payloads(&received), [data]);
     }
+}
+
+// ---- what a host may forbid ----------------------------------------------------------------------
+
+/// As SECURITY.md says. Kills: a ring that makes another when it is at work.
+#[test]
+fn a_host_may_forbid_io_uring_setup_when_its_ring_is_built() {
+    let uring = uring();
+    let forbidden = BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]);
+    let (refuses, arch) = (SeccompAction::Errno(libc::EPERM.unsigned_abs()), env::consts::ARCH);
+    let arch = arch.try_into().expect("an architecture seccomp knows");
+    let filter = SeccompFilter::new(forbidden, SeccompAction::Allow, refuses, arch);
+    let filter: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one rule");
+    let forbid = || {
+        apply_filter(&filter).expect("a filter can always be added");
+        assert!(Uring::builder().build().is_err());
+        block_on(async {
+            let mut rig = Rig::on_ring(&uring).await;
+            for n in 0..100 {
+                let [a, b] = [rig.endpoint(LOOPBACK).await, rig.endpoint(LOOPBACK).await];
+                exchange(&mut rig, a, b, n).await;
+                rig.close(a).await;
+                rig.close(b).await;
+            }
+        });
+        drop(uring);
+    };
+    // Of this thread alone.
+    std::thread::scope(|scope| scope.spawn(forbid).join()).expect("the test's own part");
 }
 
 // ---- no guest starves ----------------------------------------------------------------------------

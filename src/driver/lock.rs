@@ -162,7 +162,9 @@ impl Left {
             has_panicked |= !contained(|| drop(waker));
         }
         if let Some(errno) = failed {
-            contained(|| tracing::error!(%errno, "io_uring_enter failed: guests wait, and it is tried again"));
+            contained(
+                || tracing::error!(%errno, "io_uring_enter failed: guests wait, and it is tried again"),
+            );
         }
         if let Some(warning) = warning {
             contained(|| tracing::error!("{warning}"));

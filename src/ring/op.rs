@@ -45,10 +45,8 @@ pub(crate) const OPERATIONS: &[(&str, u8, &str)] = &[
 ];
 
 /// Every flag that entries here have.
-pub(crate) const ENTRY_FLAGS: Flags = Flags::FIXED_FILE
-    .union(Flags::IO_LINK)
-    .union(Flags::BUFFER_SELECT)
-    .union(Flags::SKIP_SUCCESS);
+pub(crate) const ENTRY_FLAGS: Flags =
+    Flags::FIXED_FILE.union(Flags::IO_LINK).union(Flags::BUFFER_SELECT).union(Flags::SKIP_SUCCESS);
 
 /// An operation and its memory.
 pub(crate) enum Op {
@@ -305,7 +303,9 @@ impl Op {
                 return Completed::Ended(Ok(Output::Descriptor(descriptor(outcome.value))));
             }
             Self::QueryName(name) if error.is_none() => {
-                return Completed::Ended(name.addr().map(Output::Address).ok_or(Errno(libc::EINVAL)));
+                return Completed::Ended(
+                    name.addr().map(Output::Address).ok_or(Errno(libc::EINVAL)),
+                );
             }
             Self::CountDrops(memory) if error.is_none() => {
                 record.stats.dropped_by_kernel += u64::from(memory.drops());
@@ -478,7 +478,6 @@ pub(crate) struct SocketMemory(Cell<[u32; 9]>);
 
 /// `SO_MEMINFO`, which libc does not have (asm-generic/socket.h).
 const SO_MEMINFO: libc::c_int = 55;
-
 
 impl SocketMemory {
     /// Until the kernel has written it: the worst.

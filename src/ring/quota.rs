@@ -1,8 +1,8 @@
 //! What may exist at once: a number of sockets, of which a ring's table has one and every guest; and the
 //! bytes of received datagrams that wait for a guest.
 
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Refuses at once when it is used up, and never waits.

@@ -21,6 +21,7 @@ use super::recycle::Recycler;
 use super::recycle::pool::Recycle;
 use super::recycle::rcu::Rcu;
 use super::recycle::self_test::{self, Support};
+use super::socket_filter;
 use crate::datagram::Family;
 use crate::error::SetupError;
 use crate::limits::{CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
@@ -173,14 +174,23 @@ fn recyclable(sockets: u32, recycle: Recycle) -> (Recycle, Support) {
 const SYNC_CANCEL: u8 = 24;
 
 /// Enables the ring for what sockets need, and nothing else: the kernel refuses all other operations, flags
-/// of entries and registrations from now on, with `EACCES`.
-pub(crate) fn restrict(io: &IoUring) -> Result<(), SetupError> {
+/// of entries and registrations from now on, with `EACCES`. And all sockets but UDP's, if the result is
+/// `true`: from Linux 7.0 on.
+pub(crate) fn restrict(io: &IoUring) -> Result<bool, SetupError> {
+    let is_udp_only = match socket_filter::register(io) {
+        Ok(()) => true,
+        Err(errno) => {
+            tracing::debug!(%errno, "no filter for SOCKET entries: before Linux 7.0, or built without");
+            false
+        }
+    };
     let operations = OPERATIONS.iter().map(|(_, code, _)| Restriction::sqe_op(*code));
     let others =
         [Restriction::sqe_flags_allowed(ENTRY_FLAGS.bits()), Restriction::register_op(SYNC_CANCEL)];
     let mut allowed: Vec<_> = operations.chain(others).collect();
     io.submitter().register_restrictions(&mut allowed).map_err(step("restricting the ring"))?;
-    io.submitter().register_enable_rings().map_err(step("enabling the ring"))
+    io.submitter().register_enable_rings().map_err(step("enabling the ring"))?;
+    Ok(is_udp_only)
 }
 
 fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {
@@ -198,10 +208,7 @@ fn check_socket_operations(queues: &mut Queues) -> Result<(), SetupError> {
     let receive_buffer =
         SocketOption { level: libc::SOL_SOCKET, name: libc::SO_RCVBUF, value: 4096 };
     let steps = [
-        (
-            "IORING_OP_SOCKET and IORING_OP_BIND with a fixed-file slot",
-            trial_bind(),
-        ),
+        ("IORING_OP_SOCKET and IORING_OP_BIND with a fixed-file slot", trial_bind()),
         (
             "IORING_OP_URING_CMD with SOCKET_URING_OP_SETSOCKOPT",
             Op::SetOption(Box::new(receive_buffer)),
@@ -268,7 +275,7 @@ mod tests {
     #[test]
     fn the_kernel_refuses_operations_flags_and_registrations_that_sockets_do_not_need() {
         let io = set_up().unwrap();
-        restrict(&io).unwrap();
+        let is_udp_only = restrict(&io).unwrap();
         let refused = io.submitter().register_files_sparse(1).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
 
@@ -283,6 +290,16 @@ mod tests {
             Socket::new(libc::AF_INET, libc::SOCK_DGRAM, 0).build().flags(Flags::IO_DRAIN),
         ] {
             assert_eq!(queues.run_alone(&[entry]).unwrap(), -libc::EACCES);
+        }
+        for (family, kind, protocol) in [
+            (libc::AF_UNIX, libc::SOCK_DGRAM, 0),
+            (libc::AF_INET, libc::SOCK_STREAM, 0),
+            (libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_UDP),
+            (libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE),
+        ] {
+            let socket = Socket::new(family, kind, protocol).build();
+            let result = queues.run_alone(&[socket]).unwrap();
+            assert!(!is_udp_only || result == -libc::EACCES, "{family} {kind}: {result}");
         }
         let allowed = AsyncCancel::new(1).build();
         assert_eq!(queues.run_alone(&[allowed]).unwrap(), -libc::ENOENT);

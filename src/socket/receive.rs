@@ -13,9 +13,7 @@ use tokio::task::coop::consume_budget;
 
 use crate::driver::first_poll;
 use crate::error::{Errno, ErrorCode, RingGone};
-use crate::limits::{
-    BATCH_DATAGRAMS_MAX, BUDGET_BATCHED, BUDGET_DATAGRAMS, RECEIVE_BYTES_MAX,
-};
+use crate::limits::{BATCH_DATAGRAMS_MAX, BUDGET_BATCHED, BUDGET_DATAGRAMS, RECEIVE_BYTES_MAX};
 use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, Taken};
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::SocketAddrUse;

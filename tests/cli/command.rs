@@ -499,9 +499,8 @@ mod stats {
         let args = [&["run"], &options[..], &[cycle, "bind", &cycles]].concat();
         let stats = end(wrapped(&strace, args)).with_code(0).stats();
         let report = std::fs::read_to_string(&report).unwrap();
-        let is_call = |line: &&str| {
-            !line.contains("<wasi-uring-due>") && !line.contains(" resumed>")
-        };
+        let is_call =
+            |line: &&str| !line.contains("<wasi-uring-due>") && !line.contains(" resumed>");
         let calls = report.lines().filter(is_call).count() as u64;
         assert!(calls > 100, "strace reports system calls:\n{report}");
         // Each time it enters it parts the guests, which enter, and wait, so much more often.
