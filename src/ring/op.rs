@@ -536,11 +536,12 @@ impl SocketName {
 
     /// The address's pointer takes the place of level and name, the length's that of the value.
     fn entry(&self, fd: Fixed) -> Entry {
-        let [a, b, c, d, e, f, g, h] = self.addr.as_ptr().expose_provenance().to_ne_bytes();
+        let bytes = self.addr.as_ptr().expose_provenance().to_ne_bytes();
+        let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte]));
         let set = opcode::SetSockOpt::new(
             fd,
-            u32::from_ne_bytes([a, b, c, d]),
-            u32::from_ne_bytes([e, f, g, h]),
+            word(0),
+            word(4),
             self.len.as_ptr().cast_const().cast(),
             u32::from(self.is_peers),
         );
