@@ -11,6 +11,8 @@ pub(super) struct Runtimes {
     tasks: Vec<RuntimeTasks>,
     /// Where a flusher was woken that has not run.
     pub(super) flusher_due: Option<(ThreadId, runtime::Id)>,
+    /// The reaper of one could not watch the eventfd, and tries again when it is woken.
+    pub(super) have_unwatched: bool,
 }
 
 /// The tasks of one runtime. A waker is missing from when its task was spawned or woken until it

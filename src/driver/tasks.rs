@@ -8,16 +8,19 @@
 //! thread keeps a task it has woken to itself until its guest suspends, and arrivals must not wait
 //! for a guest that computes.
 
+use std::fs::File;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::Poll;
 
+use tokio::io::unix::AsyncFd;
 use tokio::runtime::{self, Handle};
 
 use super::enter::{Driver, LockedCore};
 use super::overdue::Watched;
-use crate::limits::LINGER;
+use crate::error::Errno;
+use crate::limits::{LINGER, REFUSAL_PAUSE_MAX};
 use crate::ring::membarrier::kick;
 
 impl Driver {
@@ -58,29 +61,36 @@ impl Driver {
 
     /// Reaps completions that have come.
     pub(crate) fn reap(self: &Arc<Self>) {
-        let Some(mut core) = self.lock() else { return };
+        self.reap_or_hear();
+    }
+
+    /// As `reap`, and has a reaper reap what comes later. Returns why that may never come: the kernel has
+    /// refused enters for too long.
+    pub(crate) fn start_reaping(self: &Arc<Self>) -> Option<Errno> {
+        self.ensure_reaper();
+        self.reap_or_hear()
+    }
+
+    fn reap_or_hear(self: &Arc<Self>) -> Option<Errno> {
+        let mut core = self.lock()?;
         if core.entering {
-            return;
+            return None;
         }
         let pauses = core.ring.stats.pauses;
         core.ring.reap();
         core.wake_completed();
-        if core.ring.has_task_work() {
-            // Completions wait for a thread to enter, perhaps this one: a guest that polls again
-            // and again makes no other system call.
-            drop(self.combine_with(core, true));
-        } else if core.ring.stats.pauses > pauses {
-            // Until the cancel is in the kernel, that goes on filling the buffers given back just now.
-            drop(self.combine(core));
-        } else if core.has_queued() {
+        // Completions may wait for a thread to enter, perhaps this one: a guest that polls again and again
+        // makes no other system call. And the kernel fills the buffers given back just now until the
+        // cancel of a full queue's receive is there.
+        let waits = core.ring.has_task_work();
+        if waits || core.ring.stats.pauses > pauses {
+            core = self.combine_with(core, waits);
+        }
+        let refusal = core.refusals.told();
+        if !core.entering && core.has_queued() {
             self.leave_to_flusher(core);
         }
-    }
-
-    /// As `reap`, and has a reaper reap what comes later.
-    pub(crate) fn start_reaping(self: &Arc<Self>) {
-        self.ensure_reaper();
-        self.reap();
+        refusal
     }
 
     fn spawn_tasks(self: &Arc<Self>, mut core: LockedCore<'_>, handle: &Handle) {
@@ -118,33 +128,24 @@ struct Reaper {
 /// The reaper: reaps whenever the eventfd was signalled, for as long as the ring and the runtime
 /// live.
 async fn reap(reaper: Reaper) {
-    // A runtime without I/O panics here; what completes at once works there all the same.
-    let watch = || reaper.driver.upgrade().map(|driver| driver.eventfd.watch());
-    let signals = match catch_unwind(AssertUnwindSafe(watch)) {
-        Ok(Some(Ok(signals))) => Some(signals),
-        Ok(None) => return,
-        Ok(Some(Err(error))) => {
-            tracing::error!(%error, "datagrams will not wake guests in this runtime");
-            None
-        }
-        Err(_) => {
-            tracing::error!("datagrams will not wake guests in this runtime: enable its I/O");
-            None
-        }
-    };
+    let mut signals = Signals::default();
     poll_fn(|cx| {
+        let Some(driver) = reaper.driver.upgrade() else { return Poll::Ready(()) };
         // Edge-triggered: the counter need not be read, only the readiness cleared.
         while let Some(Poll::Ready(readiness)) =
-            signals.as_ref().map(|signals| signals.poll_read_ready(cx))
+            signals.watched(&driver).map(|signals| signals.poll_read_ready(cx))
         {
             match readiness {
                 Ok(mut readiness) => readiness.clear_ready(),
                 Err(_runtime_is_gone) => return Poll::Ready(()),
             }
         }
-        let Some(driver) = reaper.driver.upgrade() else { return Poll::Ready(()) };
         let waker = cx.waker().clone();
         let Some(mut core) = driver.lock() else { return Poll::Ready(()) };
+        if matches!(signals, Signals::Later) {
+            core.runtimes.have_unwatched = true;
+            core.call_after(REFUSAL_PAUSE_MAX);
+        }
         let replaced = core.runtimes.get(reaper.id).and_then(|tasks| tasks.reaper.replace(waker));
         core.drop_later(replaced);
         let core = driver.combine(core);
@@ -157,6 +158,46 @@ async fn reap(reaper: Reaper) {
         Poll::Pending
     })
     .await;
+}
+
+/// The eventfd as a runtime watches it.
+#[derive(Default)]
+enum Signals {
+    #[default]
+    NotYet,
+    Watched(AsyncFd<Arc<File>>),
+    /// The kernel has refused it: it is tried again.
+    Later,
+    /// A runtime without I/O: what completes at once works there all the same.
+    Never,
+}
+
+impl Signals {
+    /// What signals the reaper, registered with this runtime unless it is.
+    fn watched(&mut self, driver: &Driver) -> Option<&AsyncFd<Arc<File>>> {
+        if matches!(self, Self::NotYet | Self::Later) {
+            // tokio panics in a runtime without I/O.
+            *self = match catch_unwind(AssertUnwindSafe(|| driver.eventfd.watch())) {
+                Ok(Ok(signals)) => Self::Watched(signals),
+                Ok(Err(error)) => {
+                    if matches!(self, Self::NotYet) {
+                        tracing::error!(%error, "datagrams do not wake guests here for now");
+                    }
+                    Self::Later
+                }
+                Err(_) => {
+                    tracing::error!(
+                        "datagrams will not wake guests in this runtime: enable its I/O"
+                    );
+                    Self::Never
+                }
+            };
+        }
+        match self {
+            Self::Watched(signals) => Some(signals),
+            Self::NotYet | Self::Later | Self::Never => None,
+        }
+    }
 }
 
 impl Drop for Reaper {
@@ -206,6 +247,9 @@ impl Watched for Driver {
     fn on_time(&self) {
         let Some(mut core) = self.lock() else { return };
         core.overdue.end_call();
+        if std::mem::take(&mut core.runtimes.have_unwatched) {
+            core.wake_reapers();
+        }
         if core.ring.end_forsaken_sends() {
             core.call_after(LINGER);
         }

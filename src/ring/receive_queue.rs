@@ -309,8 +309,8 @@ mod tests {
         for bytes in [0, 1000] {
             let each = bytes + PLACE;
             let bound = 1 + QUEUE_SLACK_BYTES;
-            let taken = (0..).find(|_| queue.push(std::iter::once(datagram(1, bytes))).is_dropped);
-            assert_eq!(taken, Some(bound.div_ceil(each)));
+            let is_dropped = |_: &usize| queue.push(std::iter::once(datagram(1, bytes))).is_dropped;
+            assert_eq!((0..=bound).find(is_dropped), Some(bound.div_ceil(each)));
             assert!(quota.used.load(Ordering::Relaxed) < bound + each);
             assert_eq!(queue.discard(), bound.div_ceil(each) as u64);
             assert_eq!(quota.used.load(Ordering::Relaxed), 0);

@@ -209,7 +209,7 @@ impl UdpSocket {
             return taken;
         }
         // The task is not registered yet: what this reaps would wake the very task that reaps.
-        self.ctx.driver.start_reaping();
+        let refusal = self.ctx.driver.start_reaping();
         if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
             return taken;
         }
@@ -220,6 +220,9 @@ impl UdpSocket {
         }
         if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
             return taken;
+        }
+        if let Some(refusal) = refusal {
+            return Poll::Ready(Next::Arrival(Err(refusal)));
         }
         if !first_poll::is_first(cx) {
             self.ctx.budget.renew();

@@ -525,6 +525,8 @@ mod stats {
 
 /// Enters that fail, by strace: of each thread from its twelfth on, when the ring is built.
 mod refusals {
+    use std::net::{Ipv4Addr, UdpSocket};
+
     use super::*;
 
     fn with_refusals(cycle: &str, error: &str) -> crate::tool::Ended {
@@ -545,6 +547,32 @@ mod refusals {
             for error in ["ENOMEM", "EAGAIN", "EINTR", "EBUSY"] {
                 with_refusals(cycle, &format!("{error}:when=12..60")).with_code(0);
             }
+        }
+    }
+
+    /// Where the kernel's memory, or `fs.epoll.max_user_watches`, is used up when the first guest of a
+    /// runtime comes. Kills: a runtime that no arrival wakes from then on.
+    #[test]
+    fn guests_are_woken_though_their_runtime_could_not_watch_the_ring_at_first() {
+        for error in ["ENOMEM", "ENOSPC"] {
+            let inject = format!("inject=epoll_ctl:error={error}:when=2..3");
+            let strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+            let native = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            native.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
+            let port = native.local_addr().unwrap().port().to_string();
+            let options = ["run", "--backend", "uring", "--threads", "1", CYCLE];
+            let args = [&options[..], &["serve", "20", &port]].concat();
+            let mut command = wrapped(&strace, args);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            let child = command.spawn().unwrap();
+            let mut buffer = [0; 64];
+            let (_, guest) = native.recv_from(&mut buffer).unwrap();
+            for _ in 0..20 {
+                native.send_to(b"wake", guest).unwrap();
+                assert_eq!(native.recv_from(&mut buffer).expect("it is woken"), (4, guest));
+            }
+            let ended = wait(child).with_code(0);
+            assert_eq!(ended.lines_with("do not wake guests here for now"), 1, "{ended}");
         }
     }
 
