@@ -106,8 +106,8 @@ impl UdpCtxBuilder {
     /// From half of it on the sockets that get something are paused, so that the kernel's buffers
     /// (`SO_RCVBUF`) take over; beyond it what comes is dropped and counted
     /// ([`Stats::dropped_by_queue`](crate::Stats)), but for one message (up to 64 datagrams and 65,507
-    /// bytes) of each socket. So that is what a guest can have a host hold: so many bytes, and one message
-    /// for each socket it may have. One socket's own bound is
+    /// bytes) of each socket. So that is what a guest can have a host hold: so many bytes, and for each
+    /// socket it may have one message and one that `poll` has found. One socket's own bound is
     /// [`UringBuilder::queue_bytes`](crate::UringBuilder::queue_bytes).
     pub fn queue_bytes_max(mut self, queue_bytes_max: usize) -> Self {
         self.queue_bytes_max = queue_bytes_max;

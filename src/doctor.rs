@@ -129,11 +129,11 @@ fn operations() -> Vec<Check> {
     }));
     checks.push(match setup::restrict(&io) {
         Ok(true) => {
-            Check::good("restrictions", "nothing but these operations, on UDP sockets alone")
+            Check::good("restrictions", "nothing but these operations, and no sockets but UDP's")
         }
         Ok(false) => Check::good(
             "restrictions",
-            "nothing but these operations; on UDP sockets alone from Linux 7.0 on",
+            "nothing but these operations; from Linux 7.0 on no sockets but UDP's",
         ),
         Err(error) => missing("restrictions", &error),
     });

@@ -40,7 +40,7 @@ use self::enter::LockedCore;
 pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
 pub(crate) use self::send_now::{Given, SendNow};
-use crate::error::RingGone;
+use crate::error::Errno;
 use crate::limits::{CLOSE_PATIENCE, LINGER};
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
@@ -107,8 +107,8 @@ impl Driver {
         guest: Guest,
         slot: SlotIndex,
         op: Op,
-    ) -> Result<InFlight, RingGone> {
-        let mut core = self.lock_open()?;
+    ) -> Result<InFlight, Errno> {
+        let mut core = self.lock_to_queue()?;
         core.batching.queue(guest);
         let key = core.ring.submit(slot, op);
         Ok(InFlight::new(self, &core, guest, key))
@@ -121,8 +121,8 @@ impl Driver {
         guest: Guest,
         slot: Option<SlotIndex>,
         bind: Box<BindOp>,
-    ) -> Result<(SlotIndex, InFlight), RingGone> {
-        let mut core = self.lock_open()?;
+    ) -> Result<(SlotIndex, InFlight), Errno> {
+        let mut core = self.lock_to_queue()?;
         core.batching.queue(guest);
         let (slot, key) = core.ring.submit_bind(slot, bind);
         let in_flight = InFlight::new(self, &core, guest, key);
@@ -137,9 +137,9 @@ impl Driver {
         guest: Guest,
         slot: SlotIndex,
         quota: &Arc<ByteQuota>,
-    ) -> Result<(Arc<ReceiveQueue>, Flush), RingGone> {
+    ) -> Result<(Arc<ReceiveQueue>, Flush), Errno> {
         let queue = Arc::new(ReceiveQueue::new(self.queue_limits, Arc::clone(quota)));
-        let mut core = self.lock_open()?;
+        let mut core = self.lock_to_queue()?;
         core.ring.arm(slot, &queue);
         core.batching.queue(guest);
         Ok((queue, Flush::new(&core, guest)))

@@ -29,7 +29,7 @@ mod tests;
 
 use std::sync::Arc;
 use std::task::Waker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry;
 
@@ -351,16 +351,16 @@ impl Ring {
         self.queue_due_binds();
     }
 
-    /// Cancels the sends that wait for send buffer although their guest has been gone for some time;
-    /// whether others wait, of guests that have not been gone for that long.
-    pub(crate) fn end_forsaken_sends(&mut self) -> bool {
-        let (forsaken, has_others) = self.slots.forsaken(LINGER);
+    /// Cancels the sends that wait for send buffer although their guest has been gone for some time; when
+    /// there will be more of those, if any.
+    pub(crate) fn end_forsaken_sends(&mut self) -> Option<Duration> {
+        let (forsaken, next) = self.slots.forsaken(LINGER);
         if !forsaken.is_empty() {
             for key in self.ops.sends(&forsaken) {
                 self.cancel_op(key);
             }
         }
-        has_others
+        next
     }
 
     fn queue_due_binds(&mut self) {

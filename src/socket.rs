@@ -175,7 +175,7 @@ impl UdpSocket {
 
     /// Queues an operation on the socket, which is bound. Its memory is the ring's from here until
     /// its last completion.
-    fn submit(&self, op: Op) -> Result<InFlight, RingGone> {
+    fn submit(&self, op: Op) -> Result<InFlight, Errno> {
         self.ctx.driver.submit(self.ctx.guest, self.bound_slot(), op)
     }
 

@@ -74,7 +74,7 @@ impl Core {
 
     /// Why the kernel has not taken the first so many entries, if it has not for too long.
     pub(super) fn refusal_of(&self, queued: u64) -> Option<Errno> {
-        self.refusals.told().filter(|_| self.ring.submitted() < queued)
+        self.refusals.told().filter(|_| !self.entering && self.ring.submitted() < queued)
     }
 }
 
@@ -206,6 +206,17 @@ impl Driver {
     pub(super) fn lock_open(&self) -> Result<LockedCore<'_>, RingGone> {
         let core = self.lock().ok_or(RingGone::Forked)?;
         self.check().map(|()| core)
+    }
+
+    /// As `lock_open`, for what queues an operation that is waited for: not behind others that the kernel
+    /// does not take, which would pile up.
+    #[inline]
+    pub(super) fn lock_to_queue(&self) -> Result<LockedCore<'_>, Errno> {
+        let core = self.lock_open()?;
+        match core.refusal_of(core.ring.queued()) {
+            None => Ok(core),
+            Some(refusal) => Err(refusal),
+        }
     }
 
     /// All 0 in a fork of the process that built the ring.

@@ -8,7 +8,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
-use crate::error::{Errno, RingGone};
+use crate::error::Errno;
 use crate::limits::OUTSIDE_PATIENCE;
 
 /// Ready when what was queued has reached the kernel, and what completed at once is recorded.
@@ -118,10 +118,10 @@ impl Flush {
 impl Driver {
     /// Ready, with the lock held, when no other thread is inside. That takes microseconds, for which this
     /// thread waits; if it takes longer, the thread inside wakes the task.
-    pub(super) fn poll_outside(&self, cx: &Context<'_>) -> Poll<Result<LockedCore<'_>, RingGone>> {
+    pub(super) fn poll_outside(&self, cx: &Context<'_>) -> Poll<Result<LockedCore<'_>, Errno>> {
         let mut begun = None;
         loop {
-            let core = self.lock_open()?;
+            let core = self.lock_to_queue()?;
             if !core.entering {
                 return Poll::Ready(Ok(core));
             }
@@ -140,7 +140,7 @@ impl Driver {
     }
 
     /// Ready when what is queued has reached the kernel, and what completed at once is recorded.
-    pub(crate) fn poll_entered(&self, cx: &Context<'_>) -> Poll<Result<(), RingGone>> {
+    pub(crate) fn poll_entered(&self, cx: &Context<'_>) -> Poll<Result<(), Errno>> {
         let core = ready!(self.poll_outside(cx))?;
         drop(self.combine(core));
         Poll::Ready(Ok(()))

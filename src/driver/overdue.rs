@@ -6,7 +6,7 @@
 //! whether that takes longer than [`OVERDUE`], and has the driver get on with it. It is the driver's clock,
 //! too, for what is to be done at some time. While there is neither it sleeps.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Wake, Waker};
 use std::thread::{self, Thread};
@@ -23,7 +23,8 @@ pub(super) trait Watched: Send + Sync {
     /// The time has come that was given to [`Overdue::call_after`].
     fn on_time(&self);
 
-    /// Whether the thread is to sleep until [`Overdue::note`] or [`Overdue::call_after`] has it woken.
+    /// Whether the thread is to sleep until its next call, or until [`Overdue::note`] or
+    /// [`Overdue::call_after`] has it woken.
     fn may_sleep(&self) -> bool;
 }
 
@@ -42,6 +43,8 @@ pub(super) struct Overdue {
 struct Watcher {
     driver: Weak<dyn Watched>,
     thread: OnceLock<Thread>,
+    /// It could not be started, and is to be when it is next woken.
+    has_not_started: AtomicBool,
     /// Since when the oldest close has been the oldest, in nanoseconds from `begun`; 0: there is none.
     /// Written under the driver's lock, which the thread does not take to look.
     closing_since: AtomicU64,
@@ -52,19 +55,19 @@ struct Watcher {
 
 impl Wake for Watcher {
     fn wake(self: Arc<Self>) {
-        let thread = self.thread.get_or_init(|| {
-            let watcher = Arc::downgrade(&self);
-            let named = thread::Builder::new().name("wasi-uring-due".to_owned());
-            match named.spawn(move || watch(&watcher)) {
-                Ok(started) => started.thread().clone(),
-                Err(error) => {
-                    tracing::error!(%error, "ports that guests have left are free when they suspend");
-                    // So that there is one to unpark, to no effect.
-                    thread::current()
-                }
+        if let Some(thread) = self.thread.get() {
+            return thread.unpark();
+        }
+        let watcher = Arc::downgrade(&self);
+        let named = thread::Builder::new().name("wasi-uring-due".to_owned());
+        match named.spawn(move || watch(&watcher)) {
+            // Nobody else starts one meanwhile: the thread counts as awake.
+            Ok(started) => drop(self.thread.set(started.thread().clone())),
+            Err(error) => {
+                tracing::error!(%error, "no thread that gets on with what guests leave, for now");
+                self.has_not_started.store(true, Ordering::Relaxed);
             }
-        });
-        thread.unpark();
+        }
     }
 }
 
@@ -79,10 +82,10 @@ impl Watcher {
         (since != 0).then(|| Duration::from_nanos(self.now().saturating_sub(since)))
     }
 
-    /// Whether the driver is to be called now.
-    fn is_time(&self) -> bool {
+    /// How long until the driver is to be called, if it is.
+    fn call_in(&self) -> Option<Duration> {
         let call_at = self.call_at.load(Ordering::Relaxed);
-        call_at != 0 && self.now() >= call_at
+        (call_at != 0).then(|| Duration::from_nanos(call_at.saturating_sub(self.now())))
     }
 }
 
@@ -91,6 +94,7 @@ impl Overdue {
         let watcher = Watcher {
             driver,
             thread: OnceLock::new(),
+            has_not_started: AtomicBool::new(false),
             closing_since: AtomicU64::new(0),
             call_at: AtomicU64::new(0),
             begun: Instant::now(),
@@ -122,18 +126,16 @@ impl Overdue {
         self.wake()
     }
 
-    /// The driver was called.
+    /// The driver is called.
     pub(super) fn end_call(&mut self) {
+        self.is_asleep = false;
         self.watcher.call_at.store(0, Ordering::Relaxed);
     }
 
-    /// Whether a call is to come.
-    pub(super) fn has_call(&self) -> bool {
-        self.watcher.call_at.load(Ordering::Relaxed) != 0
-    }
-
     fn wake(&mut self) -> Option<Waker> {
-        std::mem::take(&mut self.is_asleep).then(|| Waker::from(Arc::clone(&self.watcher)))
+        let has_not_started = self.watcher.has_not_started.swap(false, Ordering::Relaxed);
+        let wakes = std::mem::take(&mut self.is_asleep) || has_not_started;
+        wakes.then(|| Waker::from(Arc::clone(&self.watcher)))
     }
 
     /// The ring is gone: the thread ends.
@@ -155,7 +157,7 @@ fn watch(watcher: &Weak<Watcher>) {
         // Woken early only to end.
         thread::park_timeout(time);
         let Some(watcher) = watcher.upgrade() else { return };
-        if watcher.is_time() {
+        if watcher.call_in() == Some(Duration::ZERO) {
             let Some(driver) = watcher.driver.upgrade() else { return };
             driver.on_time();
         }
@@ -167,6 +169,7 @@ fn watch(watcher: &Weak<Watcher>) {
             None if quiet_looks < QUIET_LOOKS_MAX => {}
             Some(_) | None => {
                 let Some(driver) = watcher.driver.upgrade() else { return };
+                let call_in = watcher.call_in();
                 drop(watcher);
                 if closing_for.is_some() {
                     let goes_on = driver.enter_overdue();
@@ -174,7 +177,10 @@ fn watch(watcher: &Weak<Watcher>) {
                     soon = if goes_on { OVERDUE.min(2 * soon) } else { OVERDUE_AGAIN };
                 } else if driver.may_sleep() {
                     drop(driver);
-                    thread::park();
+                    match call_in {
+                        Some(time) => thread::park_timeout(time),
+                        None => thread::park(),
+                    }
                 }
             }
         }

@@ -14,7 +14,7 @@ use super::batching::Guest;
 use super::enter::Driver;
 use super::in_flight::InFlight;
 use crate::datagram::Outgoing;
-use crate::error::RingGone;
+use crate::error::Errno;
 use crate::limits::COMBINE_ROUNDS_MAX;
 use crate::ring::op::{Op, OpResult};
 use crate::ring::queues::SlotIndex;
@@ -52,11 +52,11 @@ impl SendNow {
         Self { driver, guest, slot, datagram, may_queue, in_flight: None }
     }
 
-    pub(crate) async fn given(mut self) -> Result<Given, RingGone> {
+    pub(crate) async fn given(mut self) -> Result<Given, Errno> {
         poll_fn(|cx| self.poll_given(cx)).await
     }
 
-    fn poll_given(&mut self, cx: &mut Context<'_>) -> Poll<Result<Given, RingGone>> {
+    fn poll_given(&mut self, cx: &mut Context<'_>) -> Poll<Result<Given, Errno>> {
         let Self { driver, guest, slot, datagram, may_queue, in_flight } = self;
         if let Some(in_flight) = in_flight {
             return in_flight.poll_result(cx).map(|result| Ok(Given::Answered(result)));
@@ -64,7 +64,7 @@ impl SendNow {
         // Before the submission: what is done is told in the same poll.
         let coop = ready!(coop::poll_proceed(cx));
         let mut core =
-            if *may_queue { driver.lock_open()? } else { ready!(driver.poll_outside(cx))? };
+            if *may_queue { driver.lock_to_queue()? } else { ready!(driver.poll_outside(cx))? };
         coop.made_progress();
         let datagram = datagram.take().expect("not submitted yet");
         core.batching.queue(*guest);
@@ -79,7 +79,7 @@ impl SendNow {
         let mut result = core.ring.take_result(key);
         // A flood may have kept its completion from being reaped.
         for _ in 0..COMBINE_ROUNDS_MAX {
-            if result.is_some() || core.entering {
+            if result.is_some() || core.entering || core.refusals.go_on() {
                 break;
             }
             core = driver.combine_with(core, true);

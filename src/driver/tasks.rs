@@ -20,7 +20,7 @@ use tokio::runtime::{self, Handle};
 use super::enter::{Driver, LockedCore};
 use super::overdue::Watched;
 use crate::error::Errno;
-use crate::limits::{LINGER, REFUSAL_PAUSE_MAX};
+use crate::limits::REFUSAL_PAUSE_MAX;
 use crate::ring::membarrier::kick;
 
 impl Driver {
@@ -59,19 +59,15 @@ impl Driver {
         }
     }
 
-    /// Reaps completions that have come.
-    pub(crate) fn reap(self: &Arc<Self>) {
-        self.reap_or_hear();
-    }
-
-    /// As `reap`, and has a reaper reap what comes later. Returns why that may never come: the kernel has
-    /// refused enters for too long.
+    /// As `reap`, and has a reaper reap what comes later.
     pub(crate) fn start_reaping(self: &Arc<Self>) -> Option<Errno> {
         self.ensure_reaper();
-        self.reap_or_hear()
+        self.reap()
     }
 
-    fn reap_or_hear(self: &Arc<Self>) -> Option<Errno> {
+    /// Reaps completions that have come. Returns why others may never come: the kernel has refused enters
+    /// for too long.
+    pub(crate) fn reap(self: &Arc<Self>) -> Option<Errno> {
         let mut core = self.lock()?;
         if core.entering {
             return None;
@@ -218,10 +214,14 @@ impl Drop for Reaper {
 
 impl Driver {
     /// As the ring's own thread.
-    fn enter_for_all<'driver>(&'driver self, mut core: LockedCore<'driver>) -> LockedCore<'driver> {
+    fn enter_for_all<'driver>(
+        &'driver self,
+        mut core: LockedCore<'driver>,
+        reap: bool,
+    ) -> LockedCore<'driver> {
         let before = core.ring.stats.enters;
         core.overdue.is_inside = true;
-        core = self.combine(core);
+        core = self.combine_with(core, reap);
         core.ring.stats.enters_overdue += core.ring.stats.enters - before;
         core
     }
@@ -230,10 +230,11 @@ impl Driver {
 impl Watched for Driver {
     fn enter_overdue(&self) -> bool {
         let Some(mut core) = self.lock() else { return false };
-        // A thread that is inside does this when it comes out.
-        if !core.entering {
+        // A thread that is inside does this when it comes out. What the kernel refuses is tried again in
+        // time.
+        if !core.entering && !core.refusals.go_on() {
             core.ring.give_up_on_sends();
-            core = self.enter_for_all(core);
+            core = self.enter_for_all(core, false);
         }
         let is_closing = core.ring.ports().is_closing();
         let is_held_up = is_closing && core.ring.has_task_work();
@@ -250,17 +251,19 @@ impl Watched for Driver {
         if std::mem::take(&mut core.runtimes.have_unwatched) {
             core.wake_reapers();
         }
-        if core.ring.end_forsaken_sends() {
-            core.call_after(LINGER);
+        if let Some(next) = core.ring.end_forsaken_sends() {
+            core.call_after(next);
         }
-        if core.has_queued() && !core.entering {
-            drop(self.enter_for_all(core));
+        let was_refused = core.refusals.go_on();
+        if (was_refused || core.has_queued()) && !core.entering {
+            // Also if nothing is queued: completions may have been what the enter was for.
+            drop(self.enter_for_all(core, was_refused));
         }
     }
 
     fn may_sleep(&self) -> bool {
         let Some(mut core) = self.lock() else { return true };
-        core.overdue.is_asleep = !core.ring.ports().is_closing() && !core.overdue.has_call();
+        core.overdue.is_asleep = !core.ring.ports().is_closing();
         core.overdue.is_asleep
     }
 }

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, RawWaker, RawWakerVTable, Wake, Waker};
+use std::time::Instant;
 
 use tracing::span;
 
@@ -14,6 +15,8 @@ use super::enter::Driver;
 use super::flush::Flush;
 use super::in_flight::InFlight;
 use crate::datagram::Family;
+use crate::error::Errno;
+use crate::limits::REFUSAL_PATIENCE;
 use crate::ring::op::{BindOp, Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
 use crate::ring::quota::ByteQuota;
@@ -268,4 +271,32 @@ fn a_full_quota_is_tried_a_thousand_times_while_another_thread_is_inside_and_els
     assert!(!driver.acquire(never));
     assert_eq!(tries.swap(0, Ordering::Relaxed), 1001);
     assert!(driver.acquire(|| tries.fetch_add(1, Ordering::Relaxed) == 500));
+}
+
+/// Kills: operations, and their memory, that pile up while a guest calls again and again.
+#[test]
+fn nothing_is_queued_behind_what_the_kernel_has_refused_for_too_long() {
+    let driver = driver();
+    let guest = Guest::new();
+    let slot = socket(&driver, guest);
+    let mut waiting = driver.submit(guest, slot, Op::Install).unwrap();
+    let refusal = Errno(libc::ENOMEM);
+    let mut core = driver.lock().unwrap();
+    let now = Instant::now();
+    for at in [now, now + REFUSAL_PATIENCE] {
+        core.refusals.count(refusal, at);
+    }
+    let queued = core.ring.queued();
+    drop(core);
+    for _ in 0..100 {
+        assert_eq!(driver.submit(guest, slot, Op::Install).err(), Some(refusal));
+    }
+    assert_eq!(driver.lock().unwrap().ring.queued(), queued);
+    assert_eq!(waiting.try_result().map(|told| told.err()), Some(Some(refusal)));
+    drop(driver.combine(driver.lock().unwrap()));
+    assert!(
+        matches!(done_at_once(&mut waiting), Ok(Output::Descriptor(_))),
+        "it was not withdrawn"
+    );
+    assert_it_goes_on(&driver, slot);
 }

@@ -110,10 +110,10 @@ impl OpTable {
         self.in_flight.get(slot.at()).copied().unwrap_or_default()
     }
 
-    /// The sends of these slots.
+    /// The sends of these slots, which are in the order of their numbers.
     pub(super) fn sends(&self, slots: &[SlotIndex]) -> Vec<OpKey> {
         let is_send = |entry: &Entry| {
-            slots.contains(&entry.slot)
+            slots.binary_search_by_key(&entry.slot.0, |slot| slot.0).is_ok()
                 && matches!(&entry.state,
                     OpState::InKernel { op, .. } | OpState::Detached { op } if op.is_send())
         };

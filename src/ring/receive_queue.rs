@@ -15,7 +15,7 @@ use std::task::Waker;
 
 use super::quota::ByteQuota;
 use crate::error::Errno;
-use crate::limits::{QUEUE_SLACK_BYTES, QUEUED_DATAGRAM_BYTES};
+use crate::limits::{QUEUE_DATAGRAMS_DEFAULT, QUEUE_SLACK_BYTES, QUEUED_DATAGRAM_BYTES};
 
 /// A datagram as the guest gets it.
 #[derive(Debug, PartialEq, Eq)]
@@ -237,6 +237,10 @@ impl ReceiveQueue {
 impl State {
     fn pop(&mut self) -> Option<Datagram> {
         let datagram = self.datagrams.pop_front()?;
+        if self.datagrams.is_empty() {
+            // A queue that is drained counts nothing, so it is to take nothing either.
+            self.datagrams.shrink_to(QUEUE_DATAGRAMS_DEFAULT);
+        }
         self.bytes -= datagram.bytes();
         Some(datagram)
     }

@@ -136,24 +136,28 @@ impl SlotTable {
         (0..).map(SlotIndex).zip(&self.slots).filter_map(held_up).collect()
     }
 
-    /// Whose sends wait although their guest has been gone for so long; and whether there are others, of
-    /// guests that are gone.
-    pub(super) fn forsaken(&mut self, time: Duration) -> (Vec<SlotIndex>, bool) {
-        let mut has_others = false;
+    /// Whose sends wait although their guest has been gone for so long; and after what time there are more,
+    /// if guests are gone whose sends wait.
+    pub(super) fn forsaken(&mut self, time: Duration) -> (Vec<SlotIndex>, Option<Duration>) {
+        let mut next = None;
         let mut forsaken = Vec::new();
         for (slot, state) in (0..).map(SlotIndex).zip(&mut self.slots) {
             let SlotState::Releasing(releasing) = &mut state.state else { continue };
             let gone_for = releasing.quota.as_ref().and_then(|quota| quota.forsaken_for());
             match gone_for {
+                Some(_) if releasing.is_forsaken => {}
                 Some(gone_for) if gone_for >= time => {
                     releasing.is_forsaken = true;
                     forsaken.push(slot);
                 }
-                Some(_) => has_others = true,
+                Some(gone_for) => {
+                    let left = time.saturating_sub(gone_for);
+                    next = Some(next.map_or(left, |next: Duration| next.min(left)));
+                }
                 None => {}
             }
         }
-        (forsaken, has_others)
+        (forsaken, next)
     }
 
     /// What the close of a slot's socket gives up.

@@ -88,7 +88,7 @@ pub(super) fn register(io: &IoUring) -> io::Result<()> {
     };
     // SAFETY: the kernel reads the registration and the program, which both outlive the call, and writes to
     // the registration's own fields. (`the_kernel_refuses_operations_flags_and_registrations_...` is the
-    // test, on a kernel that has it: `scripts/kernels`.)
+    // test, where the kernel has it.)
     let result = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,

@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, ready};
 
 use crate::datagram::Family;
-use crate::error::{ErrorCode, RingGone};
+use crate::error::{Errno, ErrorCode};
 use crate::ring::op::BindOp;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
@@ -69,7 +69,7 @@ impl UdpSocket {
 
     /// Submits SOCKET, the options and BIND as one chain, whose memory is the ring's from here. The
     /// chain reaches the kernel even if the guest never waits for it.
-    fn submit_bind(&self, addr: SocketAddr) -> Result<(), RingGone> {
+    fn submit_bind(&self, addr: SocketAddr) -> Result<(), Errno> {
         let options = self.lock().options.to_set(self.family);
         let bind = Box::new(BindOp::new(self.family, options, addr));
         let GuestCtx { driver, guest, .. } = &*self.ctx;

@@ -50,6 +50,8 @@ enum Batch {
 enum Next {
     Arrival(Arrival),
     BudgetIsSpent,
+    /// Nothing may come any more: the kernel refuses enters.
+    Refused(Errno),
     /// Whether a datagram is the peer's only the kernel can tell.
     UnknownPeer,
 }
@@ -101,10 +103,10 @@ impl UdpSocket {
                 Batch::Admitted(datagrams) => return Ok(datagrams),
                 Batch::Withheld => true,
                 Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
-                Batch::Empty => {
-                    self.ctx.driver.reap();
-                    true
-                }
+                Batch::Empty => match self.ctx.driver.reap() {
+                    Some(refusal) => return Err(refusal.into()),
+                    None => true,
+                },
                 Batch::UnknownPeer => false,
             };
             if !is_peer_known {
@@ -161,7 +163,7 @@ impl UdpSocket {
         let receiver = self.receiver().await?;
         let _line = receiver.line.lock().await;
         self.ctx.yield_if_spent(BUDGET_DATAGRAMS).await;
-        let arrival = self.next_arrival(receiver).await;
+        let arrival = self.next_arrival(receiver).await?;
         self.ctx.budget.spend(1);
         Ok(arrival?)
     }
@@ -171,19 +173,21 @@ impl UdpSocket {
         // What a ring that is gone answers the guest hears from its next call.
         let Ok(receiver) = self.receiver().await else { return };
         match self.next_arrival(receiver).await {
-            Ok(datagram) => receiver.keep_admitted(datagram),
-            Err(_) if self.ctx.driver.check().is_err() => {}
-            Err(errno) => receiver.queue.put_back_error(errno),
+            Ok(Ok(datagram)) => receiver.keep_admitted(datagram),
+            Ok(Err(errno)) => receiver.queue.put_back_error(errno),
+            // No error of the socket's: its next call asks again.
+            Err(_) => {}
         }
     }
 
     /// The next arrival that the guest may see, waited for. Those that it may not see cost it budget,
     /// so that their senders do not hold up the thread's other tasks.
-    async fn next_arrival(&self, receiver: &Receiver) -> Arrival {
+    async fn next_arrival(&self, receiver: &Receiver) -> Result<Arrival, Errno> {
         loop {
             // What it finds is not to lie in this future while that waits.
             let is_peer_known = match poll_fn(|cx| self.poll_arrival(receiver, cx)).await {
-                Next::Arrival(arrival) => return arrival,
+                Next::Arrival(arrival) => return Ok(arrival),
+                Next::Refused(refusal) => return Err(refusal),
                 Next::BudgetIsSpent => true,
                 Next::UnknownPeer => false,
             };
@@ -197,7 +201,7 @@ impl UdpSocket {
 
     /// Ready with the next arrival that the guest may see, or with what is to be done before.
     fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Next> {
-        let gone = |gone: RingGone| Poll::Ready(Next::Arrival(Err(gone.into())));
+        let gone = |gone: RingGone| Poll::Ready(Next::Refused(gone.into()));
         let check = || self.ctx.driver.check().map_err(gone);
         if let Err(gone) = check() {
             return gone;
@@ -222,7 +226,7 @@ impl UdpSocket {
             return taken;
         }
         if let Some(refusal) = refusal {
-            return Poll::Ready(Next::Arrival(Err(refusal)));
+            return Poll::Ready(Next::Refused(refusal));
         }
         if !first_poll::is_first(cx) {
             self.ctx.budget.renew();
