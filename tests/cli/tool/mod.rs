@@ -17,7 +17,7 @@ pub(crate) const CYCLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/cycl
 pub(crate) const CYCLE_3: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/cycle3.wat");
 
 /// Longest that one command may take before the test says that it hangs.
-const BOUND: Duration = Duration::from_mins(4);
+const BOUND: Duration = Duration::from_mins(10);
 
 /// How a command ended and what it said.
 #[derive(Debug)]
