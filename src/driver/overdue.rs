@@ -169,14 +169,15 @@ fn watch(watcher: &Weak<Watcher>) {
             None if quiet_looks < QUIET_LOOKS_MAX => {}
             Some(_) | None => {
                 let Some(driver) = watcher.driver.upgrade() else { return };
-                let call_in = watcher.call_in();
-                drop(watcher);
                 if closing_for.is_some() {
                     let goes_on = driver.enter_overdue();
                     time = if goes_on { soon } else { OVERDUE };
                     soon = if goes_on { OVERDUE.min(2 * soon) } else { OVERDUE_AGAIN };
                 } else if driver.may_sleep() {
                     drop(driver);
+                    // After `may_sleep`: from there on a call that is asked for wakes this thread.
+                    let call_in = watcher.call_in();
+                    drop(watcher);
                     match call_in {
                         Some(time) => thread::park_timeout(time),
                         None => thread::park(),

@@ -292,7 +292,7 @@ fn nothing_is_queued_behind_what_the_kernel_has_refused_for_too_long() {
         assert_eq!(driver.submit(guest, slot, Op::Install).err(), Some(refusal));
     }
     assert_eq!(driver.lock().unwrap().ring.queued(), queued);
-    assert_eq!(waiting.try_result().map(|told| told.err()), Some(Some(refusal)));
+    assert_eq!(waiting.try_result().map(Result::err), Some(Some(refusal)));
     drop(driver.combine(driver.lock().unwrap()));
     assert!(
         matches!(done_at_once(&mut waiting), Ok(Output::Descriptor(_))),
