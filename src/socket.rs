@@ -25,7 +25,6 @@ mod receive;
 mod send;
 
 use std::future::poll_fn;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -33,7 +32,7 @@ use std::task::{Context, Poll, Waker};
 use crate::datagram::Family;
 use crate::driver::{Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
-use crate::ring::op::{Op, OpResult, Output, SocketName};
+use crate::ring::op::{Op, OpResult, Output, SocketName, Whose};
 use crate::ring::queues::SlotIndex;
 use crate::ring::receive_queue::{Datagram, ReceiveQueue};
 use crate::socket::guest::GuestCtx;
@@ -238,7 +237,7 @@ impl UdpSocket {
         if let Some(local) = self.lock().local.as_deref() {
             return Ok(*local);
         }
-        let local = self.query(SocketName::new(false), std::net::UdpSocket::local_addr).await?;
+        let local = self.query(Whose::Own).await?;
         if local.port() != 0 {
             self.lock().local = Some(Box::new(local));
         }
@@ -256,7 +255,7 @@ impl UdpSocket {
     }
 
     async fn query_peer(&self, remote: Remote) -> Result<SocketAddr, Errno> {
-        let peer = self.query(SocketName::new(true), std::net::UdpSocket::peer_addr).await?;
+        let peer = self.query(Whose::Peers).await?;
         // In WASI 0.3 a `connect` may come while a `receive` asks.
         if let Some(now) = self.lock().remote.as_deref_mut().filter(|now| now.asked == remote.asked)
         {
@@ -267,18 +266,23 @@ impl UdpSocket {
 
     /// Asks the kernel for an address. Linux before 6.19 has neither getsockname nor getpeername on the
     /// ring, so the kernel makes a file descriptor of the direct one, which is closed at once.
-    async fn query(
-        &self,
-        name: SocketName,
-        address: impl FnOnce(&std::net::UdpSocket) -> io::Result<SocketAddr>,
-    ) -> Result<SocketAddr, Errno> {
-        let has_names = self.ctx.driver.has_names();
-        let query = if has_names { Op::QueryName(Box::new(name)) } else { Op::Install };
+    async fn query(&self, whose: Whose) -> Result<SocketAddr, Errno> {
+        let query = if self.ctx.driver.has_names() {
+            Op::QueryName(Box::new(SocketName::new(whose)))
+        } else {
+            Op::Install
+        };
         match self.run(query).await {
             Ok(Output::Address(address)) => Ok(address),
             // Owned from here on: dropping it closes the descriptor, and the slot keeps the socket.
-            Ok(Output::Descriptor(descriptor)) => address(&descriptor.into())
-                .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL))),
+            Ok(Output::Descriptor(descriptor)) => {
+                let socket = std::net::UdpSocket::from(descriptor);
+                let address = match whose {
+                    Whose::Own => socket.local_addr(),
+                    Whose::Peers => socket.peer_addr(),
+                };
+                address.map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EINVAL)))
+            }
             // The process has no descriptor to spare. The errno table has `new-socket-limit` here,
             // but no socket is being made.
             Err(Errno(libc::EMFILE | libc::ENFILE)) => Err(Errno(libc::ENOMEM)),

@@ -2,17 +2,15 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::env;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use common::filter::with_filter;
 use common::{
     Backend, Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on,
     eventually, native, own_ip, payloads, steps_beside, uring, uring_with, yield_to_others,
 };
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use wasi_uring::Uring;
 use wasi_uring::limits::GUEST_QUEUE_BYTES_DEFAULT;
 
@@ -36,13 +34,7 @@ async fn exchange(rig: &mut Rig, a: Endpoint, b: Endpoint, n: u32) {
 #[test]
 fn a_host_may_forbid_io_uring_setup_when_its_ring_is_built() {
     let uring = uring();
-    let forbidden = BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]);
-    let (refuses, arch) = (SeccompAction::Errno(libc::EPERM.unsigned_abs()), env::consts::ARCH);
-    let arch = arch.try_into().expect("an architecture seccomp knows");
-    let filter = SeccompFilter::new(forbidden, SeccompAction::Allow, refuses, arch);
-    let filter: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one rule");
-    let forbid = || {
-        apply_filter(&filter).expect("a filter can always be added");
+    with_filter(libc::SYS_io_uring_setup, libc::EPERM, || {
         assert!(Uring::builder().build().is_err());
         block_on(async {
             let mut rig = Rig::on_ring(&uring).await;
@@ -54,9 +46,7 @@ fn a_host_may_forbid_io_uring_setup_when_its_ring_is_built() {
             }
         });
         drop(uring);
-    };
-    // Of this thread alone.
-    std::thread::scope(|scope| scope.spawn(forbid).join()).expect("the test's own part");
+    });
 }
 
 // ---- no guest starves ----------------------------------------------------------------------------

@@ -125,8 +125,9 @@ impl Rounds {
 
     /// Counts a round; `true` if the reapers are to go on from here.
     pub(super) fn end(&mut self) -> bool {
+        let is_last = self.is_last();
         self.0 += 1;
-        self.0 >= COMBINE_ROUNDS_MAX
+        is_last
     }
 }
 

@@ -115,15 +115,14 @@ impl LockedCore<'_> {
     /// Takes note of an enter that the kernel has refused: it is tried again, and guests are told if that
     /// goes on.
     fn refuse(&mut self, error: io::Error) {
-        let (core, after) = self.split();
         let errno = Errno(error.raw_os_error().unwrap_or(libc::EIO));
-        let refused = core.refusals.count(errno, Instant::now());
+        let refused = self.refusals.count(errno, Instant::now());
         if refused.is_new {
-            after.log_later(error);
+            self.split().1.log_later(error);
         }
         if refused.tells {
-            after.wake_later(core.flush_wakers.drain(..));
-            after.wake_later(core.ring.take_all_wakers());
+            self.wake_submitted();
+            self.wake_all();
         }
         self.call_after(refused.again_after);
     }

@@ -93,7 +93,7 @@ impl InFlight {
 
     /// Ready when the last completion is in.
     pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let _refusal = self.driver.reap();
+        self.driver.reap();
         let waker = cx.waker().clone();
         let is_waiting = self.driver.lock_open().is_ok_and(|mut core| {
             self.flush.refusal(&core).is_none() && core.register(self.key, waker)

@@ -515,18 +515,26 @@ impl SocketMemory {
     }
 }
 
+/// Which of a socket's addresses is asked for; the numbers are the kernel's.
+#[derive(Clone, Copy)]
+pub(crate) enum Whose {
+    /// As getsockname(2).
+    Own = 0,
+    /// As getpeername(2).
+    Peers = 1,
+}
+
 /// What `SOCKET_URING_OP_GETSOCKNAME` answers: an address that the kernel writes, and its length.
 pub(crate) struct SocketName {
-    is_peers: bool,
+    whose: Whose,
     addr: Cell<[u8; NAME_BYTES]>,
     len: Cell<libc::c_int>,
 }
 
 impl SocketName {
-    /// To ask for the socket's own address, as getsockname(2) does, or for its peer's, as getpeername(2).
-    pub(crate) fn new(is_peers: bool) -> Self {
+    pub(crate) fn new(whose: Whose) -> Self {
         let len = libc::c_int::try_from(NAME_BYTES).expect("28");
-        Self { is_peers, addr: Cell::new([0; NAME_BYTES]), len: Cell::new(len) }
+        Self { whose, addr: Cell::new([0; NAME_BYTES]), len: Cell::new(len) }
     }
 
     pub(super) fn addr(&self) -> Option<SocketAddr> {
@@ -543,7 +551,7 @@ impl SocketName {
             word(0),
             word(4),
             self.len.as_ptr().cast_const().cast(),
-            u32::from(self.is_peers),
+            self.whose as u32,
         );
         Command::GetSockName.entry(set)
     }

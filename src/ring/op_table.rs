@@ -117,9 +117,13 @@ impl OpTable {
                 && matches!(&entry.state,
                     OpState::InKernel { op, .. } | OpState::Detached { op } if op.is_send())
         };
-        let keyed = (0..).zip(&self.entries);
-        keyed
-            .filter(|(_, entry)| is_send(entry))
+        self.keys(is_send)
+    }
+
+    fn keys(&self, is_meant: impl Fn(&Entry) -> bool) -> Vec<OpKey> {
+        (0..)
+            .zip(&self.entries)
+            .filter(|(_, entry)| is_meant(entry))
             .map(|(index, entry)| OpKey { index, generation: entry.generation })
             .collect()
     }
@@ -254,14 +258,9 @@ impl OpTable {
     /// For tests that play the kernel: every operation it holds.
     #[cfg(test)]
     pub(super) fn in_kernel(&self) -> Vec<OpKey> {
-        let in_kernel = |(_, entry): &(usize, &Entry)| {
+        self.keys(|entry| {
             matches!(entry.state, OpState::InKernel { .. } | OpState::Detached { .. })
-        };
-        let key = |(index, entry): (usize, &Entry)| OpKey {
-            index: u32::try_from(index).unwrap(),
-            generation: entry.generation,
-        };
-        self.entries.iter().enumerate().filter(in_kernel).map(key).collect()
+        })
     }
 
     /// The wakers of all tasks that wait for the kernel.

@@ -13,7 +13,7 @@ use super::buffers::BufferRing;
 use super::eventfd::EventFd;
 use super::kernel_defaults::Defaults;
 use super::membarrier;
-use super::op::{BindOp, ENTRY_FLAGS, OPERATIONS, Op, SocketName, SocketOption};
+use super::op::{BindOp, ENTRY_FLAGS, OPERATIONS, Op, SocketName, SocketOption, Whose};
 use super::process::Process;
 use super::queues::{Queues, SlotIndex};
 use super::quota::Quota;
@@ -239,7 +239,7 @@ fn check_socket_operations(queues: &mut Queues) -> Result<(), SetupError> {
 
 /// Whether a socket answers on the ring what its addresses are: from Linux 6.19 on.
 fn answers_names(queues: &mut Queues) -> Result<bool, SetupError> {
-    let query = Op::QueryName(Box::new(SocketName::new(false)));
+    let query = Op::QueryName(Box::new(SocketName::new(Whose::Own)));
     let _may_fail = try_alone(queues, &trial_bind())?;
     let result = try_alone(queues, &query)?;
     try_alone(queues, &Op::Close)?;

@@ -1,13 +1,14 @@
 //! Machines without io_uring, or with too little of something: made for real, by seccomp filters,
 //! rlimits and capabilities. The library names cause and remedy; the command says them on.
 
+#[path = "../common/filter.rs"]
+mod filter;
 mod tool;
 
-use std::collections::BTreeMap;
 use std::process::Command;
-use std::{env, fs, thread};
+use std::{env, fs};
 
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+use filter::with_filter;
 use serde_json::Value;
 use tool::{CYCLE, Ended, arg, end, end_without_stderr, guests, run, wrapped};
 use wasi_uring::{KERNEL_MIN, SetupError, Uring};
@@ -15,25 +16,6 @@ use wasi_uring::{KERNEL_MIN, SetupError, Uring};
 const ENOSYS: i32 = libc::ENOSYS;
 const EPERM: i32 = libc::EPERM;
 const EACCES: i32 = libc::EACCES;
-
-/// Runs something in a thread in which a system call always fails with this errno. Processes
-/// started there inherit the filter; the other tests' threads do not.
-fn with_filter<T: Send>(call: i64, errno: i32, what: impl FnOnce() -> T + Send) -> T {
-    let filter = SeccompFilter::new(
-        BTreeMap::from([(call, Vec::new())]),
-        SeccompAction::Allow,
-        SeccompAction::Errno(errno.unsigned_abs()),
-        env::consts::ARCH.try_into().expect("an architecture seccomp knows"),
-    );
-    let program: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one rule");
-    thread::scope(|scope| {
-        let filtered = scope.spawn(|| {
-            apply_filter(&program).expect("a filter can always be added");
-            what()
-        });
-        filtered.join().expect("the test's own part")
-    })
-}
 
 /// Why a ring cannot be built in a thread under such a filter.
 fn build_error(call: i64, errno: i32) -> SetupError {

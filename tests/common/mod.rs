@@ -15,6 +15,7 @@
 #![allow(dead_code, unreachable_pub, reason = "every test binary uses its own part of the rig")]
 #![allow(clippy::needless_pass_by_value, reason = "scenarios are written where they are run")]
 
+pub mod filter;
 mod guest;
 pub mod native;
 pub mod network;
