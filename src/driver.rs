@@ -41,7 +41,7 @@ pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
 pub(crate) use self::send_now::{Given, SendNow};
 use crate::error::Errno;
-use crate::limits::{CLOSE_PATIENCE, LINGER};
+use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, LINGER};
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
 use crate::ring::op::{BindOp, Op};
@@ -181,10 +181,13 @@ impl Driver {
     /// that is inside, or one that has armed the socket's receive and must run the end of that.
     fn enter_until_closed<'driver>(&'driver self, core: LockedCore<'driver>, close: CloseId) {
         let mut core = self.combine(core);
-        let mut begun = None;
+        let (mut begun, mut looks) = (None, 0);
+        // (On a machine with much to do the time may be over after one look.)
         while !core.ring.ports().has_ended(close)
-            && begun.get_or_insert_with(Instant::now).elapsed() < CLOSE_PATIENCE
+            && (looks < CLOSE_LOOKS_MIN
+                || begun.get_or_insert_with(Instant::now).elapsed() < CLOSE_PATIENCE)
         {
+            looks += 1;
             let is_entering = core.entering;
             drop(core);
             if !is_entering {

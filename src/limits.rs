@@ -124,6 +124,9 @@ pub(crate) const BIND_PATIENCE: Duration = Duration::from_millis(5);
 /// Longest that the drop of a socket bound by number waits until its port is free.
 pub(crate) const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
 
+/// Looks for the end of that close which a thread makes at least, between which it yields to others.
+pub(crate) const CLOSE_LOOKS_MIN: u32 = 32;
+
 /// Longest that a thread waits for another that is inside the kernel, before its guest suspends.
 pub(crate) const OUTSIDE_PATIENCE: Duration = Duration::from_millis(2);
 

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 
 use common::network::in_a_network;
-use common::{IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, eventually, native, uring};
+use common::{ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, eventually, native, uring};
 
 /// Kills: a verdict of a test that could not run; a test that is never tried again.
 #[test]
@@ -30,7 +30,9 @@ fn sockets_are_recycled_once_there_are_ports_to_test_with() {
                         cycles += 1;
                         assert!(cycles < 20_000, "never: {:?}", uring.stats());
                         let socket = rig.create(family).await.unwrap();
-                        rig.bind(socket, any).await.unwrap();
+                        // (The self-test that is tried meanwhile may have the only port.)
+                        let bound = rig.bind(socket, any).await;
+                        assert!(bound.is_ok() || few && bound == Err(ErrorCode::AddressInUse));
                         rig.drop_socket(socket).await;
                         let mut waited = false;
                         eventually("a moment later", || std::mem::replace(&mut waited, true)).await;

@@ -9,9 +9,11 @@ use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
 use crate::args::{BenchArgs, RuntimeArg};
-use crate::benches::{self, FLOOD, IDLE};
+use crate::benches::{self, FLOOD, IDLE, NEIGHBOUR};
 use crate::measure::idle::{self, Idleness};
-use crate::measure::{BENCHES, Backend, Bench, Harness, Implementation, Work, compare, flood};
+use crate::measure::{
+    BENCHES, Backend, Bench, Harness, Implementation, Work, compare, flood, neighbour,
+};
 use crate::open_files;
 use crate::report::{Report, tables};
 use crate::terminal::{Failure, print, progress_bar, say};
@@ -78,6 +80,11 @@ fn measure(
     if wanted(FLOOD.name) {
         let measured = floods(args, &harness, report);
         tables::floods(report);
+        measured?;
+    }
+    if wanted(NEIGHBOUR.name) {
+        let measured = neighbours(args, &harness, report);
+        tables::neighbours(report);
         measured?;
     }
     if wanted(IDLE.name) {
@@ -161,6 +168,19 @@ fn floods(args: &BenchArgs, harness: &Harness, report: &mut Report) -> wasmtime:
     for wasi in &args.wasi {
         let figures = flood::measure(harness, *wasi, sockets, rounds, &|| progress.inc(1));
         figures?.iter().for_each(|figures| report.add_flood(figures));
+        write_so_far(args, report)?;
+    }
+    Ok(())
+}
+
+/// Latency of many sockets while a guest on the same runtime computes.
+fn neighbours(args: &BenchArgs, harness: &Harness, report: &mut Report) -> wasmtime::Result<()> {
+    let rounds = args.rounds.get();
+    let sockets = args.sockets.map_or(neighbour::SOCKETS_DEFAULT, NonZeroUsize::get);
+    let progress = progress_bar(neighbour::STEPS * rounds * Backend::ALL.len() * args.wasi.len());
+    for wasi in &args.wasi {
+        let figures = neighbour::measure(harness, *wasi, sockets, rounds, &|| progress.inc(1));
+        figures?.iter().for_each(|figures| report.add_neighbour(figures));
         write_so_far(args, report)?;
     }
     Ok(())

@@ -136,6 +136,11 @@ pub(crate) const FLOOD: Special = Special {
     what: "the latency of many sockets while another is flooded",
     kind: "latency",
 };
+pub(crate) const NEIGHBOUR: Special = Special {
+    name: "neighbour",
+    what: "the latency of many sockets while a guest on the same runtime computes",
+    kind: "latency",
+};
 pub(crate) const IDLE: Special = Special {
     name: "idle",
     what: "the memory of a socket that is bound, or waits for datagrams",
@@ -145,7 +150,7 @@ pub(crate) const IDLE: Special = Special {
 /// Every bench: its name, what is measured, and what it does.
 pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str, &'static str)> {
     let speed = BENCHES.iter().map(|bench| (bench.name, "speed", bench.what));
-    speed.chain([FLOOD, IDLE].map(|special| (special.name, special.kind, special.what)))
+    speed.chain([FLOOD, NEIGHBOUR, IDLE].map(|special| (special.name, special.kind, special.what)))
 }
 
 /// The same for people, a line each.

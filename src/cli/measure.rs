@@ -1,9 +1,11 @@
 //! Measures: work, the implementations that do it, and what one run of it took.
 
+mod client;
 pub(crate) mod flood;
 mod harness;
 pub mod idle;
 mod native;
+pub(crate) mod neighbour;
 mod row;
 mod source;
 

@@ -18,14 +18,14 @@ use self::plot::Picture;
 use crate::args::ReportArgs;
 use crate::benches::Bench;
 use crate::measure::idle::Idle;
-use crate::measure::{Implementation, Row, Summary, flood};
+use crate::measure::{Implementation, Row, Summary, flood, neighbour};
 use crate::terminal::{Failure, say};
 
 /// A spread above this says that the machine was too busy to believe the median.
 const SPREAD_MAX: f64 = 0.15;
 
 /// The same for ratios of p99, which are loose by nature.
-const FLOOD_SPREAD_MAX: f64 = 0.5;
+const P99_SPREAD_MAX: f64 = 0.5;
 
 /// Whether malloc gives memory back (mallopt(3)), which wasmtime-wasi's batches depend on.
 const MALLOC_VARIABLE: &str = "MALLOC_TRIM_THRESHOLD_";
@@ -45,6 +45,8 @@ pub(crate) struct Report {
     pub(crate) noisy: bool,
     results: Vec<Speed>,
     floods: Vec<Flood>,
+    #[serde(default)]
+    neighbours: Vec<Neighbour>,
     idle: Vec<Memory>,
 }
 
@@ -121,6 +123,34 @@ struct Rates {
     single: f64,
     #[serde(deserialize_with = "nullable")]
     in_bulk: f64,
+}
+
+/// The latency of sockets while a guest on the same runtime computes.
+#[derive(Serialize, Deserialize)]
+struct Neighbour {
+    wasi: String,
+    backend: String,
+    sockets: usize,
+    workers: usize,
+    calm_micros: Latency,
+    computing_micros: Latency,
+    asking_micros: Latency,
+    /// The p99 beside guests that compute.
+    computing_to_stock: Figure,
+    asking_to_stock: Figure,
+    requests: usize,
+    lost: usize,
+    held_up: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Latency {
+    #[serde(deserialize_with = "nullable")]
+    p50: f64,
+    #[serde(deserialize_with = "nullable")]
+    p99: f64,
+    #[serde(deserialize_with = "nullable")]
+    max: f64,
 }
 
 /// The memory of a socket at rest.
@@ -255,12 +285,16 @@ impl Report {
             noisy: false,
             results: Vec::new(),
             floods: Vec::new(),
+            neighbours: Vec::new(),
             idle: Vec::new(),
         }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.results.is_empty() && self.floods.is_empty() && self.idle.is_empty()
+        self.results.is_empty()
+            && self.floods.is_empty()
+            && self.neighbours.is_empty()
+            && self.idle.is_empty()
     }
 
     pub(crate) fn add_speed(&mut self, row: &Row) {
@@ -279,8 +313,8 @@ impl Report {
             sockets: figures.sockets,
             calm_p50_micros: figures.calm_p50,
             p99_micros: Windows { calm, elsewhere, flooded, flooded_in_bulk },
-            flooded_to_calm: Figure::new(figures.flooded, FLOOD_SPREAD_MAX),
-            flooded_in_bulk_to_calm: Figure::new(figures.flooded_in_bulk, FLOOD_SPREAD_MAX),
+            flooded_to_calm: Figure::new(figures.flooded, P99_SPREAD_MAX),
+            flooded_in_bulk_to_calm: Figure::new(figures.flooded_in_bulk, P99_SPREAD_MAX),
             requests: figures.requests,
             lost: figures.lost,
             held_up: figures.held_up,
@@ -288,6 +322,29 @@ impl Report {
         };
         self.noisy |= flood.flooded_to_calm.noisy || flood.flooded_in_bulk_to_calm.noisy;
         self.floods.push(flood);
+    }
+
+    pub(crate) fn add_neighbour(&mut self, figures: &neighbour::Figures) {
+        let [calm_micros, computing_micros, asking_micros] =
+            figures.latencies.map(|[p50, p99, max]| Latency { p50, p99, max });
+        let [computing_to_stock, asking_to_stock] =
+            figures.to_stock.map(|ratio| Figure::new(ratio, P99_SPREAD_MAX));
+        let neighbour = Neighbour {
+            wasi: figures.wasi.version().to_owned(),
+            backend: figures.backend.name().to_owned(),
+            sockets: figures.sockets,
+            workers: figures.workers,
+            calm_micros,
+            computing_micros,
+            asking_micros,
+            computing_to_stock,
+            asking_to_stock,
+            requests: figures.requests,
+            lost: figures.lost,
+            held_up: figures.held_up,
+        };
+        self.noisy |= neighbour.computing_to_stock.noisy || neighbour.asking_to_stock.noisy;
+        self.neighbours.push(neighbour);
     }
 
     pub(crate) fn add_idle(&mut self, idle: &Idle) {

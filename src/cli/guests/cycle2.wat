@@ -13,6 +13,8 @@
 ;; The following send their address to 127.0.0.1:PORT, by a datagram.
 ;;
 ;;   receive  open a socket; COUNT times send 4 bytes there, and wait for DATAGRAMS that begin with them
+;;   compute  open a socket; COUNT times compute for some 10 ms
+;;   ask      open a socket; COUNT times compute for some 10 ms, then as `receive`
 ;;   serve    open a socket; COUNT times wait for datagrams and send each back
 ;;   sink     open a socket; COUNT times wait for datagrams
 ;;   await    open COUNT sockets that wait for a datagram, then wait for ever
@@ -206,6 +208,8 @@
     ;; As the last two arguments have them.
     (global $bytes (mut i32) (i32.const 64))
     (global $datagrams (mut i32) (i32.const 16))
+    ;; What comes of computing, so that it is done.
+    (global $computed (mut i64) (i64.const 1))
     (global $would-block i32 (i32.const 8))
 
     ;; Modes are their names' letters, first letter highest.
@@ -217,6 +221,8 @@
     (global $mode-dns i64 (i64.const 0x646e73))
     (global $mode-batch i64 (i64.const 0x6261746368))
     (global $mode-receive i64 (i64.const 0x72656365697665))
+    (global $mode-compute i64 (i64.const 0x636f6d70757465))
+    (global $mode-ask i64 (i64.const 0x61736b))
     (global $mode-serve i64 (i64.const 0x7365727665))
     (global $mode-sink i64 (i64.const 0x73696e6b))
     (global $mode-await i64 (i64.const 0x6177616974))
@@ -456,6 +462,17 @@
         (then (return (i32.const 1))))
       (call $take-batch (global.get $a)))
 
+    ;; A chain of multiplications, each of which waits for the one before.
+    (func $compute
+      (local $left i32) (local $value i64)
+      (local.set $left (i32.const 7000000))
+      (local.set $value (global.get $computed))
+      (loop $next
+        (local.set $value (i64.add
+          (i64.mul (local.get $value) (i64.const 6364136223846793005)) (i64.const 1442695040888963407)))
+        (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+      (global.set $computed (local.get $value)))
+
     ;; Whether a mode's sockets stay open, and the guest with them.
     (func $stays (param $mode i64) (result i32)
       (i32.or
@@ -473,6 +490,8 @@
       (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $open-batch))))
       (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then
         (return (call $open (global.get $a) (i32.const 0)))))
+      (if (i64.eq (local.get $mode) (global.get $mode-compute)) (then (return (call $open-reported))))
+      (if (i64.eq (local.get $mode) (global.get $mode-ask)) (then (return (call $open-reported))))
       (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $open-reported))))
       (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $open-reported))))
       (if (call $stays (local.get $mode)) (then (return (i32.const 0))))
@@ -485,6 +504,12 @@
         (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $trip (call $b-address)))))
         (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $batch))))
         (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $request))))
+        (if (i64.eq (local.get $mode) (global.get $mode-compute)) (then
+          (call $compute)
+          (return (i32.const 0))))
+        (if (i64.eq (local.get $mode) (global.get $mode-ask)) (then
+          (call $compute)
+          (return (call $request))))
         (if (i64.eq (local.get $mode) (global.get $mode-serve)) (then (return (call $take-all (i32.const 1)))))
         (if (i64.eq (local.get $mode) (global.get $mode-sink)) (then (return (call $take-all (i32.const 0)))))
         (if (i64.eq (local.get $mode) (global.get $mode-await)) (then (return (call $await))))

@@ -2,33 +2,25 @@
 //!
 //! All guests run on one thread, and with them a client that paces requests to those that answer
 //! and takes the time. The flood comes from another thread, so that it takes no CPU time from them
-//! but by the work it makes for the kernel. Other programs' CPU time is not the flood's doing either:
-//! a request during which the guests' thread waited for its CPU is counted apart, because one such
-//! wait of 15 ms is the slowest hundredth of a window.
+//! but by the work it makes for the kernel.
 
-use std::fs::File;
-use std::io::{IoSlice, Read};
+use std::io::IoSlice;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::unistd::Pid;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 use wasi_uring::Uring;
 use wasmtime::error::Context;
-use wasmtime::{bail, format_err};
 use wasmtime_wasi::WasiCtx;
 
+use super::client::{Answers, Client, REQUEST_BYTES, reported_addr};
 use super::{Backend, Harness, Summary, WasiArg};
 use crate::args::NetArg;
 use crate::host::{GuestConfig, Net, Program};
@@ -37,8 +29,7 @@ use crate::terminal::say;
 /// Sockets by default: one is flooded, the others answer.
 pub(crate) const SOCKETS_DEFAULT: usize = 1000;
 
-/// The client sends so many requests each time.
-const PACE: Duration = Duration::from_millis(1);
+/// The client sends so many requests each millisecond.
 const REQUESTS_PER_PACE: usize = 10;
 
 /// Requests to each socket in a window, which takes 1.5 seconds with a thousand.
@@ -46,15 +37,6 @@ const REQUESTS_PER_SOCKET: usize = 15;
 
 /// The same between the windows.
 const REQUESTS_TO_SETTLE: usize = 2;
-
-/// How long an answer may take before it counts as lost.
-const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
-
-/// How long the guests' thread may wait for its CPU in the course of a request.
-const CPU_WAIT_MAX: Duration = Duration::from_micros(250);
-
-/// Bytes of a request.
-const REQUEST_BYTES: usize = 64;
 
 /// Where the flood goes in a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,12 +62,7 @@ const BULK_DATAGRAMS: usize = 64;
 /// What the others' requests met in one window.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
-    p50: Duration,
-    p99: Duration,
-    requests: usize,
-    lost: usize,
-    /// Answered, but other programs had the CPU meanwhile; not in the quantiles.
-    held_up: usize,
+    answers: Answers,
     /// Datagrams sent by the flood, per second.
     flood: f64,
 }
@@ -205,61 +182,59 @@ fn figures(wasi: WasiArg, backend: Backend, sockets: usize, rounds: &[Round]) ->
     };
     let total = |of: fn(&Window) -> usize| rounds.iter().flat_map(|round| &round.0).map(of).sum();
     let ratio = |at: usize| {
-        summary(&|windows| windows[at].p99.as_secs_f64() / windows[0].p99.as_secs_f64())
+        summary(&|windows| {
+            windows[at].answers.p99.as_secs_f64() / windows[0].answers.p99.as_secs_f64()
+        })
     };
     Figures {
         wasi,
         backend,
         sockets,
-        calm_p50: summary(&|windows| micros(windows[0].p50)).median,
-        p99: [0, 1, 2, 3].map(|at| summary(&|windows| micros(windows[at].p99)).median),
+        calm_p50: summary(&|windows| micros(windows[0].answers.p50)).median,
+        p99: [0, 1, 2, 3].map(|at| summary(&|windows| micros(windows[at].answers.p99)).median),
         flooded: ratio(2),
         flooded_in_bulk: ratio(3),
-        requests: total(|window| window.requests),
-        lost: total(|window| window.lost),
-        held_up: total(|window| window.held_up),
+        requests: total(|window| window.answers.requests),
+        lost: total(|window| window.answers.lost),
+        held_up: total(|window| window.answers.held_up),
         flood_per_second: [2, 3].map(|at| summary(&|windows| windows[at].flood).median),
     }
 }
 
 /// Guests at work, and a client beside them.
 struct Population {
-    client: Arc<UdpSocket>,
-    servers: Vec<SocketAddr>,
+    client: Client,
     /// The guest's that is flooded.
     sink: SocketAddr,
     /// No guest's.
     elsewhere: UdpSocket,
-    epoch: Instant,
     _guests: JoinSet<wasmtime::Result<()>>,
 }
 
 impl Population {
     async fn start(program: &Arc<Program>, ring: &Uring, sockets: usize) -> wasmtime::Result<Self> {
         let loopback = (Ipv4Addr::LOCALHOST, 0);
-        let client = UdpSocket::bind(loopback).await?;
+        let mut client = Client::new(REQUESTS_PER_PACE).await?;
         let sinks_client = UdpSocket::bind(loopback).await?;
         let elsewhere = UdpSocket::bind(loopback).await?;
         let net = Net::new(NetArg::Loopback);
         let mut guests = JoinSet::new();
         for guest in 0..sockets {
-            let (mode, reports_to) =
-                if guest == 0 { ("sink", &sinks_client) } else { ("serve", &client) };
-            let port = reports_to.local_addr()?.port().to_string();
+            let (mode, reports_to) = if guest == 0 {
+                ("sink", sinks_client.local_addr()?)
+            } else {
+                ("serve", client.addr()?)
+            };
             let mut wasi = WasiCtx::builder();
             net.configure(&mut wasi);
-            wasi.args(&["cycle", mode, "999999999", &port]);
+            wasi.args(&["cycle", mode, "999999999", &reports_to.port().to_string()]);
             let config = GuestConfig { wasi, net: &net, uring: Some(ring), sockets_max: 1 };
             let mut instance = program.instantiate(config).await?;
             guests.spawn(async move { instance.run().await });
         }
         let sink = reported_addr(&sinks_client, &mut guests).await?;
-        let mut servers = Vec::new();
-        while servers.len() + 1 < sockets {
-            servers.push(reported_addr(&client, &mut guests).await?);
-        }
-        let (client, epoch) = (Arc::new(client), Instant::now());
-        Ok(Self { client, servers, sink, elsewhere, epoch, _guests: guests })
+        client.meet(sockets - 1, &mut guests).await?;
+        Ok(Self { client, sink, elsewhere, _guests: guests })
     }
 
     async fn window(
@@ -274,144 +249,10 @@ impl Population {
             Flooded::Guest => Some(Flood::start(self.sink, 1, cpus)?),
             Flooded::GuestInBulk => Some(Flood::start(self.sink, BULK_DATAGRAMS, cpus)?),
         };
-        let requests = self.servers.len() * requests_per_socket;
-        let window = u64::try_from(self.epoch.elapsed().as_nanos())?;
-        let sending = tokio::spawn(send_requests(
-            Arc::clone(&self.client),
-            self.servers.clone(),
-            (self.epoch, window),
-            requests,
-        ));
-        let cpu_wait = CpuWait::of_this_thread();
-        let mut latencies = Vec::with_capacity(requests);
-        let mut held_up = 0;
-        let mut bytes = [0; REQUEST_BYTES];
-        while latencies.len() + held_up < requests {
-            let Ok(received) = timeout(ANSWER_TIME_MAX, self.client.recv_from(&mut bytes)).await
-            else {
-                break;
-            };
-            let (len, _) = received?;
-            let now = u64::try_from(self.epoch.elapsed().as_nanos())?;
-            let Some(request) = Request::read(&bytes[..len]) else {
-                bail!("an answer is not what was sent");
-            };
-            // An answer that came too late for the last window was counted as lost there.
-            if request.window != window {
-                continue;
-            }
-            if cpu_wait.so_far().saturating_sub(request.waited_before) > CPU_WAIT_MAX {
-                held_up += 1;
-            } else {
-                latencies.push(Duration::from_nanos(now - request.due));
-            }
-        }
-        sending.await.map_err(|error| format_err!("{error}"))??;
+        let requests = self.client.servers() * requests_per_socket;
+        let answers = self.client.request(requests).await?;
         let rate = flood.as_ref().map_or(0.0, Flood::rate);
-        drop(flood);
-        let lost = requests - latencies.len() - held_up;
-        latencies.resize(requests - held_up, ANSWER_TIME_MAX);
-        latencies.sort();
-        let quantile = |of_hundred: usize| {
-            let at = latencies.len().saturating_sub(1) * of_hundred / 100;
-            latencies.get(at).copied().unwrap_or(ANSWER_TIME_MAX)
-        };
-        Ok(Window { p50: quantile(50), p99: quantile(99), requests, lost, held_up, flood: rate })
-    }
-}
-
-/// The address of a guest that reports it; an error if one has ended instead.
-async fn reported_addr(
-    socket: &UdpSocket,
-    guests: &mut JoinSet<wasmtime::Result<()>>,
-) -> wasmtime::Result<SocketAddr> {
-    match timeout(ANSWER_TIME_MAX, socket.recv_from(&mut [0; REQUEST_BYTES])).await {
-        Ok(received) => Ok(received?.1),
-        Err(_) => match guests.try_join_next() {
-            Some(ended) => bail!("a guest ended: {ended:?}"),
-            None => bail!("no guest has reported its address"),
-        },
-    }
-}
-
-/// Sends requests to the servers in turn, at an even pace. A request's time counts from when it was
-/// due: if the guests kept this thread from sending it, that is part of the wait.
-async fn send_requests(
-    client: Arc<UdpSocket>,
-    servers: Vec<SocketAddr>,
-    (epoch, window): (Instant, u64),
-    requests: usize,
-) -> wasmtime::Result<()> {
-    // Tokio's own clock ticks in milliseconds.
-    let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
-    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-    let start = Instant::now();
-    let pace = Expiration::Interval(TimeSpec::from_duration(PACE));
-    timer.set(pace, TimerSetTimeFlags::empty())?;
-    #[expect(deprecated, reason = "its successor is unsafe; a File keeps its descriptor open")]
-    let timer = AsyncFd::new(File::from(OwnedFd::from(timer)))?;
-    let cpu_wait = CpuWait::of_this_thread();
-    let mut waited_before = cpu_wait.so_far();
-    let mut due = start;
-    for (at, server) in servers.iter().cycle().take(requests).enumerate() {
-        if at % REQUESTS_PER_PACE == 0 {
-            due += PACE;
-            waited_before = cpu_wait.so_far();
-            while Instant::now() < due {
-                let mut expired = timer.readable().await?;
-                // How often it expired does not matter: the loop reads the clock.
-                let _ = expired.try_io(|timer| timer.get_ref().read(&mut [0; 8]));
-            }
-        }
-        let due = u64::try_from((due - epoch).as_nanos())?;
-        let request = Request { due, window, waited_before };
-        client.send_to(&request.write(), server).await.context("sending a request")?;
-    }
-    Ok(())
-}
-
-/// The contents of a request and of its answer, in nanoseconds.
-struct Request {
-    due: u64,
-    window: u64,
-    /// What the guests' thread had waited for its CPU before the request was due.
-    waited_before: Duration,
-}
-
-impl Request {
-    fn write(&self) -> [u8; REQUEST_BYTES] {
-        let mut bytes = [0; REQUEST_BYTES];
-        let waited = u64::try_from(self.waited_before.as_nanos()).unwrap_or(u64::MAX);
-        for (field, value) in bytes.chunks_exact_mut(8).zip([self.due, self.window, waited]) {
-            field.copy_from_slice(&value.to_ne_bytes());
-        }
-        bytes
-    }
-
-    fn read(bytes: &[u8]) -> Option<Self> {
-        let number = |at: usize| Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-        let (due, window) = (number(0)?, number(8)?);
-        Some(Self { due, window, waited_before: Duration::from_nanos(number(16)?) })
-    }
-}
-
-/// How long a thread has waited for a CPU although it could run (`schedstat`, proc(5)).
-struct CpuWait(Option<File>);
-
-impl CpuWait {
-    fn of_this_thread() -> Self {
-        Self(File::open("/proc/thread-self/schedstat").ok())
-    }
-
-    /// Zero where the kernel does not count it.
-    fn so_far(&self) -> Duration {
-        let read = || {
-            let mut text = [0; 64];
-            let len = self.0.as_ref()?.read_at(&mut text, 0).ok()?;
-            // Time on the CPU, time waiting for it, turns.
-            str::from_utf8(&text[..len]).ok()?.split(' ').nth(1)?.parse().ok()
-        };
-        Duration::from_nanos(read().unwrap_or(0))
+        Ok(Window { answers, flood: rate })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Results as tables on a terminal.
 
-use super::{Figure, Flood, Memory, Report, Speed};
+use super::{Figure, Flood, Latency, Memory, Neighbour, Report, Speed};
 use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
 use crate::terminal::{print, table};
 
@@ -116,6 +116,50 @@ fn flood_row(flood: &Flood) -> [String; 12] {
         format!("{} of {}", flood.lost, flood.requests),
         flood.held_up.to_string(),
         format!("{:.0}, {:.0}", rates.single, rates.in_bulk),
+    ]
+}
+
+/// Latency of guests while another on the same runtime computes.
+pub(crate) fn neighbours(report: &Report) {
+    let Some(first) = report.neighbours.first() else { return };
+    let mut table = table([
+        "neighbour",
+        "WASI",
+        "calm: p50, p99, max",
+        "computing",
+        "p99 / stock",
+        "asking",
+        "p99 / stock",
+        "lost",
+        "held up",
+    ]);
+    for neighbour in &report.neighbours {
+        table.add_row(neighbour_row(neighbour));
+    }
+    print(table);
+    print(format_args!(
+        "{} sockets answer a paced client on a runtime of {} workers: alone, beside {} that compute on \
+         and on, and that ask a question every 10 ms. Medians of the rounds' figures, without the requests held up by other \
+         programs that had the client's CPU.",
+        first.sockets,
+        first.workers,
+        first.workers - 1,
+    ));
+}
+
+fn neighbour_row(neighbour: &Neighbour) -> [String; 9] {
+    let latency = |Latency { p50, p99, max }: &Latency| format!("{p50:.0}, {p99:.0}, {max:.0} µs");
+    let times = |ratio: Figure| format!("{:.2} {}", ratio.median, spread(ratio));
+    [
+        neighbour.backend.clone(),
+        neighbour.wasi.clone(),
+        latency(&neighbour.calm_micros),
+        latency(&neighbour.computing_micros),
+        times(neighbour.computing_to_stock),
+        latency(&neighbour.asking_micros),
+        times(neighbour.asking_to_stock),
+        format!("{} of {}", neighbour.lost, neighbour.requests),
+        neighbour.held_up.to_string(),
     ]
 }
 
