@@ -21,6 +21,7 @@ mod enter;
 pub(crate) mod first_poll;
 mod flush;
 mod in_flight;
+mod lifo_slot;
 mod lock;
 mod overdue;
 mod refusals;

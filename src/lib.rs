@@ -137,6 +137,7 @@
 //! | `driver::enter` | one thread calls `io_uring_enter` for all |
 //! | `driver::batching` | every rule of sharing and fairness |
 //! | `driver::first_poll` | Wasmtime's first poll of a concurrent call |
+//! | `driver::lifo_slot` | where a worker of tokio's keeps what it has woken |
 //! | `driver::lock` | a lock, and what runs after the unlock |
 //! | `ring::setup` | builds a ring, restricts it, and names what is missing; `ring::socket_filter`: UDP alone |
 //! | `ring` | submit, flush, complete |

@@ -6,7 +6,9 @@ mod common;
 use std::fs;
 
 use common::network::in_a_network;
-use common::{ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, eventually, native, uring};
+use common::{
+    ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, block_on, eventually, native, uring,
+};
 
 /// Kills: a verdict of a test that could not run; a test that is never tried again.
 #[test]

@@ -55,12 +55,28 @@ pub(super) struct Core {
     pub(super) ring: Ring,
     /// A thread is inside, and will look for what was queued meanwhile.
     pub(super) entering: bool,
+    /// Who enters next: `Guest` again when it comes out.
+    pub(super) insider: Insider,
     pub(super) batching: Batching,
     pub(super) runtimes: Runtimes,
     /// Of guests that wait until what they queued has reached the kernel.
     pub(super) flush_wakers: Vec<Waker>,
     pub(super) overdue: Overdue,
     pub(super) refusals: Refusals,
+}
+
+/// On whose behalf a thread is inside, or reaps.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Insider {
+    /// A guest's, which may compute on for long when it comes out: what it has woken must not wait for it.
+    #[default]
+    Guest,
+    /// A reaper or flusher, which is soon done.
+    Task,
+    /// The ring's own thread, which leaves guests' wakers to the reapers: in the queue of a
+    /// current-thread runtime those that another thread has woken wait behind the others, and so could
+    /// not share their enters.
+    OwnThread,
 }
 
 /// The driver's lock, held by this thread.
@@ -84,10 +100,14 @@ impl LockedCore<'_> {
     /// could not.
     pub(super) fn wake_completed(&mut self) {
         let (core, after) = self.split();
-        if !core.overdue.is_inside || core.runtimes.is_empty() {
-            after.wake_later(core.ring.take_wakers());
-        } else if core.ring.has_wakers() {
-            after.wake_later(core.runtimes.take_reapers());
+        match core.insider {
+            Insider::Guest => after.wake_others_later(core.ring.take_wakers()),
+            Insider::OwnThread if !core.runtimes.is_empty() => {
+                if core.ring.has_wakers() {
+                    after.wake_later(core.runtimes.take_reapers());
+                }
+            }
+            Insider::Task | Insider::OwnThread => after.wake_later(core.ring.take_wakers()),
         }
         if let Some(warning) = core.ring.take_warning() {
             after.warn_later(warning);
@@ -97,7 +117,10 @@ impl LockedCore<'_> {
     /// Wakes the guests that wait until what they queued has reached the kernel.
     fn wake_submitted(&mut self) {
         let (core, after) = self.split();
-        after.wake_later(core.flush_wakers.drain(..));
+        match core.insider {
+            Insider::Guest => after.wake_others_later(core.flush_wakers.drain(..)),
+            Insider::Task | Insider::OwnThread => after.wake_later(core.flush_wakers.drain(..)),
+        }
     }
 
     /// Wakes every reaper, so that they go on where this thread stops.
@@ -176,6 +199,7 @@ impl Driver {
             core: Lock::new(Core {
                 ring,
                 entering: false,
+                insider: Insider::Guest,
                 batching: Batching::default(),
                 runtimes: Runtimes::default(),
                 flush_wakers: Vec::new(),
@@ -326,7 +350,7 @@ impl Driver {
             core.ring.disable_notifications();
         }
         core.entering = false;
-        core.overdue.is_inside = false;
+        core.insider = Insider::Guest;
         core.watch_closes();
         std::mem::forget(inside);
         core.run_left()
@@ -350,7 +374,7 @@ impl Drop for Inside<'_> {
         // (No fork in between: this thread has come from `lock`.)
         let mut core = self.driver.core.lock();
         core.entering = false;
-        core.overdue.is_inside = false;
+        core.insider = Insider::Guest;
         core.ring.enable_notifications();
         core.wake_completed();
         core.wake_submitted();

@@ -12,6 +12,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
+use super::lifo_slot;
+
 pub(super) struct Lock<T>(Mutex<T>);
 
 impl<T> Lock<T> {
@@ -99,6 +101,8 @@ pub(super) struct AfterUnlock(Option<Box<Left>>);
 struct Left {
     woken: Vec<Waker>,
     dropped: Vec<Waker>,
+    /// Some of the woken may be in this worker's LIFO slot, and this thread's guest may compute on.
+    vacates_slot: bool,
     /// Of `io_uring_enter`.
     failed: Option<io::Error>,
     /// Of the ring.
@@ -114,6 +118,16 @@ impl AfterUnlock {
         let mut wakers = wakers.into_iter().peekable();
         if wakers.peek().is_some() {
             self.left().woken.extend(wakers);
+        }
+    }
+
+    /// As `wake_later`, by a guest that may not suspend for long.
+    pub(super) fn wake_others_later(&mut self, wakers: impl IntoIterator<Item = Waker>) {
+        let mut wakers = wakers.into_iter().peekable();
+        if wakers.peek().is_some() {
+            let left = self.left();
+            left.woken.extend(wakers);
+            left.vacates_slot = true;
         }
     }
 
@@ -153,10 +167,13 @@ impl Left {
     /// Each by itself, so that one that panics keeps none of the others from running.
     #[inline(never)]
     fn run(self) {
-        let Self { woken, dropped, failed, warning } = self;
+        let Self { woken, dropped, vacates_slot, failed, warning } = self;
         let mut has_panicked = false;
         for waker in woken {
             has_panicked |= !contained(|| waker.wake());
+        }
+        if vacates_slot {
+            contained(lifo_slot::vacate);
         }
         for waker in dropped {
             has_panicked |= !contained(|| drop(waker));

@@ -33,10 +33,6 @@ pub(super) struct Overdue {
     watcher: Arc<Watcher>,
     pub(super) is_asleep: bool,
     oldest: Option<CloseId>,
-    /// The thread is inside for all guests, and leaves their wakers to the reapers: in the queue of a
-    /// current-thread runtime those that another thread has woken wait behind the others, and so could
-    /// not share their enters.
-    pub(super) is_inside: bool,
 }
 
 /// The thread, which starts when it is first woken.
@@ -99,7 +95,7 @@ impl Overdue {
             call_at: AtomicU64::new(0),
             begun: Instant::now(),
         };
-        Self { watcher: Arc::new(watcher), is_asleep: true, oldest: None, is_inside: false }
+        Self { watcher: Arc::new(watcher), is_asleep: true, oldest: None }
     }
 
     /// Takes note of the oldest close that goes on. The waker is the thread's, if it is to look.

@@ -17,7 +17,7 @@ use std::task::Poll;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::{self, Handle};
 
-use super::enter::{Driver, LockedCore};
+use super::enter::{Driver, Insider, LockedCore};
 use super::overdue::Watched;
 use crate::error::Errno;
 use crate::limits::REFUSAL_PAUSE_MAX;
@@ -109,7 +109,7 @@ async fn flush(driver: Weak<Driver>, id: runtime::Id) {
         core.runtimes.flusher_due = None;
         let replaced = core.runtimes.get(id).and_then(|tasks| tasks.flusher.replace(waker));
         core.drop_later(replaced);
-        drop(driver.combine(core));
+        drop(driver.enter_as_task(core));
         Poll::Pending
     })
     .await;
@@ -144,7 +144,7 @@ async fn reap(reaper: Reaper) {
         }
         let replaced = core.runtimes.get(reaper.id).and_then(|tasks| tasks.reaper.replace(waker));
         core.drop_later(replaced);
-        let core = driver.combine(core);
+        let core = driver.enter_as_task(core);
         let has_more = core.ring.has_cached_work();
         drop(core);
         if has_more {
@@ -213,6 +213,15 @@ impl Drop for Reaper {
 }
 
 impl Driver {
+    /// As a reaper or flusher.
+    fn enter_as_task<'driver>(&'driver self, mut core: LockedCore<'driver>) -> LockedCore<'driver> {
+        if !core.entering {
+            core.insider = Insider::Task;
+            core = self.combine(core);
+        }
+        core
+    }
+
     /// As the ring's own thread.
     fn enter_for_all<'driver>(
         &'driver self,
@@ -220,7 +229,7 @@ impl Driver {
         reap: bool,
     ) -> LockedCore<'driver> {
         let before = core.ring.stats.enters;
-        core.overdue.is_inside = true;
+        core.insider = Insider::OwnThread;
         core = self.combine_with(core, reap);
         core.ring.stats.enters_overdue += core.ring.stats.enters - before;
         core

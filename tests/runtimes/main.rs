@@ -245,6 +245,44 @@ fn a_guest_that_computes_does_not_hold_up_another_workers() {
     }
 }
 
+/// Kills: a guest that lies in the LIFO slot of the worker on which the one that has woken it computes on.
+#[test]
+fn a_guest_that_asks_another_and_computes_on_does_not_keep_it_from_answering() {
+    for backend in [Backend::Stock, Backend::Uring] {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(within(async {
+            let [mut asking, mut asked] = two_guests(backend).await;
+            let asker = asking.endpoint(LOOPBACK).await;
+            let (answered, has_answered) = mpsc::channel();
+            let asking = tokio::spawn(async move {
+                // Armed by this thread, which is told first of what arrives.
+                let endpoint = asked.endpoint(LOOPBACK).await;
+                assert_eq!(asked.receive(endpoint.incoming, 1).await, Ok(vec![]));
+                let (waits, is_waiting) = mpsc::channel();
+                let waiting = async move {
+                    let received = asked.receive_exactly(endpoint.incoming, 1).await;
+                    answered.send(payloads(&received).concat()).unwrap();
+                };
+                tokio::spawn(async move {
+                    let mut waiting = std::pin::pin!(waiting);
+                    std::future::poll_fn(|cx| {
+                        let polled = waiting.as_mut().poll(cx);
+                        let _ = waits.send(());
+                        polled
+                    })
+                    .await;
+                });
+                // It takes the slot itself, so that the other worker can take the one before.
+                tokio::spawn(async {});
+                is_waiting.recv_timeout(BOUND).unwrap();
+                asking.send_one(asker.outgoing, b"?", Some(endpoint.local)).await.unwrap();
+                assert_eq!(has_answered.recv_timeout(BOUND / 4), Ok(b"?".to_vec()), "{backend:?}");
+            });
+            asking.await.unwrap();
+        }));
+    }
+}
+
 // ---- enters -------------------------------------------------------------------------------------
 
 #[test]
