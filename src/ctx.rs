@@ -8,7 +8,7 @@ use wasmtime::component::{HasData, ResourceTable};
 
 use crate::datagram::Family;
 use crate::error::ErrorCode;
-use crate::limits::{GUEST_QUEUE_BYTES_DEFAULT, GUEST_SOCKETS_DEFAULT};
+use crate::limits::{GUEST_QUEUE_BYTES_DEFAULT, GUEST_SEND_BYTES_DEFAULT, GUEST_SOCKETS_DEFAULT};
 use crate::socket::UdpSocket;
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{Policy, SocketAddrUse};
@@ -52,6 +52,7 @@ impl UdpCtx {
             policy: Policy::default(),
             sockets_max: GUEST_SOCKETS_DEFAULT,
             queue_bytes_max: GUEST_QUEUE_BYTES_DEFAULT,
+            send_bytes_max: GUEST_SEND_BYTES_DEFAULT,
         }
     }
 
@@ -68,6 +69,7 @@ pub struct UdpCtxBuilder {
     policy: Policy,
     sockets_max: u32,
     queue_bytes_max: usize,
+    send_bytes_max: usize,
 }
 
 impl UdpCtxBuilder {
@@ -114,6 +116,18 @@ impl UdpCtxBuilder {
         self
     }
 
+    /// Payload bytes that may wait for send buffer, of all sends of the guest's sockets together; any number,
+    /// by default [`GUEST_SEND_BYTES_DEFAULT`].
+    ///
+    /// What a `send` of WASI 0.2 has accepted and the kernel has no room for (`SO_SNDBUF`) waits in the host,
+    /// up to 16 datagrams of 65,507 bytes for each socket. When so many bytes wait, one `send` may still
+    /// add its own (0.2: up to a mebibyte); from then on each accepts only what the kernel takes at once,
+    /// as wasmtime-wasi's do, and `check-send` answers 0 until there is room.
+    pub fn send_bytes_max(mut self, send_bytes_max: usize) -> Self {
+        self.send_bytes_max = send_bytes_max;
+        self
+    }
+
     /// The finished configuration.
     #[must_use]
     pub fn build(self) -> UdpCtx {
@@ -122,6 +136,7 @@ impl UdpCtxBuilder {
             self.policy,
             self.sockets_max,
             self.queue_bytes_max,
+            self.send_bytes_max,
         )))
     }
 }

@@ -88,6 +88,10 @@ pub const QUEUE_SLACK_BYTES: usize = 256 * 1024;
 /// [`UdpCtxBuilder`](crate::UdpCtxBuilder) says otherwise.
 pub const GUEST_QUEUE_BYTES_DEFAULT: usize = 16 << 20;
 
+/// Bytes of sends that may wait for send buffer for all sockets of a guest together, unless its
+/// [`UdpCtxBuilder`](crate::UdpCtxBuilder) says otherwise.
+pub const GUEST_SEND_BYTES_DEFAULT: usize = 4 << 20;
+
 /// What a queued datagram counts beside its payload: its place in the queue, whose memory grows by
 /// doubling, and what the allocator needs.
 pub const QUEUED_DATAGRAM_BYTES: usize = 128;

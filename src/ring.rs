@@ -41,7 +41,7 @@ use self::op_table::{Ended, Leftover, OpTable, Registered};
 use self::port_order::{CloseId, PortOrder};
 use self::process::Process;
 use self::queues::{Completion, EMPTY_BATCH, Enter, OpKey, Queues, SlotIndex};
-use self::quota::Quota;
+use self::quota::{ByteQuota, Quota};
 use self::receive::{Delivered, Receives};
 use self::receive_queue::ReceiveQueue;
 use self::recycle::taint::Reason;
@@ -176,6 +176,13 @@ impl Ring {
         // If SOCKET failed, BIND would go on with the socket that it has not replaced.
         self.submit_detached(slot, Op::Close);
         slot
+    }
+
+    /// A send that goes on waits for send buffer, and counts from here on.
+    pub(crate) fn charge(&mut self, key: OpKey, quota: &Arc<ByteQuota>) {
+        if let Some((_, Op::Send(send))) = self.ops.find(key) {
+            send.charge(quota);
+        }
     }
 
     /// Ends an operation of one entry whose caller is gone, if it still waits.

@@ -11,6 +11,7 @@ use super::enter::{Core, Driver};
 use super::flush::Flush;
 use crate::ring::op::OpResult;
 use crate::ring::queues::OpKey;
+use crate::ring::quota::ByteQuota;
 
 /// An operation on its way, and the guest that waits for it. Its memory is the operation table's
 /// until its last completion. To drop this before detaches the operation: the kernel finishes it,
@@ -116,6 +117,13 @@ impl InFlight {
         *is_taken = result.is_some();
         coop.made_progress();
         Poll::Ready(result)
+    }
+
+    /// For a send that waits: it counts from now on, for as long as the ring holds its datagrams.
+    pub(crate) fn charge(&self, quota: &Arc<ByteQuota>) {
+        if let Some(mut core) = self.driver.lock() {
+            core.ring.charge(self.key, quota);
+        }
     }
 
     /// Whether its guest has yielded before it entered.

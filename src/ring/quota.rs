@@ -1,5 +1,5 @@
 //! What may exist at once: a number of sockets, of which a ring's table has one and every guest; and the
-//! bytes of received datagrams that wait for a guest.
+//! bytes of datagrams that wait, those received for a guest and those it sends for send buffer.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -80,7 +80,7 @@ impl Quota {
     }
 }
 
-/// Bytes that wait for a guest, in the queues of all its sockets.
+/// Bytes that wait, of all sockets of a guest.
 #[derive(Debug)]
 pub(crate) struct ByteQuota {
     pub(super) used: AtomicUsize,
@@ -109,6 +109,26 @@ impl ByteQuota {
     /// From here on no more is taken.
     pub(crate) fn is_used_up(&self) -> bool {
         self.used.load(Ordering::Relaxed) >= self.max
+    }
+}
+
+/// Bytes taken, for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Charge {
+    quota: Arc<ByteQuota>,
+    bytes: usize,
+}
+
+impl Charge {
+    pub(crate) fn new(quota: &Arc<ByteQuota>, bytes: usize) -> Self {
+        quota.take(bytes);
+        Self { quota: Arc::clone(quota), bytes }
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.quota.put_back(self.bytes);
     }
 }
 

@@ -1,5 +1,7 @@
 //! A guest's `send`: which datagrams become one message (GSO), and what is tried again.
 
+use std::sync::Arc;
+
 use io_uring::opcode;
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::Fixed;
@@ -7,6 +9,7 @@ use io_uring::types::Fixed;
 use crate::datagram::{GsoMessage, Outgoing, front_run};
 use crate::error::Errno;
 use crate::limits::{GSO_REFUSAL_SENDS, SEND_ATTEMPTS_MAX};
+use crate::ring::quota::{ByteQuota, Charge};
 
 /// One `send` of a guest: its datagrams in order, as one linked chain of messages.
 pub(crate) struct SendOp {
@@ -21,6 +24,8 @@ pub(crate) struct SendOp {
     /// more than so many bytes apart, goes better, coalescing was the reason.
     suspected: Option<usize>,
     attempts: u32,
+    /// What it takes of its guest's quota, once it waits for send buffer.
+    charge: Option<Charge>,
 }
 
 /// A message of a `send`: one datagram, or several that the kernel takes apart.
@@ -70,7 +75,13 @@ impl SendOp {
             messages: Vec::new(),
             suspected: None,
             attempts: 0,
+            charge: None,
         }
+    }
+
+    /// It waits: from here on it counts.
+    pub(crate) fn charge(&mut self, quota: &Arc<ByteQuota>) {
+        self.charge = Some(Charge::new(quota, self.bytes()));
     }
 
     /// Payload bytes in all.

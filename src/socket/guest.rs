@@ -1,5 +1,5 @@
 //! What all sockets of one guest share: its ring, its name in that ring's batching, its policy, its
-//! quotas of sockets and of queued bytes, and its budget of datagrams.
+//! quotas of sockets and of bytes that wait, and its budget of datagrams.
 
 use std::sync::Arc;
 
@@ -18,6 +18,8 @@ pub(crate) struct GuestCtx {
     pub(crate) policy: Policy,
     pub(crate) quota: Arc<Quota>,
     pub(crate) queued: Arc<ByteQuota>,
+    /// Bytes of sends that wait for send buffer.
+    pub(crate) sending: Arc<ByteQuota>,
     pub(crate) budget: Budget,
 }
 
@@ -27,6 +29,7 @@ impl GuestCtx {
         policy: Policy,
         sockets_max: u32,
         queue_bytes_max: usize,
+        send_bytes_max: usize,
     ) -> Self {
         Self {
             driver,
@@ -34,6 +37,7 @@ impl GuestCtx {
             policy,
             quota: Quota::new(sockets_max),
             queued: ByteQuota::new(queue_bytes_max),
+            sending: ByteQuota::new(send_bytes_max),
             budget: Budget::default(),
         }
     }

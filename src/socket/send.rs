@@ -46,6 +46,10 @@ impl UdpSocket {
             return refused.map_or(Ok(0), Err);
         }
         self.take_error()?;
+        if self.ctx.sending.is_used_up() {
+            // Boxed, because few guests have so much waiting.
+            return Box::pin(self.send_while_taken(accepted)).await;
+        }
         let accepted_len = accepted.len() as u64;
         // The payloads are the ring's from here until the kernel has taken or refused them.
         let mut in_flight = self.submit(Op::Send(SendOp::new(accepted)))?;
@@ -58,10 +62,45 @@ impl UdpSocket {
             Some(Ok(_)) => Ok(0),
             Some(Err(errno)) => Err(errno.into()),
             None => {
+                in_flight.charge(&self.ctx.sending);
                 self.set_blocked(Box::new(in_flight));
                 Ok(accepted_len)
             }
         }
+    }
+
+    /// Sends datagrams one by one, for as long as the kernel takes them at once: the guest has so much
+    /// waiting elsewhere that nothing more is kept for it. Returns how many; the others are the guest's to
+    /// send when there is send buffer.
+    async fn send_while_taken(&self, datagrams: Vec<Outgoing>) -> Result<u64, ErrorCode> {
+        let GuestCtx { driver, guest, .. } = &*self.ctx;
+        let mut taken = 0;
+        for datagram in datagrams {
+            let slot = self.bound_slot();
+            let error =
+                match SendNow::new(driver, *guest, slot, Box::new(datagram), false).given().await {
+                    Ok(Given::Answered(Ok(Output::Unsent(_)))) => {
+                        let mut waiting = self.submit(Op::AwaitWritable)?.cancelled_with_caller();
+                        if poll_fn(|cx| waiting.poll_submitted(cx)).await.is_none() {
+                            self.set_blocked(Box::new(waiting));
+                        }
+                        break;
+                    }
+                    Ok(Given::Queued(queued)) => {
+                        queued.charge(&self.ctx.sending);
+                        self.set_blocked(Box::new(queued));
+                        taken += 1;
+                        break;
+                    }
+                    Ok(Given::Answered(Ok(_))) => {
+                        taken += 1;
+                        continue;
+                    }
+                    Ok(Given::Answered(Err(errno))) | Err(errno) => errno,
+                };
+            return if taken == 0 { Err(error.into()) } else { Ok(taken) };
+        }
+        Ok(taken)
     }
 
     /// Records what the next `send` waits for.
@@ -142,14 +181,15 @@ impl UdpSocket {
         let bytes = payload.len();
         let mut datagram = Box::new(Outgoing { payload, to: named(effective, remote) });
         // What went well lately will again: it may be another thread's to submit.
-        let may_queue =
-            reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);
+        let may_queue = !self.ctx.sending.is_used_up()
+            && reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);
         loop {
             self.take_error()?;
             let GuestCtx { driver, guest, .. } = &*self.ctx;
             let send = SendNow::new(driver, *guest, self.bound_slot(), datagram, may_queue);
             match send.given().await? {
                 Given::Queued(queued) => {
+                    queued.charge(&self.ctx.sending);
                     self.set_blocked(Box::new(queued));
                     return Ok(());
                 }

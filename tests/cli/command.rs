@@ -721,8 +721,8 @@ mod help {
             ("demo", "--guests --rounds"),
             (
                 "bench",
-                "NAME create bind bind6 pair dns echo echo_1200 batch_16 receive flood idle --list --wasi \
-                 0.2 0.3 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
+                "NAME create bind bind6 pair dns echo echo_1200 batch_16 receive flood neighbour idle --list \
+                 --wasi 0.2 0.3 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
             ),
             ("report", "DIR results.json --readme README.md scripts/bench"),
             ("doctor", "--json"),
@@ -959,6 +959,18 @@ mod measuring {
         }
     }
 
+    /// Kills: an answer that waits until a guest has computed for longer than the client's patience.
+    #[test]
+    fn guests_that_compute_cost_their_neighbours_no_answer() {
+        let report = report("neighbour.json", &["neighbour", "--sockets", "4", "--rounds", "1"]);
+        let neighbours = on_the_ring(&report["neighbours"]);
+        assert_eq!(neighbours.len(), 2, "{report}");
+        for neighbour in neighbours {
+            let counts = (&neighbour["requests"], &neighbour["lost"]);
+            assert_eq!(counts, (&6000.into(), &0.into()), "{neighbour}");
+        }
+    }
+
     /// The kernel's share is measured machine-wide, which is not for a test: 2.8 KB of an idle
     /// direct descriptor and 0.84 KB of an armed receive.
     #[test]
@@ -984,7 +996,7 @@ mod measuring {
             &["bind", "--guests", "1,2"][..],
             &["bind", "--guests", "1,2,4"],
             &["echo", "--guests", "2", "--runtime", "multi-thread"],
-            &["idle", "flood", "--sockets", "50"],
+            &["idle", "flood", "neighbour", "--sockets", "50"],
         ];
         for (name, args) in KEPT.into_iter().zip(measured) {
             let kept = dir.join(name);
@@ -1065,7 +1077,7 @@ mod measuring {
     #[test]
     fn bench_names_its_benches_when_asked_for_another() {
         let ended = run(&["bench", "nonsense"]).with_code(2).says(&["nonsense"]);
-        for name in BENCHES.iter().chain(&["flood", "idle"]) {
+        for name in BENCHES.iter().chain(&["flood", "neighbour", "idle"]) {
             assert!(ended.stderr.contains(name), "{ended}");
         }
         run(&["bench", "create", "--runtime", "tokio-uring"])

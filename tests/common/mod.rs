@@ -83,6 +83,8 @@ pub struct Setup {
     /// The address policy; `None` refuses UDP.
     pub allow: Option<Allow>,
     pub sockets_max: u32,
+    /// Bytes that may wait for send buffer.
+    pub send_bytes_max: usize,
     /// The ring to use, or a new one.
     pub uring: Option<Uring>,
     /// The guest's arguments, after the first.
@@ -97,6 +99,7 @@ impl Default for Setup {
             version: "0.2.0",
             allow: Some(Arc::new(|_, _| true)),
             sockets_max: 1024,
+            send_bytes_max: wasi_uring::limits::GUEST_SEND_BYTES_DEFAULT,
             uring: None,
             args: Vec::new(),
             resources_max: 1_000_000,
@@ -187,7 +190,8 @@ pub fn host(engine: &Engine, backend: Backend, setup: Setup) -> (Uring, Linker<H
     }
     let mut wasi = WasiCtx::builder();
     wasi.arg("guest").args(&setup.args);
-    let mut udp = UdpCtx::builder(&uring).sockets_max(setup.sockets_max);
+    let mut udp =
+        UdpCtx::builder(&uring).sockets_max(setup.sockets_max).send_bytes_max(setup.send_bytes_max);
     if let Some(allow) = setup.allow {
         let same = Arc::clone(&allow);
         wasi.allow_udp(true).socket_addr_check(move |addr, use_| {

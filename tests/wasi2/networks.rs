@@ -9,8 +9,8 @@ use wasi_uring::{Stats, Uring};
 use crate::coalesced::{assert_heard, batch, content};
 use crate::common::network::{flow, in_a_clogged_network, in_a_network, run};
 use crate::common::{
-    Backend, Endpoint, ErrorCode, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on, eventually, native,
-    on, on_both, uring, yield_to_others,
+    Backend, Endpoint, ErrorCode, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on, datagram, eventually,
+    native, on, on_both, uring, yield_to_others,
 };
 use crate::datagrams::pair;
 
@@ -162,6 +162,61 @@ fn messages_deferred_by_a_full_send_buffer_leave_although_their_socket_is_droppe
             witnesses.have_all();
         });
     }
+}
+
+/// As stock's, which keep nothing. Kills: a guest that has the host keep a batch for each of its sockets.
+#[test]
+fn what_waits_for_send_buffer_is_bounded_for_all_sockets_of_a_guest_together() {
+    const SOCKETS: usize = 8;
+    in_a_clogged_network(|| {
+        let setup = Setup { send_bytes_max: 30_000, ..Setup::default() };
+        on(Backend::Uring, setup, async |rig| {
+            let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
+            let mut accepted = Vec::new();
+            let mut endpoints = Vec::new();
+            for at in 0..SOCKETS {
+                let endpoint = rig.endpoint(LOOPBACK).await;
+                rig.set_send_buffer(endpoint.socket, 1).await.unwrap();
+                let mut taken = 0;
+                for _ in 0..2 {
+                    let sent: Vec<_> =
+                        (0..16).map(|_| datagram(&[at as u8; 1200], Some(to))).collect();
+                    if rig.check_send(endpoint.outgoing).await == Ok(16) {
+                        taken += rig.send_all(endpoint.outgoing, &sent).await.unwrap();
+                    }
+                }
+                assert_eq!(
+                    rig.check_send(endpoint.outgoing).await,
+                    Ok(0),
+                    "no send buffer is left"
+                );
+                accepted.push(taken);
+                endpoints.push(endpoint);
+            }
+            // Two sockets' batches wait; of the others' the kernel has taken the first or two.
+            assert!(accepted[..2].iter().all(|taken| *taken >= 16), "{accepted:?}");
+            assert!(accepted[2..].iter().all(|taken| (1..16).contains(taken)), "{accepted:?}");
+            // And they go on when there is room.
+            let pollable = rig.subscribe_outgoing(endpoints[SOCKETS - 1].outgoing).await;
+            let unclog = async { flow() };
+            tokio::join!(biased; rig.block(pollable), unclog);
+            let all: u64 = accepted.iter().sum();
+            let mut heard = [0_u64; SOCKETS];
+            let mut buffer = [0; 2000];
+            for _ in 0..all {
+                assert_eq!(witness.recv(&mut buffer).unwrap(), 1200);
+                heard[usize::from(buffer[0])] += 1;
+            }
+            assert_eq!(heard.to_vec(), accepted, "what was accepted, and nothing else");
+            let more = vec![datagram(b"more", Some(to)); 16];
+            for endpoint in &endpoints {
+                let pollable = rig.subscribe_outgoing(endpoint.outgoing).await;
+                rig.block(pollable).await;
+                assert_eq!(rig.check_send(endpoint.outgoing).await, Ok(16));
+                assert_eq!(rig.send_all(endpoint.outgoing, &more).await, Ok(16), "all home");
+            }
+        });
+    });
 }
 
 /// As wasmtime-wasi's end with the store. Kills: sends of a guest that is gone which hold its slots, and
