@@ -1,5 +1,7 @@
 //! How a process that is told to end ends: with its ports free.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -15,6 +17,7 @@ use crate::terminal::Failure;
 pub(crate) struct ClosesOnSignal {
     signals: Handle,
     thread: Option<JoinHandle<()>>,
+    has_begun: Arc<AtomicBool>,
 }
 
 impl ClosesOnSignal {
@@ -27,14 +30,24 @@ impl ClosesOnSignal {
             .context("cannot watch for signals")
             .map_err(Failure::run)?;
         let (handle, rings) = (signals.handle(), rings.to_vec());
+        let has_begun = Arc::new(AtomicBool::new(false));
+        let begins = Arc::clone(&has_begun);
         let thread = std::thread::spawn(move || {
             for signal in signals.forever() {
+                begins.store(true, Ordering::Relaxed);
                 rings.iter().for_each(Uring::close);
                 // It ends the process. If it cannot, the next signal tries.
                 let _ = emulate_default_handler(signal);
             }
         });
-        Ok(Some(Self { signals: handle, thread: Some(thread) }))
+        Ok(Some(Self { signals: handle, thread: Some(thread), has_begun }))
+    }
+
+    /// Waits for the end, if a signal has brought it: what guests then say of their ring is no news.
+    pub(crate) fn wait_if_begun(&self) {
+        while self.has_begun.load(Ordering::Relaxed) {
+            std::thread::park();
+        }
     }
 }
 

@@ -31,7 +31,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
 
     let plan = Plan::new(args);
     let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
-    let _closes_on_signal = ClosesOnSignal::new(&rings)?;
+    let closes_on_signal = ClosesOnSignal::new(&rings)?;
     let program = Arc::new(Program::link(&compiled, backend)?);
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {
@@ -46,6 +46,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
         }
         RuntimeArg::PerCore | RuntimeArg::TokioUring => run_per_thread(&plan, &program, &rings)?,
     };
+    closes_on_signal.as_ref().inspect(|closes| closes.wait_if_begun());
     for failure in failures.iter().take(FAILURES_TOLD_MAX) {
         say(failure);
     }

@@ -41,7 +41,7 @@ struct Watcher {
     thread: OnceLock<Thread>,
     /// It could not be started, and is to be when it is next woken.
     has_not_started: AtomicBool,
-    /// Since when the oldest close has been the oldest, in nanoseconds from `begun`; 0: there is none.
+    /// Since when the oldest close goes on, in nanoseconds from `begun`; 0: there is none.
     /// Written under the driver's lock, which the thread does not take to look.
     closing_since: AtomicU64,
     /// When the driver is to be called, as above.
@@ -68,11 +68,16 @@ impl Wake for Watcher {
 }
 
 impl Watcher {
-    fn now(&self) -> u64 {
-        u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1)
+    fn at(&self, time: Instant) -> u64 {
+        let since = time.saturating_duration_since(self.begun);
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).max(1)
     }
 
-    /// How long the oldest close has been the oldest.
+    fn now(&self) -> u64 {
+        self.at(Instant::now())
+    }
+
+    /// How long the oldest close has been going on.
     fn closing_for(&self) -> Option<Duration> {
         let since = self.closing_since.load(Ordering::Relaxed);
         (since != 0).then(|| Duration::from_nanos(self.now().saturating_sub(since)))
@@ -99,11 +104,12 @@ impl Overdue {
     }
 
     /// Takes note of the oldest close that goes on. The waker is the thread's, if it is to look.
-    pub(super) fn note(&mut self, oldest: Option<CloseId>) -> Option<Waker> {
+    pub(super) fn note(&mut self, oldest: Option<(CloseId, Instant)>) -> Option<Waker> {
         let watcher = &self.watcher;
-        if oldest != self.oldest {
-            self.oldest = oldest;
-            let since = if oldest.is_some() { watcher.now() } else { 0 };
+        let close = oldest.map(|(close, _)| close);
+        if close != self.oldest {
+            self.oldest = close;
+            let since = oldest.map_or(0, |(_, begun)| watcher.at(begun));
             watcher.closing_since.store(since, Ordering::Relaxed);
         }
         if oldest.is_some() { self.wake() } else { None }

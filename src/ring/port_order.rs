@@ -51,15 +51,15 @@ struct Waiting {
 pub(crate) struct PortOrder {
     /// Number of the oldest close that goes on.
     oldest: u64,
-    /// From `oldest` on: what each is giving up; `None` once it has.
-    closes: VecDeque<Option<Port>>,
+    /// From `oldest` on: what each is giving up, and since when; `None` once it has.
+    closes: VecDeque<Option<(Port, Instant)>>,
     waiting: VecDeque<Waiting>,
 }
 
 impl PortOrder {
-    pub(super) fn begin_close(&mut self, port: Port) -> CloseId {
+    pub(super) fn begin_close(&mut self, port: Port, now: Instant) -> CloseId {
         let close = self.next();
-        self.closes.push_back(Some(port));
+        self.closes.push_back(Some((port, now)));
         close
     }
 
@@ -70,7 +70,7 @@ impl PortOrder {
     /// A close has given up its port, or has none to give up. May be called more than once.
     pub(super) fn end_close(&mut self, close: CloseId) {
         let Some(at) = self.at(close) else { return };
-        let Some(port) = self.closes.get_mut(at).and_then(Option::take) else { return };
+        let Some((port, _)) = self.closes.get_mut(at).and_then(Option::take) else { return };
         for bind in &mut self.waiting {
             if close < bind.closes_before && bind.port.may_be(port) {
                 bind.left -= 1;
@@ -87,9 +87,10 @@ impl PortOrder {
         CloseId(self.oldest + self.closes.len() as u64)
     }
 
-    /// The oldest close that goes on.
-    pub(crate) fn oldest(&self) -> Option<CloseId> {
-        self.is_closing().then_some(CloseId(self.oldest))
+    /// The oldest close that goes on, and since when.
+    pub(crate) fn oldest(&self) -> Option<(CloseId, Instant)> {
+        let (_, begun) = (*self.closes.front()?)?;
+        Some((CloseId(self.oldest), begun))
     }
 
     /// Whether a close goes on.
@@ -103,7 +104,7 @@ impl PortOrder {
 
     /// Has a bind wait for the closes that go on now and may hold its port, of which there may be none.
     pub(super) fn wait(&mut self, key: OpKey, slot: SlotIndex, port: Port, now: Instant) {
-        let left = self.closes.iter().flatten().filter(|close| port.may_be(**close)).count();
+        let left = self.closes.iter().flatten().filter(|(close, _)| port.may_be(*close)).count();
         let closes_before = self.next();
         let until = now + BIND_PATIENCE;
         self.waiting.push_back(Waiting { key, slot, port, closes_before, left, until });
@@ -158,13 +159,14 @@ mod tests {
         let mut order = PortOrder::default();
         let mine = port(Family::V4, 53);
         let others = [port(Family::V4, 54), port(Family::V6, 53), port(Family::V6, 0)]
-            .map(|other| order.begin_close(other));
+            .map(|other| order.begin_close(other, Instant::now()));
         order.waits(1, mine, Instant::now());
         assert_eq!(order.take_due(), Some(key(1)), "no close may hold it");
 
-        let (first, second) = (order.begin_close(mine), order.begin_close(CHOSEN));
+        let (first, second) =
+            (order.begin_close(mine, Instant::now()), order.begin_close(CHOSEN, Instant::now()));
         order.waits(2, mine, Instant::now());
-        let third = order.begin_close(mine);
+        let third = order.begin_close(mine, Instant::now());
         order.end_close(second);
         assert_eq!(order.take_due(), None);
         order.end_close(first);
@@ -182,10 +184,24 @@ mod tests {
         assert_eq!(order.take_due(), Some(key(3)), "any of its family may leave it a port");
     }
 
+    /// Kills: closes that are overdue one after the other, each from when the one before has ended.
+    #[test]
+    fn each_close_goes_on_since_it_has_begun() {
+        let mut order = PortOrder::default();
+        let (now, later) = (Instant::now(), Instant::now() + BIND_PATIENCE);
+        let first = order.begin_close(CHOSEN, now);
+        let second = order.begin_close(CHOSEN, later);
+        assert_eq!(order.oldest(), Some((first, now)));
+        order.end_close(first);
+        assert_eq!(order.oldest(), Some((second, later)));
+        order.end_close(second);
+        assert_eq!(order.oldest(), None);
+    }
+
     #[test]
     fn a_close_that_is_held_up_holds_no_bind_up_for_long() {
         let mut order = PortOrder::default();
-        let close = order.begin_close(CHOSEN);
+        let close = order.begin_close(CHOSEN, Instant::now());
         let now = Instant::now();
         order.waits(1, CHOSEN, now);
         order.expire(now);
@@ -199,7 +215,7 @@ mod tests {
     #[test]
     fn a_withdrawn_bind_does_not_become_due() {
         let mut order = PortOrder::default();
-        let close = order.begin_close(CHOSEN);
+        let close = order.begin_close(CHOSEN, Instant::now());
         order.waits(1, CHOSEN, Instant::now());
         order.waits(2, CHOSEN, Instant::now());
         assert_eq!(order.withdraw(SlotIndex(1)), Some(key(1)));
