@@ -210,7 +210,7 @@ impl Driver {
         let Ok(core) = self.lock_open() else { return };
         let mut core = self.combine_with(core, true);
         core.ring.close_cached();
-        while !core.entering && core.ring.has_cached_work() && !core.refusals.go_on() {
+        while core.may_enter() && core.ring.has_cached_work() {
             core = self.combine(core);
         }
         if core.entering {

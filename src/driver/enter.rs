@@ -88,6 +88,11 @@ impl Core {
         self.ring.queued() > self.ring.submitted()
     }
 
+    /// Whether a thread can enter now, and the kernel has not just refused another's.
+    pub(super) fn may_enter(&self) -> bool {
+        !self.entering && !self.refusals.go_on()
+    }
+
     /// Why the kernel has not taken the first so many entries, if it has not for too long.
     pub(super) fn refusal_of(&self, queued: u64) -> Option<Errno> {
         self.refusals.told().filter(|_| !self.entering && self.ring.submitted() < queued)

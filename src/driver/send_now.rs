@@ -79,7 +79,7 @@ impl SendNow {
         let mut result = core.ring.take_result(key);
         // A flood may have kept its completion from being reaped.
         for _ in 0..COMBINE_ROUNDS_MAX {
-            if result.is_some() || core.entering || core.refusals.go_on() {
+            if result.is_some() || !core.may_enter() {
                 break;
             }
             core = driver.combine_with(core, true);

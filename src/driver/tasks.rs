@@ -241,7 +241,7 @@ impl Watched for Driver {
         let Some(mut core) = self.lock() else { return false };
         // A thread that is inside does this when it comes out. What the kernel refuses is tried again in
         // time.
-        if !core.entering && !core.refusals.go_on() {
+        if core.may_enter() {
             core.ring.give_up_on_sends();
             core = self.enter_for_all(core, false);
         }

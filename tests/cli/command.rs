@@ -696,11 +696,13 @@ mod signals {
         for runtime in RUNTIMES {
             for signal in [Signal::SIGTERM, Signal::SIGINT] {
                 let args = ["run", "--backend", "uring", "--runtime", runtime, arg(&guest)];
-                let mut child = command(args).spawn().unwrap();
+                let child = command(args).stderr(Stdio::piped()).spawn().unwrap();
                 wait_until_taken((ip, port));
                 kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
-                let status = child.wait().unwrap();
-                assert_eq!(status.signal(), Some(signal as i32), "as if it had not been caught");
+                let ended = child.wait_with_output().unwrap();
+                let signalled = ended.status.signal();
+                assert_eq!(signalled, Some(signal as i32), "as if it had not been caught");
+                assert_eq!(String::from_utf8_lossy(&ended.stderr), "", "a trap of its guest's");
                 UdpSocket::bind((ip, port)).unwrap();
             }
         }
