@@ -67,6 +67,8 @@ pub(crate) struct Ring {
     chain: Vec<Entry>,
     /// As `chain`.
     recycling: Vec<(SlotIndex, Op)>,
+    /// Binds that have ended, with the rest of their chain still queued.
+    cut: Vec<(OpKey, Box<BindOp>)>,
     /// Payload bytes queued since the last flush.
     unsent_bytes: usize,
     /// The ring is being closed.
@@ -94,6 +96,7 @@ impl Ring {
             receives: Receives::new(buffers),
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             recycling: Vec::new(),
+            cut: Vec::new(),
             unsent_bytes: 0,
             is_ending: false,
             wakers: Vec::new(),
@@ -138,6 +141,9 @@ impl Ring {
         op.write(slot, key.user_data(), self.receives.header(), &mut self.chain);
         self.queues.queue(&self.chain);
         self.chain.clear();
+        if let Op::Bind(bind) = op {
+            bind.queued = self.queues.queued();
+        }
     }
 
     fn cancel_op(&mut self, key: OpKey) {
@@ -515,6 +521,10 @@ impl Ring {
 
     /// Takes every completion that has come.
     pub(crate) fn reap(&mut self) {
+        if !self.cut.is_empty() {
+            let submitted = self.submitted();
+            self.cut.retain(|(_, bind)| bind.queued > submitted);
+        }
         let mut batch = EMPTY_BATCH;
         // Bounded, because a flood fills the queue as fast as it is emptied; what is left makes
         // `enable_notifications` answer `true`.
@@ -576,7 +586,23 @@ impl Ring {
                 self.ports.wait(key, slot, port, Instant::now());
                 self.queue_due_binds();
             }
-            Completed::Ended(result) => self.end(key, slot, result),
+            Completed::Ended(result) => {
+                self.keep_cut(key);
+                self.end(key, slot, result);
+            }
+        }
+    }
+
+    /// Keeps the memory of a chain that the kernel has cut, for want of memory for its next entry, and whose
+    /// first part has failed: the rest is a chain of its own then, and the kernel reads what its entries
+    /// name when it takes them. (In a send every entry completes, so that none ends before.)
+    fn keep_cut(&mut self, key: OpKey) {
+        let submitted = self.submitted();
+        if let Some((_, Op::Bind(bind))) = self.ops.find(key)
+            && bind.queued > submitted
+        {
+            let ended = Box::new(BindOp::new(bind.family, Vec::new(), bind.addr));
+            self.cut.push((key, std::mem::replace(bind, ended)));
         }
     }
 
@@ -661,13 +687,14 @@ impl Ring {
 
     /// Whether the kernel holds nothing of the ring any more.
     pub(crate) fn is_shut_down(&self) -> bool {
-        self.ops.is_quiet() && !self.queues.has_backlog()
+        self.ops.is_quiet() && !self.queues.has_backlog() && self.cut.is_empty()
     }
 
     /// In a fork of the process that built the ring: its memory is not there, and its wakers are of
     /// tasks of the parent. Only the descriptor is a fork's own, which would keep the ring alive.
     fn abandon(&mut self) {
         std::mem::forget((std::mem::take(&mut self.ops), std::mem::take(&mut self.wakers)));
+        std::mem::forget(std::mem::take(&mut self.cut));
         self.recycler.abandon();
         self.receives.leak();
         self.queues.abandon();
@@ -696,6 +723,7 @@ struct Leaking<'a>(&'a mut Ring);
 impl Drop for Leaking<'_> {
     fn drop(&mut self) {
         std::mem::forget(std::mem::take(&mut self.0.ops));
+        std::mem::forget(std::mem::take(&mut self.0.cut));
         self.0.receives.leak();
         tracing::warn!("io_uring operations did not end in time; their memory is leaked");
     }

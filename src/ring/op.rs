@@ -86,6 +86,8 @@ pub(crate) struct BindOp {
     pub(crate) attempt: Attempt,
     /// Closes were on their way when it was queued, any of which may have held its port.
     pub(crate) is_behind_closes: bool,
+    /// Entries queued up to and with its last.
+    pub(crate) queued: u64,
 }
 
 /// Which attempt at a bind is made.
@@ -364,7 +366,8 @@ static UNSPEC: RawAddr = RawAddr::unspec();
 impl BindOp {
     pub(crate) fn new(family: Family, options: Vec<SocketOption>, addr: SocketAddr) -> Self {
         let raw = addr.into();
-        Self { family, options, addr, raw, attempt: Attempt::New, is_behind_closes: false }
+        let attempt = Attempt::New;
+        Self { family, options, addr, raw, attempt, is_behind_closes: false, queued: 0 }
     }
 
     pub(crate) fn port(&self) -> Port {

@@ -302,6 +302,25 @@ fn a_bind_waits_for_a_close_that_began_after_it() {
     rig.finish();
 }
 
+/// Kills: memory that is freed although entries that name it are still in the submission queue.
+#[test]
+fn a_bind_whose_chain_is_cut_keeps_its_memory_until_the_rest_is_submitted() {
+    let mut rig = Rig::new();
+    let (slot, key) = begun(&mut rig, 5000);
+    // Of SOCKET and BIND the kernel has taken the first, and has no memory for either.
+    rig.ring.stats.submissions += 1;
+    rig.complete(key.user_data(), -libc::ENFILE, 0);
+    assert!(matches!(rig.ring.take_result(key), Some(Err(Errno(libc::ENFILE)))));
+    rig.ring.reap();
+    assert_eq!(rig.ring.cut.len(), 1);
+    rig.ring.stats.submissions += 1;
+    rig.ring.reap();
+    assert!(rig.ring.cut.is_empty());
+    rig.complete(key.user_data(), -libc::EBADF, 0);
+    rig.ring.close(slot, &rig.quota, 0);
+    rig.finish();
+}
+
 #[test]
 fn a_bind_does_not_wait_for_the_close_of_another_port() {
     let mut rig = Rig::new();
