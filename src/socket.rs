@@ -65,9 +65,9 @@ struct Receiver {
 /// Boxed where most sockets have nothing: a ring has thousands of them.
 struct State {
     bind: BindState,
-    /// Wakes the `send_one` or `receive_one` that waits for the bind, if another call's poll finds
-    /// it done.
-    binder: Option<Waker>,
+    /// Wakes the `send_one` or `receive_one` that is the first in line, if another call's poll finds done
+    /// what it waits for: the bind, or what was sent before.
+    first: Option<Waker>,
     options: Options,
     /// The kernel's last answer, if no operation since then may have changed it.
     local: Option<Box<SocketAddr>>,
@@ -153,7 +153,7 @@ impl UdpSocket {
             receiver: OnceLock::new(),
             state: Mutex::new(State {
                 bind: BindState::Unbound,
-                binder: None,
+                first: None,
                 options: Options::default(),
                 local: None,
                 remote: None,
@@ -185,6 +185,11 @@ impl UdpSocket {
 
     fn bound_slot(&self) -> SlotIndex {
         *self.slot.get().expect("a bound socket has a slot")
+    }
+
+    #[cfg(test)]
+    pub(crate) fn slot(&self) -> Option<SlotIndex> {
+        self.slot.get().copied()
     }
 
     // ---- state ------------------------------------------------------------------------------
@@ -220,9 +225,9 @@ impl UdpSocket {
         });
         let mut state = self.lock();
         state.bind = BindState::Settled(result);
-        let Some(binder) = state.binder.take() else { return Poll::Ready(state) };
+        let Some(first) = state.first.take() else { return Poll::Ready(state) };
         drop(state);
-        binder.wake();
+        first.wake();
         Poll::Ready(self.lock())
     }
 

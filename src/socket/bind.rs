@@ -85,13 +85,19 @@ impl UdpSocket {
     /// Waits in a concurrent call for the bind that it begins with, or that another has begun.
     pub(super) async fn first_in_line<T>(&self, bound: impl Future<Output = T>) -> T {
         let _line = self.send_line.lock().await;
-        let mut bound = pin!(bound);
+        self.as_first(bound).await
+    }
+
+    /// Waits as the first in line: another call that waits for the same takes the kernel's wake-up over, and
+    /// passes it on.
+    pub(super) async fn as_first<T>(&self, what: impl Future<Output = T>) -> T {
+        let mut what = pin!(what);
         poll_fn(|cx| {
-            let poll = bound.as_mut().poll(cx);
+            let poll = what.as_mut().poll(cx);
             if poll.is_pending() {
                 let waker = cx.waker().clone();
                 // Dropped at the block's end, with the lock released.
-                let _previous = self.lock().binder.replace(waker);
+                let _previous = self.lock().first.replace(waker);
             }
             poll
         })

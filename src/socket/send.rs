@@ -3,7 +3,7 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use crate::datagram::{Outgoing, RawAddr};
 use crate::driver::{Given, InFlight, SendNow};
@@ -147,6 +147,10 @@ impl UdpSocket {
         let poll = blocked.poll_is_done(cx);
         // Put back also when done: the next `send` fetches its error.
         self.set_blocked(blocked);
+        if poll.is_ready() {
+            let first = self.lock().first.take();
+            first.into_iter().for_each(Waker::wake);
+        }
         poll
     }
 
@@ -174,7 +178,7 @@ impl UdpSocket {
             self.first_in_line(self.bind_anywhere(is_to_bind)).await?;
         }
         let mut reached = self.send_line.lock().await;
-        if let Err(error) = poll_fn(|cx| self.poll_blocked(cx)).await {
+        if let Err(error) = self.as_first(poll_fn(|cx| self.poll_blocked(cx))).await {
             *reached = None;
             return Err(error);
         }
