@@ -24,6 +24,8 @@ mod in_flight;
 mod lifo_slot;
 mod lock;
 mod overdue;
+#[cfg(test)]
+mod played;
 mod refusals;
 mod runtimes;
 mod send_now;
@@ -32,7 +34,6 @@ mod tasks;
 mod tests;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 pub(crate) use self::batching::Guest;
 use self::batching::quota_retries;
@@ -41,6 +42,7 @@ use self::enter::LockedCore;
 pub(crate) use self::flush::Flush;
 pub(crate) use self::in_flight::InFlight;
 pub(crate) use self::send_now::{Given, SendNow};
+use crate::clock;
 use crate::error::Errno;
 use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, LINGER};
 use crate::ring::kernel_defaults::Defaults;
@@ -186,7 +188,7 @@ impl Driver {
         // (On a machine with much to do the time may be over after one look.)
         while !core.ring.ports().has_ended(close)
             && (looks < CLOSE_LOOKS_MIN
-                || begun.get_or_insert_with(Instant::now).elapsed() < CLOSE_PATIENCE)
+                || clock::since(*begun.get_or_insert_with(clock::now)) < CLOSE_PATIENCE)
         {
             looks += 1;
             let is_entering = core.entering;

@@ -157,6 +157,7 @@
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //! | [`limits`] | every bound, and how they relate |
 //! | `stats` | a ring's counters |
+//! | `clock` | what time it is |
 
 #![cfg_attr(
     not(all(feature = "p2", feature = "p3")),
@@ -172,12 +173,15 @@ pub mod p2;
 #[cfg(feature = "p3")]
 pub mod p3;
 
+mod clock;
 mod ctx;
 mod datagram;
 mod driver;
 mod error;
 mod resource;
 mod ring;
+#[cfg(test)]
+mod simulation;
 mod socket;
 mod stats;
 mod uring;

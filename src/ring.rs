@@ -29,7 +29,7 @@ mod tests;
 
 use std::sync::Arc;
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::squeue::Entry;
 
@@ -47,6 +47,7 @@ use self::receive_queue::ReceiveQueue;
 use self::recycle::taint::Reason;
 use self::recycle::{Next, Recycler};
 use self::slots::{Receive, Releasing, SlotState, SlotTable};
+use crate::clock;
 use crate::error::Errno;
 use crate::limits::{
     BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, LINGER, TEARDOWN_ROUNDS_MAX,
@@ -347,7 +348,7 @@ impl Ring {
     /// Queues the binds that have waited for long enough.
     pub(crate) fn expire_binds(&mut self) {
         if self.ports.has_waiting() {
-            self.ports.expire(Instant::now());
+            self.ports.expire(clock::now());
             self.queue_due_binds();
         }
     }
@@ -583,7 +584,7 @@ impl Ring {
             }
             Completed::RetryAfterCloses(port) => {
                 self.ops.restart(key);
-                self.ports.wait(key, slot, port, Instant::now());
+                self.ports.wait(key, slot, port, clock::now());
                 self.queue_due_binds();
             }
             Completed::Ended(result) => {

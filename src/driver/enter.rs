@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fmt, io};
 
 use super::batching::{Batching, Rounds};
@@ -12,6 +12,7 @@ use super::lock::{AfterUnlock, Lock, Locked};
 use super::overdue::Overdue;
 use super::refusals::Refusals;
 use super::runtimes::Runtimes;
+use crate::clock;
 use crate::error::{Errno, RingGone, SetupError};
 use crate::limits::SHUTDOWN_PATIENCE;
 use crate::ring::eventfd::EventFd;
@@ -63,6 +64,9 @@ pub(super) struct Core {
     pub(super) flush_wakers: Vec<Waker>,
     pub(super) overdue: Overdue,
     pub(super) refusals: Refusals,
+    /// `call_after` was called, for a test that plays the ring's own thread.
+    #[cfg(test)]
+    pub(super) is_call_due: bool,
 }
 
 /// On whose behalf a thread is inside, or reaps.
@@ -144,7 +148,7 @@ impl LockedCore<'_> {
     /// goes on.
     fn refuse(&mut self, error: io::Error) {
         let errno = Errno(error.raw_os_error().unwrap_or(libc::EIO));
-        let refused = self.refusals.count(errno, Instant::now());
+        let refused = self.refusals.count(errno, clock::now());
         if refused.is_new {
             self.split().1.log_later(error);
         }
@@ -158,6 +162,10 @@ impl LockedCore<'_> {
     /// Has the ring's own thread call `Watched::on_time` then, or before.
     pub(super) fn call_after(&mut self, time: Duration) {
         let (core, after) = self.split();
+        #[cfg(test)]
+        {
+            core.is_call_due = true;
+        }
         after.wake_later(core.overdue.call_after(time));
     }
 
@@ -190,9 +198,12 @@ impl Driver {
         queue_limits: QueueLimits,
         recycle: Recycle,
     ) -> Result<Arc<Self>, SetupError> {
-        let setup::Built { process, ring, quota, defaults, eventfd, has_names } =
-            setup::build(sockets, recycle)?;
-        Ok(Arc::new_cyclic(|driver: &Weak<Self>| Self {
+        Ok(Self::new(setup::build(sockets, recycle)?, queue_limits))
+    }
+
+    pub(super) fn new(built: setup::Built, queue_limits: QueueLimits) -> Arc<Self> {
+        let setup::Built { process, ring, quota, defaults, eventfd, has_names } = built;
+        Arc::new_cyclic(|driver: &Weak<Self>| Self {
             process,
             is_closed: AtomicBool::new(false),
             kernel: ring.kernel(),
@@ -210,8 +221,10 @@ impl Driver {
                 flush_wakers: Vec::new(),
                 overdue: Overdue::new(driver.clone()),
                 refusals: Refusals::default(),
+                #[cfg(test)]
+                is_call_due: false,
             }),
-        }))
+        })
     }
 
     /// Whether guests can use the ring.
@@ -258,8 +271,8 @@ impl Driver {
         let Some(mut core) = self.lock() else { return };
         self.is_closed.store(true, Ordering::Relaxed);
         core.ring.begin_shutdown();
-        let begun = Instant::now();
-        while !core.ring.is_shut_down() && begun.elapsed() < SHUTDOWN_PATIENCE {
+        let begun = clock::now();
+        while !core.ring.is_shut_down() && clock::since(begun) < SHUTDOWN_PATIENCE {
             core = self.combine_with(core, true);
             if !core.entering {
                 core.ring.cancel_all();

@@ -1,13 +1,13 @@
 //! Waiting until what a guest has queued is in the kernel.
 
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
+use crate::clock;
 use crate::error::Errno;
 use crate::limits::OUTSIDE_PATIENCE;
 
@@ -125,7 +125,7 @@ impl Driver {
             if !core.entering {
                 return Poll::Ready(Ok(core));
             }
-            if begun.get_or_insert_with(Instant::now).elapsed() >= OUTSIDE_PATIENCE {
+            if clock::since(*begun.get_or_insert_with(clock::now)) >= OUTSIDE_PATIENCE {
                 let (mut core, waker) = core.unlocked(|| cx.waker().clone());
                 if core.entering {
                     core.flush_wakers.push(waker);

@@ -96,6 +96,16 @@ impl BufferRing {
         self.bytes.start.cast::<u8>().wrapping_add(usize::from(id.0 & (BUFFERS - 1)) * BUFFER_BYTES)
     }
 
+    /// For a kernel that a test plays: all is as after `register`, and where the entries are.
+    #[cfg(test)]
+    pub(super) fn played() -> io::Result<(Self, *const BufRingEntry)> {
+        let entries = Mapping::anonymous(ENTRIES_BYTES)?;
+        let start = entries.start.cast_const().cast();
+        let mut ring = Self { entries, bytes: Mapping::anonymous(BYTES_BYTES)?, tail: 0 };
+        (0..BUFFERS).for_each(|id| ring.publish(BufferId(id)));
+        Ok((ring, start))
+    }
+
     /// How often a buffer was given to the kernel, modulo 2^16.
     #[cfg(test)]
     pub(crate) fn published(&self) -> u16 {

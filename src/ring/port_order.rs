@@ -127,6 +127,12 @@ impl PortOrder {
         self.waiting.remove(at).map(|bind| bind.key)
     }
 
+    /// For tests: whether this bind waits.
+    #[cfg(test)]
+    pub(super) fn keeps(&self, key: OpKey) -> bool {
+        self.waiting.iter().any(|bind| bind.key == key)
+    }
+
     /// The waiting bind of a slot whose guest has dropped it.
     pub(super) fn withdraw(&mut self, slot: SlotIndex) -> Option<OpKey> {
         let at = self.waiting.iter().position(|bind| bind.slot == slot)?;

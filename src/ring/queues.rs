@@ -1,6 +1,9 @@
 //! The submission queue and the completion queue, with all that is unsafe about them; what an
 //! entry names its socket and its operation by; and `io_uring_enter`.
 
+#[cfg(test)]
+pub(crate) mod played;
+
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
@@ -8,11 +11,19 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use io_uring::cqueue::{self, CompletionQueue};
-use io_uring::squeue::{Entry, SubmissionQueue};
+#[cfg(not(test))]
+use io_uring::IoUring;
+#[cfg(not(test))]
+use io_uring::cqueue::CompletionQueue;
+use io_uring::squeue::Entry;
+#[cfg(not(test))]
+use io_uring::squeue::SubmissionQueue;
 use io_uring::types::{CancelBuilder, DestinationSlot, Timespec};
-use io_uring::{IoUring, types};
+use io_uring::{cqueue, types};
 
+// The same, or a kernel that the test plays.
+#[cfg(test)]
+use self::played::{CompletionQueue, IoUring, SubmissionQueue};
 use super::buffers::BufferId;
 use crate::limits::COMPLETIONS_BATCH;
 
@@ -134,8 +145,8 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    pub(super) fn new(io: IoUring) -> Self {
-        Self { io: Arc::new(io), backlog: VecDeque::new(), queued: 0 }
+    pub(super) fn new(io: impl Into<IoUring>) -> Self {
+        Self { io: Arc::new(io.into()), backlog: VecDeque::new(), queued: 0 }
     }
 
     /// What enters the kernel for this ring.

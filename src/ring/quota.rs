@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use crate::clock;
+
 /// Refuses at once when it is used up, and never waits.
 ///
 /// Two counters that only grow, one for each side; the units in use are their difference.
@@ -56,12 +58,12 @@ impl Quota {
 
     /// Its guest is gone; the units in use are of what it has left.
     pub(crate) fn forsake(&self) {
-        self.forsaken.get_or_init(Instant::now);
+        self.forsaken.get_or_init(clock::now);
     }
 
     /// How long its guest has been gone, if it is.
     pub(crate) fn forsaken_for(&self) -> Option<Duration> {
-        self.forsaken.get().map(Instant::elapsed)
+        self.forsaken.get().map(|then| clock::since(*then))
     }
 
     /// Units in use now.
@@ -99,6 +101,11 @@ impl ByteQuota {
 
     pub(crate) fn put_back(&self, bytes: usize) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
     }
 
     /// From here on no more should come.

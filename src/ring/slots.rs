@@ -160,6 +160,12 @@ impl SlotTable {
         (forsaken, next)
     }
 
+    /// Slots that were ever used.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
     /// What the close of a slot's socket gives up.
     pub(super) fn port(&self, slot: SlotIndex) -> Port {
         let slot = &self.slots[slot.at()];

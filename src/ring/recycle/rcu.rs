@@ -1,6 +1,9 @@
 //! Grace periods of the kernel's RCU, and a timer: a thread of their own waits for them, because a
 //! grace period takes milliseconds.
 
+#[cfg(test)]
+pub(crate) mod played;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};

@@ -1,0 +1,63 @@
+//! A driver on a kernel that a test plays, which plays the ring's own thread, too.
+
+use std::sync::{Arc, Weak};
+
+use super::enter::Driver;
+use super::overdue::{Overdue, Watched};
+use crate::ring::queues::played::{Audit, Played, Sizes, build};
+use crate::ring::receive_queue::QueueLimits;
+use crate::ring::recycle::rcu::played::PlayedThread;
+
+impl Driver {
+    pub(crate) fn played(
+        seed: u64,
+        sizes: Sizes,
+        limits: QueueLimits,
+        meanwhile: fn(),
+    ) -> (Arc<Self>, Arc<Played>, PlayedThread) {
+        let (built, played, thread) = build(seed, sizes, meanwhile);
+        let driver = Self::new(built, limits);
+        // Of no driver: the thread ends as soon as it has begun.
+        driver.core.lock().overdue = Overdue::new(Weak::<Self>::new());
+        (driver, played, thread)
+    }
+
+    /// Whether no thread holds the lock.
+    pub(crate) fn is_free(&self) -> bool {
+        self.core.is_free()
+    }
+
+    pub(crate) fn is_entering(&self) -> bool {
+        self.core.lock().entering
+    }
+
+    /// Another thread is inside, or has come out.
+    pub(crate) fn set_entering(&self, entering: bool) {
+        self.core.lock().entering = entering;
+    }
+
+    pub(crate) fn has_queued(&self) -> bool {
+        self.core.lock().has_queued()
+    }
+
+    /// Does what the ring's own thread does when it is called; `false` if nobody has called it.
+    pub(crate) fn play_timer(&self) -> bool {
+        let is_due = std::mem::take(&mut self.core.lock().is_call_due);
+        if is_due {
+            self.on_time();
+        }
+        is_due
+    }
+
+    /// Does what the ring's own thread does about closes that take too long, if it is awake; whether some
+    /// go on.
+    pub(crate) fn play_watch(&self) -> bool {
+        let is_asleep = self.core.lock().overdue.is_asleep;
+        !is_asleep && (self.enter_overdue() || !self.may_sleep())
+    }
+
+    pub(crate) fn audit(&self, played: &Played) -> Audit {
+        let mut core = self.core.lock();
+        core.ring.audit(&played.kernel())
+    }
+}
