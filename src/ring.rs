@@ -336,7 +336,7 @@ impl Ring {
     /// A socket is on its way out: nothing more is received for it, and its port is being given up.
     fn begin_release(&mut self, slot: SlotIndex) -> Releasing {
         self.cancel_receive(slot);
-        let close = self.ports.begin_close(self.slots.port(slot), Instant::now());
+        let close = self.ports.begin_close(self.slots.port(slot), clock::now());
         Releasing { close, is_submitted: false, quota: None, is_forsaken: false }
     }
 
