@@ -215,7 +215,8 @@ impl GsoMessage {
     }
 }
 
-fn empty_header() -> libc::msghdr {
+/// A message of nothing, to nobody.
+pub(crate) fn empty_header() -> libc::msghdr {
     libc::msghdr {
         msg_name: ptr::null_mut(),
         msg_namelen: 0,

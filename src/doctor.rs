@@ -3,15 +3,14 @@
 //! [`Uring::builder().build()`](crate::UringBuilder::build) stops at the first thing it misses;
 //! [`examine`] looks at everything, for a person or a monitoring system to read.
 
-use io_uring::Probe;
-
 use crate::error::KERNEL_MIN;
 use crate::error::SetupError;
 use crate::limits::{CACHED_SOCKETS_DEFAULT, SOCKETS_DEFAULT};
 use crate::ring::kernel_defaults::Defaults;
-use crate::ring::op::OPERATIONS;
 use crate::ring::recycle::self_test::{self, FamilySupport, Support};
-use crate::ring::setup;
+use crate::ring::rlimits::{charge_rings_to_memlock, soft_limit};
+use crate::ring::setup::{self, ThrowAway};
+use crate::ring::trials::{TRIALS, Tried};
 use crate::uring::Uring;
 
 /// One requirement and how it was found.
@@ -54,23 +53,28 @@ impl Check {
     }
 }
 
-/// Looks at everything a ring needs. The last check builds one.
+/// Looks at everything a ring needs: tries each thing on a ring that is thrown away. The last check
+/// builds one as [`Uring::builder`] has it by default. What a larger limit would be worth is not looked at
+/// where sockets on the ring do not work.
 #[must_use]
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![kernel(), sysctl(), seccomp()];
     checks.extend(operations());
-    checks.extend([nofile(), memlock(), families(), recycling(), ring()]);
+    if checks.iter().all(|check| check.verdict != Verdict::Missing) {
+        checks.extend([nofile(), memlock(), families(), recycling(), ring()]);
+    }
     checks
 }
 
+/// A note: what this kernel has is tried.
 fn kernel() -> Check {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let release = release.trim();
-    if version(release) >= version(KERNEL_MIN) {
-        return Check::good("kernel", format!("Linux {release}"));
+    let found = format!("Linux {}", release.trim());
+    if version(&release) >= version(KERNEL_MIN) {
+        return Check::good("kernel", found);
     }
     let remedy = format!("use Linux {KERNEL_MIN} or newer");
-    Check::bad("kernel", Verdict::Missing, format!("Linux {release}"), remedy)
+    Check::bad("kernel", Verdict::Limited, found, remedy)
 }
 
 /// Major and minor version of a kernel release.
@@ -110,64 +114,67 @@ fn seccomp() -> Check {
 }
 
 fn operations() -> Vec<Check> {
-    let io = match setup::set_up() {
-        Ok(io) => io,
-        Err(error) => return vec![missing("io_uring_setup", &error)],
+    let ring = "a ring with its buffers";
+    let mut thrown_away = match ThrowAway::build() {
+        Ok(thrown_away) => thrown_away,
+        Err(error) => return vec![missing(ring, &error)],
     };
-    let mut checks = vec![Check::good("io_uring_setup", "works")];
-    let mut supported = Probe::new();
-    if let Err(errno) = io.submitter().register_probe(&mut supported) {
-        let error = SetupError::Io { step: "probing io_uring's operations", errno };
-        checks.push(missing("io_uring_register", &error));
-        return checks;
-    }
-    checks.extend(OPERATIONS.iter().map(|(name, code, since)| {
-        if supported.is_supported(*code) {
-            return Check::good(name, "supported");
-        }
-        Check::bad(name, Verdict::Missing, "unknown", format!("use Linux {since} or newer"))
-    }));
-    checks.push(match setup::restrict(&io) {
-        Ok(true) => {
-            Check::good("restrictions", "nothing but these operations, and no sockets but UDP's")
-        }
-        Ok(false) => Check::good(
-            "restrictions",
-            "nothing but these operations; from Linux 7.0 on no sockets but UDP's",
+    let restricted = if thrown_away.is_udp_only {
+        "nothing but these operations, and no sockets but UDP's"
+    } else {
+        "nothing but these operations; from Linux 7.0 on no sockets but UDP's"
+    };
+    let mut checks = vec![Check::good(ring, "works"), Check::good("restrictions", restricted)];
+    checks.extend(TRIALS.iter().map(|trial| match thrown_away.try_out(trial) {
+        Ok(Tried::NoSocket) => Check::good(trial.name, "no IPv4 socket to try it on"),
+        Ok(_) => Check::good(trial.name, "works"),
+        Err(SetupError::MissingOperation { since, .. }) => Check::bad(
+            trial.name,
+            Verdict::Missing,
+            format!("this kernel does not have it: it came with Linux {since}"),
+            format!("use Linux {KERNEL_MIN} or newer"),
         ),
-        Err(error) => missing("restrictions", &error),
-    });
+        Err(error) => missing(trial.name, &error),
+    }));
     checks
 }
 
+/// The largest table that a ring has by default.
+const SLOTS_DEFAULT: u32 = SOCKETS_DEFAULT + CACHED_SOCKETS_DEFAULT;
+
 fn nofile() -> Check {
     let name = "RLIMIT_NOFILE";
-    let limit = setup::soft_limit(libc::RLIMIT_NOFILE);
+    let limit = soft_limit(libc::RLIMIT_NOFILE);
     let found = format!("{limit}: tables of up to {limit} sockets, cached ones included");
-    if limit >= u64::from(SOCKETS_DEFAULT) {
+    if limit >= u64::from(SLOTS_DEFAULT) {
         return Check::good(name, found);
     }
     let remedy = format!(
-        "raise it (`ulimit -n {SOCKETS_DEFAULT}`, LimitNOFILE=), or build rings with \
-         .sockets({limit})"
+        "raise it (`ulimit -n {SLOTS_DEFAULT}`, LimitNOFILE=), or build rings with fewer .sockets(..)"
     );
     Check::bad(name, Verdict::Limited, found, remedy)
 }
 
-/// Below this many bytes a ring may not be had without `CAP_IPC_LOCK`.
+/// Below this many bytes a ring may not be had where it is charged.
 const MEMLOCK_BYTES_SAFE: u64 = 1 << 20;
 
 fn memlock() -> Check {
     let name = "RLIMIT_MEMLOCK";
-    match setup::soft_limit(libc::RLIMIT_MEMLOCK) {
-        libc::RLIM_INFINITY => Check::good(name, "unlimited"),
-        limit if limit >= MEMLOCK_BYTES_SAFE => Check::good(name, format!("{limit} bytes")),
-        limit => Check::bad(
-            name,
-            Verdict::Limited,
-            format!("{limit} bytes, which a ring exceeds without CAP_IPC_LOCK"),
-            "raise it (`ulimit -l`, LimitMEMLOCK=)",
-        ),
+    let limit = match soft_limit(libc::RLIMIT_MEMLOCK) {
+        libc::RLIM_INFINITY => "unlimited".to_owned(),
+        limit => format!("{limit} bytes"),
+    };
+    match charge_rings_to_memlock() {
+        Some(false) => Check::good(name, format!("{limit}; rings are not charged to it here")),
+        None => Check::good(name, limit),
+        Some(true) => {
+            let found = format!("{limit}, which rings are charged to here");
+            if soft_limit(libc::RLIMIT_MEMLOCK) >= MEMLOCK_BYTES_SAFE {
+                return Check::good(name, found);
+            }
+            let remedy = "raise it (`ulimit -l`, LimitMEMLOCK=) or grant CAP_IPC_LOCK";
+            Check::bad(name, Verdict::Limited, found, remedy)
+        }
     }
 }
 
@@ -205,12 +212,10 @@ fn recycling() -> Check {
         FamilySupport::NoFamily => format!("{family}: no such family"),
     });
     let found = found.join("; ");
-    let limit = setup::soft_limit(libc::RLIMIT_NOFILE);
-    if limit <= u64::from(SOCKETS_DEFAULT) {
+    if soft_limit(libc::RLIMIT_NOFILE) <= u64::from(SOCKETS_DEFAULT) {
         let found =
             format!("{found}; but a table of {SOCKETS_DEFAULT} leaves no room for cached ones");
-        let remedy = format!("raise RLIMIT_NOFILE to {}", SOCKETS_DEFAULT + CACHED_SOCKETS_DEFAULT);
-        return Check::bad(name, Verdict::Limited, found, remedy);
+        return Check::bad(name, Verdict::Limited, found, "raise RLIMIT_NOFILE, as above");
     }
     if !is_limited {
         return Check::good(name, found);
@@ -221,7 +226,7 @@ fn recycling() -> Check {
 
 fn ring() -> Check {
     let name = "a ring with its table and buffers";
-    let sockets = u32::try_from(setup::soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
+    let sockets = u32::try_from(soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
     let sockets = sockets.min(SOCKETS_DEFAULT);
     match Uring::builder().sockets(sockets).build() {
         Ok(uring) => {
@@ -258,7 +263,7 @@ mod tests {
     #[test]
     fn this_machine_passes_its_own_examination() {
         let checks = examine();
-        assert!(checks.len() > OPERATIONS.len());
+        assert!(checks.len() > TRIALS.len());
         for check in checks {
             assert_ne!(check.verdict, Verdict::Missing, "{check:?}");
         }

@@ -147,10 +147,15 @@ pub enum SetupError {
     },
 
     /// The kernel has io_uring but not an operation that sockets need.
-    #[error("this kernel's io_uring lacks {operation}: use Linux {KERNEL_MIN} or newer")]
+    #[error(
+        "this kernel has io_uring, but not {operation}, which came with Linux {since}: use Linux \
+         {KERNEL_MIN} or newer"
+    )]
     MissingOperation {
-        /// The operation's name in the kernel's header.
+        /// What is missing, by its name in the kernel's header.
         operation: &'static str,
+        /// The first kernel that has it.
+        since: &'static str,
     },
 
     /// The fixed-file table is larger than the soft `RLIMIT_NOFILE` (`EMFILE`).

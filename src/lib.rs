@@ -140,7 +140,7 @@
 //! | `driver::first_poll` | Wasmtime's first poll of a concurrent call |
 //! | `driver::lifo_slot` | where a worker of tokio's keeps what it has woken |
 //! | `driver::lock` | a lock, and what runs after the unlock |
-//! | `ring::setup` | builds a ring, restricts it, and names what is missing; `ring::socket_filter`: UDP alone |
+//! | `ring::setup` | builds a ring, restricts it, and names what is missing; `ring::trials`: all that it needs, tried; `ring::socket_filter`: UDP alone |
 //! | `ring` | submit, flush, complete |
 //! | `ring::recycle` | the cache of closed sockets: its door; `pool`, `taint`, `rcu`, `self_test` behind it |
 //! | `ring::op_table` | who may touch an operation's memory |
@@ -154,6 +154,7 @@
 //! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets and bytes |
 //! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
 //! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
+//! | `ring::rlimits` | the process's limits, and whether rings are charged to that of locked memory |
 //! | `datagram` | socket addresses, control data and messages as bytes |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //! | [`limits`] | every bound, and how they relate |

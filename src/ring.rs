@@ -20,12 +20,14 @@ pub(crate) mod quota;
 mod receive;
 pub(crate) mod receive_queue;
 pub(crate) mod recycle;
+pub(crate) mod rlimits;
 pub(crate) mod send;
 pub(crate) mod setup;
 mod slots;
 mod socket_filter;
 #[cfg(test)]
 mod tests;
+pub(crate) mod trials;
 
 use std::sync::Arc;
 use std::task::Waker;

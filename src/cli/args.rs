@@ -37,11 +37,11 @@ pub(crate) enum Command {
 /// Where a guest's UDP sockets come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BackendArg {
-    /// The ring; an error if this machine has no io_uring
+    /// The ring; an error if this machine cannot have one
     Uring,
     /// wasmtime-wasi's own sockets, unchanged: the baseline
     Stock,
-    /// The ring if there is io_uring, else stock, which is said once
+    /// The ring if there can be one, else stock, which is said once
     Auto,
 }
 

@@ -7,10 +7,13 @@ use comfy_table::presets::NOTHING;
 use wasi_uring::doctor::{Check, Verdict, examine};
 
 use crate::args::DoctorArgs;
+use crate::open_files;
 use crate::terminal::print;
 
 /// Exit code 1 when sockets on the ring do not work here.
 pub(crate) fn doctor(args: &DoctorArgs) -> ExitCode {
+    // As `run` has it.
+    open_files::raise_limit();
     let checks = examine();
     let works = checks.iter().all(|check| check.verdict != Verdict::Missing);
     if args.json {
@@ -25,7 +28,8 @@ pub(crate) fn doctor(args: &DoctorArgs) -> ExitCode {
                 table.add_row(["", "", &format!("→ {remedy}")]);
             }
         }
-        print(table);
+        // The table pads every line to the longest, a screen's width beyond most.
+        table.lines().for_each(|line| print(line.trim_end()));
         print(if works {
             "\nUDP sockets on io_uring work here."
         } else {

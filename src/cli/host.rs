@@ -263,11 +263,11 @@ pub(crate) fn choose(
         Ok(rings) => Ok((Backend::Uring, rings)),
         Err(error) if wanted == BackendArg::Auto => {
             metrics::counter!("wasi_uring_fallbacks_total").increment(1);
-            tracing::warn!(%error, "no io_uring: UDP sockets are wasmtime-wasi's");
+            tracing::warn!(%error, "no ring: UDP sockets are wasmtime-wasi's");
             Ok((Backend::Stock, Vec::new()))
         }
         Err(error) => {
-            let hint = "`wasi-uring doctor` shows everything this machine lacks";
+            let hint = "`wasi-uring doctor` shows all that this machine lacks";
             Err(Failure::usage(wasmtime::Error::from(error).context(hint)))
         }
     }

@@ -22,6 +22,9 @@ use crate::terminal::{Failure, say};
 const FAILURES_TOLD_MAX: usize = 10;
 
 pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
+    // First: a large guest takes a while to compile, in vain where there is no ring.
+    let plan = Plan::new(args);
+    let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
     let progress = ProgressBar::new_spinner();
     progress.set_message(format!("compiling {}", args.file.display()));
     progress.enable_steady_tick(Duration::from_millis(100));
@@ -29,8 +32,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     progress.finish_and_clear();
     let compiled = compiled?;
 
-    let plan = Plan::new(args);
-    let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
     let closes_on_signal = ClosesOnSignal::new(&rings)?;
     let program = Arc::new(Program::link(&compiled, backend)?);
     let failures = match args.runtime {

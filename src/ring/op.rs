@@ -28,22 +28,6 @@ use crate::error::Errno;
 use crate::limits::{CACHED_BYTES_MAX, NAME_BYTES};
 use crate::stats::Stats;
 
-/// Every io_uring operation used here, with the kernel that brought it.
-pub(crate) const OPERATIONS: &[(&str, u8, &str)] = &[
-    ("IORING_OP_SOCKET", opcode::Socket::CODE, "5.19"),
-    ("IORING_OP_BIND", opcode::Bind::CODE, "6.11"),
-    ("IORING_OP_CONNECT", opcode::Connect::CODE, "5.5"),
-    ("IORING_OP_SEND", opcode::Send::CODE, "5.6"),
-    ("IORING_OP_SENDMSG", opcode::SendMsg::CODE, "5.3"),
-    ("IORING_OP_POLL_ADD", opcode::PollAdd::CODE, "5.1"),
-    ("IORING_OP_RECVMSG", opcode::RecvMsgMulti::CODE, "6.0 (multishot)"),
-    ("IORING_OP_RECV", opcode::Recv::CODE, "5.6"),
-    ("IORING_OP_URING_CMD", opcode::SetSockOpt::CODE, "6.7 (SETSOCKOPT)"),
-    ("IORING_OP_FIXED_FD_INSTALL", opcode::FixedFdInstall::CODE, "6.8"),
-    ("IORING_OP_ASYNC_CANCEL", opcode::AsyncCancel::CODE, "5.5"),
-    ("IORING_OP_CLOSE", opcode::Close::CODE, "5.6"),
-];
-
 /// Every flag that entries here have.
 pub(crate) const ENTRY_FLAGS: Flags =
     Flags::FIXED_FILE.union(Flags::IO_LINK).union(Flags::BUFFER_SELECT).union(Flags::SKIP_SUCCESS);
@@ -350,10 +334,19 @@ pub(super) fn cancel(key: OpKey) -> Entry {
     cancel.flags(Flags::SKIP_SUCCESS).user_data(key.cancel_user_data())
 }
 
+/// The entry that makes a socket in a slot.
+pub(super) fn socket(family: Family, slot: SlotIndex) -> Entry {
+    // SOCK_CLOEXEC is EINVAL for a direct descriptor, and SOCK_NONBLOCK would answer EAGAIN where an
+    // armed receive should wait.
+    opcode::Socket::new(family.domain(), libc::SOCK_DGRAM, 0)
+        .file_index(Some(slot.destination()))
+        .build()
+}
+
 /// A descriptor that `FIXED_FD_INSTALL` has made. A caller that does not want it drops it
 /// (`dropped_calls_leave_no_descriptors_behind`).
 #[expect(unsafe_code, reason = "a descriptor number becomes an owner")]
-fn descriptor(value: u32) -> OwnedFd {
+pub(super) fn descriptor(value: u32) -> OwnedFd {
     let fd: RawFd = value.cast_signed();
     // SAFETY: the kernel has just made this descriptor for this operation, and `complete` runs once
     // for its last completion, so there is no second owner.
@@ -438,11 +431,7 @@ impl BindOp {
     fn write(&self, slot: SlotIndex, entries: &mut Vec<Entry>) {
         let fd = slot.fd();
         if self.attempt == Attempt::New {
-            // SOCK_CLOEXEC is EINVAL for a direct descriptor, and SOCK_NONBLOCK would answer EAGAIN
-            // where an armed receive should wait.
-            let socket = opcode::Socket::new(self.family.domain(), libc::SOCK_DGRAM, 0)
-                .file_index(Some(slot.destination()))
-                .build();
+            let socket = socket(self.family, slot);
             entries.push(socket.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));
             for option in &self.options {
                 entries.push(option.entry(fd).flags(Flags::IO_LINK | Flags::SKIP_SUCCESS));

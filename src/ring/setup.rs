@@ -1,7 +1,6 @@
 //! Set-up: builds a ring step by step, and names what is missing.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
@@ -13,16 +12,17 @@ use super::buffers::BufferRing;
 use super::eventfd::EventFd;
 use super::kernel_defaults::Defaults;
 use super::membarrier;
-use super::op::{BindOp, ENTRY_FLAGS, OPERATIONS, Op, SocketName, SocketOption, Whose};
+use super::op::ENTRY_FLAGS;
 use super::process::Process;
-use super::queues::{Queues, SlotIndex};
+use super::queues::Queues;
 use super::quota::Quota;
 use super::recycle::Recycler;
 use super::recycle::pool::Recycle;
 use super::recycle::rcu::Rcu;
 use super::recycle::self_test::{self, Support};
+use super::rlimits::{charge_rings_to_memlock, soft_limit};
 use super::socket_filter;
-use crate::datagram::Family;
+use super::trials::{TRIALS, Trial, Tried, answers_names};
 use crate::error::SetupError;
 use crate::limits::{CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
 
@@ -54,21 +54,26 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     let process =
         Process::current().map_err(|errno| SetupError::Io { step: "mapping a page", errno })?;
     let io = set_up()?;
-    check_operations(&io)?;
+    let known = probe(&io)?;
+    if let Some(trial) = TRIALS.iter().find(|trial| !known.is_supported(trial.code)) {
+        return Err(missing(trial));
+    }
     let (recycle, support) = match recycle.quarantined_max {
         0 => (recycle, Support::none("turned off")),
         _ => recyclable(sockets, recycle),
     };
     register_table(&io, sockets + recycle.quarantined_max)?;
-    let buffers = BufferRing::register(&io).map_err(step("registering the buffer ring"))?;
+    let buffers = register_buffers(&io)?;
     let eventfd = EventFd::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
     io.submitter()
         .register_eventfd(eventfd.as_raw_fd())
         .map_err(step("registering the eventfd"))?;
-    restrict(&io)?;
+    restrict(&io, &known)?;
     let mut queues = Queues::new(io);
-    check_socket_operations(&mut queues)?;
-    let has_names = answers_names(&mut queues)?;
+    for trial in TRIALS {
+        try_out(trial, &mut queues)?;
+    }
+    let has_names = answers_names(&mut queues).map_err(step("trying getsockname"))?;
     let defaults = Defaults::query()?;
     membarrier::enable_kicks();
     let quota = Quota::new(sockets);
@@ -86,7 +91,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
 /// guests' echo round trips took 33 µs of CPU each with them, 11 without.
 ///
 /// It is disabled until it is restricted.
-pub(crate) fn set_up() -> Result<IoUring, SetupError> {
+fn set_up() -> Result<IoUring, SetupError> {
     IoUring::builder()
         .setup_cqsize(CQ_ENTRIES)
         // An entry the kernel refuses must not keep those behind it from being submitted.
@@ -110,7 +115,9 @@ fn step(step: &'static str) -> impl Fn(io::Error) -> SetupError {
 fn refusal(errno: io::Error) -> SetupError {
     match errno.raw_os_error() {
         Some(libc::ENOSYS) => SetupError::NoIoUring,
-        Some(libc::ENOMEM) => memlock(),
+        Some(libc::ENOMEM) if charge_rings_to_memlock() != Some(false) => {
+            SetupError::Memlock { limit: soft_limit(libc::RLIMIT_MEMLOCK) }
+        }
         Some(libc::EPERM | libc::EACCES) => match io_uring_disabled() {
             Some(value @ 1..) => SetupError::DisabledBySysctl { value },
             _ if seccomp_is_filtering() => SetupError::DeniedBySeccomp { errno },
@@ -118,9 +125,9 @@ fn refusal(errno: io::Error) -> SetupError {
         },
         // A set-up flag the kernel does not know; the newest came with 5.19.
         Some(libc::EINVAL) => {
-            SetupError::MissingOperation { operation: "IORING_SETUP_COOP_TASKRUN" }
+            SetupError::MissingOperation { operation: "IORING_SETUP_COOP_TASKRUN", since: "5.19" }
         }
-        _ => SetupError::Io { step: "io_uring_setup", errno },
+        _ => SetupError::Io { step: "making the ring", errno },
     }
 }
 
@@ -136,17 +143,15 @@ pub(crate) fn seccomp_is_filtering() -> bool {
         .is_ok_and(|status| status.lines().any(|line| line == "Seccomp:\t2"))
 }
 
-fn memlock() -> SetupError {
-    SetupError::Memlock { limit: soft_limit(libc::RLIMIT_MEMLOCK) }
+/// The operations that the kernel knows by their numbers.
+fn probe(io: &IoUring) -> Result<Probe, SetupError> {
+    let mut known = Probe::new();
+    io.submitter().register_probe(&mut known).map_err(step("probing io_uring's operations"))?;
+    Ok(known)
 }
 
-fn check_operations(io: &IoUring) -> Result<(), SetupError> {
-    let mut probe = Probe::new();
-    io.submitter().register_probe(&mut probe).map_err(step("probing io_uring's operations"))?;
-    match OPERATIONS.iter().find(|(_, code, _)| !probe.is_supported(*code)) {
-        Some((operation, ..)) => Err(SetupError::MissingOperation { operation }),
-        None => Ok(()),
-    }
+fn register_buffers(io: &IoUring) -> Result<BufferRing, SetupError> {
+    BufferRing::register(io).map_err(step("registering the buffer ring"))
 }
 
 /// What can be recycled here, with as many slots for it as the kernel's limits leave beside those of
@@ -176,7 +181,9 @@ const SYNC_CANCEL: u8 = 24;
 /// Enables the ring for what sockets need, and nothing else: the kernel refuses all other operations, flags
 /// of entries and registrations from now on, with `EACCES`. And all sockets but UDP's, if the result is
 /// `true`: from Linux 7.0 on.
-pub(crate) fn restrict(io: &IoUring) -> Result<bool, SetupError> {
+///
+/// `known`: the kernel takes no list with operations that it does not know.
+fn restrict(io: &IoUring, known: &Probe) -> Result<bool, SetupError> {
     let is_udp_only = match socket_filter::register(io) {
         Ok(()) => true,
         Err(errno) => {
@@ -187,7 +194,8 @@ pub(crate) fn restrict(io: &IoUring) -> Result<bool, SetupError> {
             false
         }
     };
-    let operations = OPERATIONS.iter().map(|(_, code, _)| Restriction::sqe_op(*code));
+    let codes = TRIALS.iter().map(|trial| trial.code).filter(|code| known.is_supported(*code));
+    let operations = codes.map(Restriction::sqe_op);
     let others =
         [Restriction::sqe_flags_allowed(ENTRY_FLAGS.bits()), Restriction::register_op(SYNC_CANCEL)];
     let mut allowed: Vec<_> = operations.chain(others).collect();
@@ -205,65 +213,39 @@ fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {
     })
 }
 
-/// The probe lists opcodes only; whether URING_CMD knows SETSOCKOPT, and BIND and SOCKET know direct
-/// descriptors, shows in use: a socket is made in slot 0, configured and closed again.
-fn check_socket_operations(queues: &mut Queues) -> Result<(), SetupError> {
-    let receive_buffer =
-        SocketOption { level: libc::SOL_SOCKET, name: libc::SO_RCVBUF, value: 4096 };
-    let steps = [
-        ("IORING_OP_SOCKET and IORING_OP_BIND with a fixed-file slot", trial_bind()),
-        (
-            "IORING_OP_URING_CMD with SOCKET_URING_OP_SETSOCKOPT",
-            Op::SetOption(Box::new(receive_buffer)),
-        ),
-        ("IORING_OP_CLOSE of a fixed-file slot", Op::Close),
-    ];
-    for (operation, op) in steps {
-        match try_alone(queues, &op)? {
-            0 => {}
-            // BIND is there, and no port is free just now.
-            result if result == -libc::EADDRINUSE => {}
-            // A machine without IPv4 has nothing to try it on.
-            result if result == -libc::EAFNOSUPPORT => return Ok(()),
-            result if [-libc::EINVAL, -libc::EOPNOTSUPP].contains(&result) => {
-                return Err(SetupError::MissingOperation { operation });
-            }
-            result => {
-                let errno = io::Error::from_raw_os_error(-result);
-                return Err(SetupError::Io { step: operation, errno });
-            }
-        }
+/// Tries one thing that sockets need, on a ring without other operations.
+fn try_out(trial: &Trial, queues: &mut Queues) -> Result<Tried, SetupError> {
+    match trial.run(queues).map_err(step("trying io_uring's operations"))? {
+        Tried::Missing => Err(missing(trial)),
+        Tried::Failed(errno) => Err(SetupError::Io { step: trial.name, errno }),
+        tried => Ok(tried),
     }
-    Ok(())
 }
 
-/// Whether a socket answers on the ring what its addresses are: from Linux 6.19 on.
-fn answers_names(queues: &mut Queues) -> Result<bool, SetupError> {
-    let query = Op::QueryName(Box::new(SocketName::new(Whose::Own)));
-    let _may_fail = try_alone(queues, &trial_bind())?;
-    let result = try_alone(queues, &query)?;
-    try_alone(queues, &Op::Close)?;
-    Ok(result == 0 && matches!(query, Op::QueryName(name) if name.addr().is_some()))
+fn missing(trial: &Trial) -> SetupError {
+    SetupError::MissingOperation { operation: trial.name, since: trial.since }
 }
 
-fn trial_bind() -> Op {
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    Op::Bind(Box::new(BindOp::new(Family::V4, Vec::new(), loopback)))
+/// A ring that is thrown away, to try things on: with the least that they need.
+pub(crate) struct ThrowAway {
+    queues: Queues,
+    /// Sockets of UDP alone.
+    pub(crate) is_udp_only: bool,
+    _buffers: BufferRing,
 }
 
-/// Runs an operation on slot 0; the result of its first completion.
-fn try_alone(queues: &mut Queues, op: &Op) -> Result<i32, SetupError> {
-    let mut entries = Vec::new();
-    op.write(SlotIndex(0), 0, std::ptr::null(), &mut entries);
-    queues.run_alone(&entries).map_err(step("a trial operation"))
-}
+impl ThrowAway {
+    pub(crate) fn build() -> Result<Self, SetupError> {
+        let io = set_up()?;
+        register_table(&io, 1)?;
+        let buffers = register_buffers(&io)?;
+        let is_udp_only = restrict(&io, &probe(&io)?)?;
+        Ok(Self { queues: Queues::new(io), is_udp_only, _buffers: buffers })
+    }
 
-#[expect(unsafe_code, reason = "getrlimit(2)")]
-pub(crate) fn soft_limit(resource: libc::__rlimit_resource_t) -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the pointer is to a local of the type that getrlimit(2) writes.
-    unsafe { libc::getrlimit(resource, &raw mut limit) };
-    limit.rlim_cur
+    pub(crate) fn try_out(&mut self, trial: &Trial) -> Result<Tried, SetupError> {
+        try_out(trial, &mut self.queues)
+    }
 }
 
 #[cfg(test)]
@@ -278,7 +260,7 @@ mod tests {
     #[test]
     fn the_kernel_refuses_operations_flags_and_registrations_that_sockets_do_not_need() {
         let io = set_up().unwrap();
-        let is_udp_only = restrict(&io).unwrap();
+        let is_udp_only = restrict(&io, &probe(&io).unwrap()).unwrap();
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         let major: u32 = release.split('.').next().unwrap().parse().unwrap();
         // A distribution's: whoever builds one without CONFIG_IO_URING_BPF has no filter.

@@ -51,7 +51,7 @@ impl Harness {
     ///
     /// # Errors
     ///
-    /// If there is no io_uring here.
+    /// If no ring can be built here.
     pub fn new(recycle: Recycle, threads: NonZeroUsize) -> wasmtime::Result<Self> {
         let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
