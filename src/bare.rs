@@ -112,7 +112,7 @@ impl Bare {
             taken => taken?,
         };
         self.ring.stats.enters += 1;
-        self.ring.stats.submissions += u64::from(taken);
+        self.ring.end_submission(taken);
         self.ring.reap();
         Ok(())
     }

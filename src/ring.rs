@@ -489,6 +489,12 @@ impl Ring {
         self.queues.flush()
     }
 
+    /// An `io_uring_enter` has returned, with so many entries taken.
+    pub(crate) fn end_submission(&mut self, taken: u32) {
+        self.stats.submissions += u64::from(taken);
+        self.queues.end_submission();
+    }
+
     /// Payload bytes that wait for a flush.
     pub(crate) fn unsent_bytes(&self) -> usize {
         self.unsent_bytes
@@ -741,7 +747,7 @@ impl Ring {
             let (submitted, completed) = (self.submitted(), self.stats.completions);
             let entries = self.flush();
             if let Ok(taken) = kernel.enter(entries, Some(0)) {
-                self.stats.submissions += u64::from(taken);
+                self.end_submission(taken);
             }
             self.reap();
             if self.is_shut_down() {

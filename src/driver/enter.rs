@@ -33,7 +33,7 @@ pub(crate) struct Driver {
     process: Process,
     /// The host has closed the ring: written under the lock.
     is_closed: AtomicBool,
-    kernel: Enter,
+    pub(super) kernel: Enter,
     pub(super) quota: Arc<Quota>,
     /// The eventfd that completions signal while no thread is inside.
     pub(super) eventfd: EventFd,
@@ -335,7 +335,7 @@ impl Driver {
                 (core, taken) = core.unlocked(|| enter(entries, reaps.then_some(0)));
                 match taken {
                     Ok(taken) => {
-                        core.ring.stats.submissions += u64::from(taken);
+                        core.ring.end_submission(taken);
                         core.refusals.end();
                     }
                     Err(error) if is_passing(&error) && !rounds.is_last() => {}

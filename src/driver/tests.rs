@@ -1,5 +1,6 @@
 //! What panics, and foreign code that calls back, must not do to the other guests of a ring.
 
+use std::cell::RefCell;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,7 +17,7 @@ use super::flush::Flush;
 use super::in_flight::InFlight;
 use crate::datagram::Family;
 use crate::error::Errno;
-use crate::limits::REFUSAL_PATIENCE;
+use crate::limits::{REFUSAL_PATIENCE, SQ_ENTRIES};
 use crate::ring::op::{BindOp, Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
 use crate::ring::quota::ByteQuota;
@@ -299,4 +300,39 @@ fn nothing_is_queued_behind_what_the_kernel_has_refused_for_too_long() {
         "it was not withdrawn"
     );
     assert_it_goes_on(&driver, slot);
+}
+
+/// Kills: places that are used again as soon as the kernel has published that it has taken them, while it
+/// still reads the options of chains (Linux 6.10 to 6.13.3).
+#[test]
+fn entries_that_are_queued_while_a_thread_is_inside_leave_those_it_has_submitted_alone() {
+    let driver = driver();
+    let slot = socket(&driver, Guest::new());
+    let [inside, other] = [Guest::new(), Guest::new()];
+    let submit = |guest| driver.submit(guest, slot, Op::AwaitWritable).unwrap();
+    let mut in_flight: Vec<_> = (0..100).map(|_| submit(inside)).collect();
+    let meanwhile = RefCell::new(Vec::new());
+    let enter = |entries, completions| {
+        let taken = driver.kernel.enter(entries, completions);
+        if meanwhile.borrow().is_empty() {
+            assert_eq!(entries, 100);
+            let before = driver.kernel.places();
+            // As many as there are places, and more.
+            meanwhile.borrow_mut().extend((0..SQ_ENTRIES + 100).map(|_| submit(other)));
+            let after = driver.kernel.places();
+            let changed =
+                before.iter().zip(&after).filter(|(before, after)| before != after).count();
+            assert_eq!(
+                changed,
+                SQ_ENTRIES as usize - 100,
+                "all places but those of the submission"
+            );
+        }
+        taken
+    };
+    drop(driver.combine_by(enter, driver.lock().unwrap(), false));
+    in_flight.append(&mut meanwhile.take());
+    for mut in_flight in in_flight {
+        assert!(matches!(done_at_once(&mut in_flight), Ok(Output::Done)));
+    }
 }

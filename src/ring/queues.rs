@@ -133,6 +133,33 @@ impl Enter {
         }?;
         Ok(u32::try_from(taken).unwrap_or(u32::MAX))
     }
+
+    /// The places of all entries, as the kernel sees them.
+    #[cfg(test)]
+    #[expect(unsafe_code, reason = "mmap(2) of the ring")]
+    pub(crate) fn places(&self) -> Vec<[u64; 8]> {
+        const IORING_OFF_SQES: libc::off_t = 0x1000_0000;
+        let places = self.0.params().sq_entries() as usize;
+        let bytes = places * size_of::<[u64; 8]>();
+        // SAFETY: a new mapping touches no existing memory.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                self.0.as_raw_fd(),
+                IORING_OFF_SQES,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        // SAFETY: the mapping is of so many entries, which are plain integers, and nobody writes to it
+        // while this thread copies: it holds the driver's lock, or plays all threads.
+        let copy = unsafe { std::slice::from_raw_parts(start.cast::<[u64; 8]>(), places) }.to_vec();
+        // SAFETY: the mapping was made above, and nothing refers to it any more.
+        unsafe { libc::munmap(start, bytes) };
+        copy
+    }
 }
 
 /// Both queues of a ring.
@@ -142,11 +169,18 @@ pub(super) struct Queues {
     backlog: VecDeque<Vec<Entry>>,
     /// Entries queued so far, the backlog's included.
     queued: u64,
+    /// Entries that fit the submission queue beside those of the last submission. The kernel gives their
+    /// places back before it is through with them: Linux 6.10 to 6.13.3 reads SETSOCKOPT of a chain when it
+    /// gets to it. When the enter has returned it has got to all.
+    room: usize,
 }
 
 impl Queues {
     pub(super) fn new(io: impl Into<IoUring>) -> Self {
-        Self { io: Arc::new(io.into()), backlog: VecDeque::new(), queued: 0 }
+        let io = Arc::new(io.into());
+        let mut queues = Self { io, backlog: VecDeque::new(), queued: 0, room: 0 };
+        queues.end_submission();
+        queues
     }
 
     /// What enters the kernel for this ring.
@@ -181,6 +215,8 @@ impl Queues {
 
     #[expect(unsafe_code, reason = "hands entries to the kernel")]
     fn try_queue(&mut self, chain: &[Entry]) -> bool {
+        let Some(room) = self.room.checked_sub(chain.len()) else { return false };
+        self.room = room;
         let mut submissions = self.submissions();
         // SAFETY: what the entries point to lives in the operation table until their last
         // completion (`a_detached_operation_keeps_its_memory_until_the_last_completion`), and the
@@ -188,8 +224,18 @@ impl Queues {
         unsafe { submissions.push_multiple(chain) }.is_ok()
     }
 
+    /// The enter has returned, or has not begun: the places of all entries that the kernel has taken are
+    /// ours.
+    pub(super) fn end_submission(&mut self) {
+        self.room = {
+            let submissions = self.submissions();
+            submissions.capacity() - submissions.len()
+        };
+    }
+
     /// Moves the backlog into the submission queue as far as it fits; the entries in there.
     pub(super) fn flush(&mut self) -> u32 {
+        self.end_submission();
         while let Some(chain) = self.backlog.pop_front() {
             if !self.try_queue(&chain) {
                 self.backlog.push_front(chain);
@@ -269,6 +315,7 @@ impl Queues {
                 return Err(error);
             }
         }
+        self.end_submission();
         let completion = self.completions().next();
         completion.map(|entry| entry.result()).ok_or_else(|| io::Error::other("no completion"))
     }
