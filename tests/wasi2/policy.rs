@@ -143,7 +143,7 @@ fn an_address_check_may_read_the_rings_counters() {
         });
         done.send(()).unwrap();
     });
-    is_done.recv_timeout(BOUND).expect("hangs");
+    is_done.recv_timeout(BOUND).expect("done in time");
 }
 
 // ---- quotas -------------------------------------------------------------------------------------
