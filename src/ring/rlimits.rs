@@ -61,8 +61,7 @@ fn setup_without_memlock() -> Result<(), libc::c_int> {
     if ring >= 0 {
         return Ok(());
     }
-    // SAFETY: the result is a pointer to this thread's own errno.
-    Err(unsafe { *libc::__errno_location() })
+    Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
 }
 
 #[expect(unsafe_code, reason = "_exit(2)")]

@@ -115,9 +115,12 @@ fn step(step: &'static str) -> impl Fn(io::Error) -> SetupError {
 fn refusal(errno: io::Error) -> SetupError {
     match errno.raw_os_error() {
         Some(libc::ENOSYS) => SetupError::NoIoUring,
-        Some(libc::ENOMEM) if charge_rings_to_memlock() != Some(false) => {
-            SetupError::Memlock { limit: soft_limit(libc::RLIMIT_MEMLOCK) }
-        }
+        Some(libc::ENOMEM) => match soft_limit(libc::RLIMIT_MEMLOCK) {
+            limit if limit != libc::RLIM_INFINITY && charge_rings_to_memlock() != Some(false) => {
+                SetupError::Memlock { limit }
+            }
+            _ => SetupError::Io { step: "making the ring", errno },
+        },
         Some(libc::EPERM | libc::EACCES) => match io_uring_disabled() {
             Some(value @ 1..) => SetupError::DisabledBySysctl { value },
             _ if seccomp_is_filtering() => SetupError::DeniedBySeccomp { errno },
@@ -218,7 +221,7 @@ fn try_out(trial: &Trial, queues: &mut Queues) -> Result<Tried, SetupError> {
     match trial.run(queues).map_err(step("trying io_uring's operations"))? {
         Tried::Missing => Err(missing(trial)),
         Tried::Failed(errno) => Err(SetupError::Io { step: trial.name, errno }),
-        tried => Ok(tried),
+        tried @ (Tried::Works | Tried::NoSocket) => Ok(tried),
     }
 }
 

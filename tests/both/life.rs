@@ -275,15 +275,18 @@ fn the_only_port_is_each_sockets_in_turn<G: Guest>() {
             let uring = if is_recycling { uring() } else { uring_without_recycling() };
             fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000").unwrap();
             on_both::<G>(Setup::of(&uring), async |guest| {
+                let mut refused = 0;
                 for any in [LOOPBACK, LOOPBACK_6, WILDCARD, WILDCARD_6] {
                     for _ in 0..20 {
                         let socket = guest.create(family(any)).await.unwrap();
-                        let mut bound = guest.bind(socket, any).await;
-                        // A process that is started just then has wasmtime-wasi's descriptor, too.
-                        while bound.is_err() && !guest.is_uring() {
-                            bound = guest.bind(socket, any).await;
+                        // A process that is started just then has wasmtime-wasi's descriptor, too. And
+                        // where a processor is held up for longer than a bind waits (5 ms), one of the ring
+                        // is refused now and then, but not one in ten.
+                        while let Err(refusal) = guest.bind(socket, any).await {
+                            assert_eq!(refusal, ErrorCode::AddressInUse);
+                            refused += 1;
+                            assert!(!guest.is_uring() || refused <= 8, "{refused} binds refused");
                         }
-                        assert_eq!(bound, Ok(()));
                         assert_eq!(guest.local(socket).await.unwrap().port(), 40_000);
                         guest.arm(socket).await;
                         let other = guest.create(family(any)).await.unwrap();

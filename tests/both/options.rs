@@ -169,5 +169,6 @@ fn a_receive_buffer_holds_what_was_set_before_bind_and_after<G: Guest>() {
     });
     let [default, small, small_later, large] = queued[..] else { panic!("{queued:?}") };
     assert!(small < 10 && small_later < 10, "{queued:?}");
-    assert!(default > 50 && large == 1000, "{queued:?}");
+    // As large as net.core.rmem_max lets it be, which is the default's size before Linux 6.18, doubled.
+    assert!(default > 50 && large > default, "{queued:?}");
 }

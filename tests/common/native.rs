@@ -1,7 +1,7 @@
 //! Plain sockets of the test itself: senders, witnesses, and the kernel's word on what a guest did.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
@@ -18,6 +18,18 @@ pub fn socket(ip: impl Into<IpAddr>) -> (UdpSocket, SocketAddr) {
 /// A port to which no socket is bound: pass an `own_ip`, lest another test binds to it.
 pub fn closed_port(ip: impl Into<IpAddr>) -> SocketAddr {
     socket(ip).1
+}
+
+/// Whether a route leads to an address that is not of this machine. What leaves from a loopback address is
+/// refused for that where one does, and as unreachable where none does.
+pub fn has_route(to: SocketAddr) -> bool {
+    let (socket, _) = socket(Ipv4Addr::UNSPECIFIED);
+    // Nothing is sent.
+    match socket.connect(to) {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::NetworkUnreachable => false,
+        Err(error) => panic!("{to}: {error}"),
+    }
 }
 
 /// Whether a socket is bound to an address.
