@@ -152,6 +152,7 @@
 //! | `ring::queues` | the submission and the completion queue |
 //! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
 //! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets and bytes |
+//! | `ring::gro_key` | one socket for all rings, so that `UDP_GRO` stays on in the kernel |
 //! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
 //! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
 //! | `ring::rlimits` | the process's limits, and whether rings are charged to that of locked memory |

@@ -8,6 +8,7 @@
 
 pub(crate) mod buffers;
 pub(crate) mod eventfd;
+mod gro_key;
 pub(crate) mod kernel_defaults;
 mod mapping;
 pub(crate) mod membarrier;
@@ -36,6 +37,7 @@ use std::time::Duration;
 use io_uring::squeue::Entry;
 
 use self::buffers::BufferRing;
+use self::gro_key::GroKey;
 use self::op::{
     Attempt, BindOp, Completed, Op, OpResult, Output, Record, SocketMemory, SocketOption,
 };
@@ -66,6 +68,7 @@ pub(crate) struct Ring {
     ports: PortOrder,
     recycler: Recycler,
     receives: Receives,
+    gro_key: GroKey,
     /// Empty between calls; its memory is reused.
     chain: Vec<Entry>,
     /// As `chain`.
@@ -97,6 +100,7 @@ impl Ring {
             ports: PortOrder::default(),
             recycler,
             receives: Receives::new(buffers),
+            gro_key: GroKey::default(),
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             recycling: Vec::new(),
             cut: Vec::new(),
@@ -292,6 +296,7 @@ impl Ring {
         let owned = self.slots.get(slot);
         if owned.is_owned() && !owned.has_gro {
             owned.has_gro = true;
+            self.gro_key.hold();
             self.submit_detached(slot, Op::SetOption(Box::new(SocketOption::GRO)));
         }
     }

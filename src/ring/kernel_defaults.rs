@@ -92,7 +92,7 @@ pub(crate) fn hop_limit_option(family: Family) -> (libc::c_int, libc::c_int) {
 }
 
 #[expect(unsafe_code, reason = "socket(2)")]
-fn plain_socket(family: Family) -> io::Result<OwnedFd> {
+pub(super) fn plain_socket(family: Family) -> io::Result<OwnedFd> {
     // SAFETY: socket(2) takes no pointers.
     let fd = unsafe { libc::socket(family.domain(), libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
@@ -114,7 +114,7 @@ fn get_option(socket: &OwnedFd, level: libc::c_int, name: libc::c_int) -> io::Re
 }
 
 #[expect(unsafe_code, reason = "setsockopt(2)")]
-fn set_option(
+pub(super) fn set_option(
     socket: &OwnedFd,
     level: libc::c_int,
     name: libc::c_int,
