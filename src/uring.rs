@@ -133,9 +133,19 @@ impl UringBuilder {
     /// the log and [`doctor`](crate::doctor) say why. [`Stats::closed_instead`] counts the sockets
     /// that were not cached. A ring that caches some has a thread that waits for the kernel.
     ///
-    /// Turn it off on a host that holds received packets back behind the kernel's socket look-up
-    /// (netfilter's NFQUEUE in the INPUT hook): one that is let go after the quarantine could still
-    /// reach the socket of a connected predecessor.
+    /// Nothing is cached where new sockets are given something that a recycled one would not have: a device,
+    /// a mark or a priority, by a BPF program of the cgroup (`sock_create`). Nor on a PREEMPT_RT kernel, in
+    /// which threads can interrupt the delivery of a packet.
+    ///
+    /// Turn it off on a host
+    ///
+    /// - that holds received packets back behind the kernel's socket look-up (netfilter's NFQUEUE in the
+    ///   INPUT hook): one that is let go after the quarantine could still reach the socket of a connected
+    ///   predecessor;
+    /// - whose BPF programs keep state for each socket (`sk_storage`, or by a socket's cookie), or count on
+    ///   `sock_create` and `sock_release` for each owner: all owners of a socket are one to them;
+    /// - that attaches a `sock_create` program to its cgroup, or moves to another cgroup, after the first
+    ///   `build`: the test is not made again.
     pub fn recycle(mut self, recycle: Recycle) -> Self {
         self.recycle = recycle;
         self

@@ -103,7 +103,11 @@ pub(super) fn plain_socket(family: Family) -> io::Result<OwnedFd> {
 }
 
 #[expect(unsafe_code, reason = "getsockopt(2)")]
-fn get_option(socket: &OwnedFd, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn get_option(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;
     let mut len: libc::socklen_t = 4;
     // SAFETY: both pointers are to locals, of the size and type that getsockopt(2) writes.
@@ -115,7 +119,7 @@ fn get_option(socket: &OwnedFd, level: libc::c_int, name: libc::c_int) -> io::Re
 
 #[expect(unsafe_code, reason = "setsockopt(2)")]
 pub(super) fn set_option(
-    socket: &OwnedFd,
+    socket: &impl AsRawFd,
     level: libc::c_int,
     name: libc::c_int,
     value: libc::c_int,

@@ -11,6 +11,7 @@ use io_uring::IoUring;
 
 use crate::datagram::{Family, RawAddr};
 use crate::limits::DRAINS_MAX;
+use crate::ring::kernel_defaults::get_option;
 use crate::ring::membarrier::wait_for_grace_period;
 use crate::ring::op::{Attempt, BindOp, Op, SocketOption};
 use crate::ring::queues::{Queues, SlotIndex};
@@ -93,7 +94,7 @@ pub(crate) fn support() -> Support {
         if let Some(support) = &tested()[at] {
             return support.clone();
         }
-        let support = family_support(family);
+        let support = family_support(family, &kernel_version());
         if !matches!(support, FamilySupport::Untested(_)) {
             tested()[at] = Some(support.clone());
         }
@@ -102,7 +103,12 @@ pub(crate) fn support() -> Support {
     Support { v4: of(0, Family::V4), v6: of(1, Family::V6) }
 }
 
-fn family_support(family: Family) -> FamilySupport {
+fn family_support(family: Family, kernel_version: &str) -> FamilySupport {
+    // There the delivery of a packet can be interrupted by any thread, and what is said of grace periods
+    // (`wait_for_grace_period`) was not shown.
+    if kernel_version.contains("PREEMPT_RT") {
+        return FamilySupport::Unsupported("this is a PREEMPT_RT kernel".to_owned());
+    }
     let ran = SelfTest::of(family).map_err(Trace::from).and_then(|mut test| test.run());
     match ran {
         Ok(also_connected) => FamilySupport::Works { also_connected },
@@ -114,6 +120,17 @@ fn family_support(family: Family) -> FamilySupport {
             FamilySupport::Untested(format!("could not be tested: {error}"))
         }
     }
+}
+
+/// As `uname -v` has it: how the kernel was built.
+#[expect(unsafe_code, reason = "uname(2)")]
+fn kernel_version() -> String {
+    // SAFETY: all fields are arrays of numbers, which may be zero.
+    let mut name: libc::utsname = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a local of the type that uname(2) writes.
+    unsafe { libc::uname(&raw mut name) };
+    let bytes = name.version.map(|byte| byte.to_ne_bytes()[0]);
+    String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
 }
 
 /// Why sockets of a family are not recycled.
@@ -155,6 +172,29 @@ struct SelfTest {
 struct Subject {
     slot: SlotIndex,
     view: UdpSocket,
+    given: Given,
+}
+
+/// What a program of the cgroup (`sock_create`) can give a socket when it is made, and so only then. A
+/// disconnect takes the device away, and with it a confinement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Given {
+    device: libc::c_int,
+    mark: libc::c_int,
+    priority: libc::c_int,
+}
+
+impl Given {
+    const NOTHING: Self = Self { device: 0, mark: 0, priority: 0 };
+
+    fn to(socket: &UdpSocket) -> io::Result<Self> {
+        let option = |name| get_option(socket, libc::SOL_SOCKET, name);
+        Ok(Self {
+            device: option(libc::SO_BINDTOIFINDEX)?,
+            mark: option(libc::SO_MARK)?,
+            priority: option(libc::SO_PRIORITY)?,
+        })
+    }
 }
 
 impl SelfTest {
@@ -174,6 +214,10 @@ impl SelfTest {
     /// Whether sockets that were connected are as good as those that never were.
     fn run(&mut self) -> Result<bool, Trace> {
         let [read, connected] = [self.open(0, self.loopback)?, self.open(1, self.everywhere)?];
+        for new in [&read, &connected] {
+            let is_free = new.given == Given::NOTHING;
+            unless(is_free, "new sockets are given a device, a mark or a priority here")?;
+        }
         self.leave_a_datagram(&read)?;
         self.leave_a_peer_and_an_error(&connected)?;
         self.unbind(&read)?;
@@ -211,6 +255,8 @@ impl SelfTest {
         let bind = Op::Bind(Box::new(self.bind_op(ip, Attempt::Recycled)));
         self.run_op(subject.slot, &bind)
             .map_err(|_| Trace::Left("an unbound socket cannot be bound again"))?;
+        let is_as_new = Given::to(&subject.view)? == subject.given;
+        unless(is_as_new, "its device, mark or priority is not that of a new socket")?;
         let error = subject.view.take_error()?;
         unless(error.is_none(), "a pending error is left")?;
         unless(subject.view.peer_addr().is_err(), "the peer is left")?;
@@ -297,7 +343,8 @@ impl SelfTest {
         // SAFETY: FIXED_FD_INSTALL has just made this descriptor, and nothing else owns it.
         let view = UdpSocket::from(unsafe { OwnedFd::from_raw_fd(fd) });
         view.set_read_timeout(Some(PATIENCE))?;
-        Ok(Subject { slot, view })
+        let given = Given::to(&view)?;
+        Ok(Subject { slot, view, given })
     }
 
     /// Runs an operation that completes once.
@@ -312,6 +359,7 @@ impl SelfTest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::kernel_defaults::set_option;
 
     fn run(family: Family, steps: Steps) -> Result<bool, Trace> {
         SelfTest { steps, ..SelfTest::of(family).unwrap() }.run()
@@ -327,5 +375,33 @@ mod tests {
             let bound = run(family, Steps { unbinds: false, ..all });
             assert!(matches!(bound, Err(Trace::Left(_))), "{bound:?}");
         }
+    }
+
+    #[test]
+    fn a_device_a_mark_or_a_priority_that_a_new_socket_has_not_is_found() {
+        let loopback = 1;
+        for (name, value) in
+            [(libc::SO_BINDTOIFINDEX, loopback), (libc::SO_MARK, 7), (libc::SO_PRIORITY, 7)]
+        {
+            let mut test = SelfTest::of(Family::V4).unwrap();
+            let subject = test.open(0, test.loopback).unwrap();
+            test.unbind(&subject).unwrap();
+            set_option(&subject.view, libc::SOL_SOCKET, name, value).unwrap();
+            let found = test.is_like_new(&subject, test.loopback);
+            assert!(
+                matches!(found, Err(Trace::Left(what)) if what.contains("device")),
+                "{found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_is_recycled_on_a_preempt_rt_kernel() {
+        let here = kernel_version();
+        assert!(here.starts_with('#') && !here.ends_with('\0'), "{here:?}");
+        let support = family_support(Family::V4, "#1 SMP PREEMPT_RT Debian 6.12.48-1");
+        assert_eq!(support, FamilySupport::Unsupported("this is a PREEMPT_RT kernel".to_owned()));
+        let support = family_support(Family::V4, "#1 SMP PREEMPT_DYNAMIC Debian 6.12.48-1");
+        assert!(matches!(support, FamilySupport::Works { .. }), "{support:?}");
     }
 }
