@@ -127,10 +127,12 @@ pub enum SetupError {
         value: u8,
     },
 
-    /// A seccomp filter forbids it (`EPERM` or `EACCES` while a filter is in force).
+    /// A seccomp filter forbids it: `EPERM` or `EACCES` while a filter is in force, or `ENOSYS` of a kernel
+    /// that has io_uring. Docker's profile answers the first, podman's the last.
     #[error(
         "io_uring is refused by a seccomp filter ({errno}): container runtimes block it by \
-         default; allow io_uring_setup, io_uring_enter and io_uring_register in the profile"
+         default; allow io_uring_setup, io_uring_enter and io_uring_register in the profile \
+         (`wasi-uring doctor --seccomp` does)"
     )]
     DeniedBySeccomp {
         /// The errno the filter returned.

@@ -225,10 +225,18 @@ pub(crate) struct ReportArgs {
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+A container runtime's own seccomp profile forbids io_uring. One that allows it, for instance for podman:
+  wasi-uring doctor --seccomp /usr/share/containers/seccomp.json >wasi-uring.json
+  podman run --security-opt seccomp=wasi-uring.json ...
+Docker has its own built in; as a file it is seccomp/default.json of moby/profiles.")]
 pub(crate) struct DoctorArgs {
     /// Print JSON instead of text
     #[arg(long)]
     pub(crate) json: bool,
+    /// Look at nothing; print this seccomp profile, a container runtime's own, with what rings need allowed
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(crate) seccomp: Option<PathBuf>,
 }
 
 /// More guests than any machine's memory holds would only overflow what is computed from them.

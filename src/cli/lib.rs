@@ -11,6 +11,7 @@ pub mod measure;
 mod open_files;
 mod report;
 mod run;
+mod seccomp;
 mod terminal;
 
 use std::ffi::OsString;
@@ -43,7 +44,10 @@ fn run_command(args: Vec<OsString>) -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Report(args) => report::report(&args),
-        Command::Doctor(args) => Ok(doctor::doctor(&args)),
+        Command::Doctor(args) => match &args.seccomp {
+            Some(default) => seccomp::profile(default),
+            None => Ok(doctor::doctor(&args)),
+        },
     };
     match ended {
         Ok(code) => code,

@@ -114,6 +114,10 @@ fn step(step: &'static str) -> impl Fn(io::Error) -> SetupError {
 
 fn refusal(errno: io::Error) -> SetupError {
     match errno.raw_os_error() {
+        // A kernel with the sysctl has io_uring.
+        Some(libc::ENOSYS) if io_uring_disabled().is_some() && seccomp_is_filtering() => {
+            SetupError::DeniedBySeccomp { errno }
+        }
         Some(libc::ENOSYS) => SetupError::NoIoUring,
         Some(libc::ENOMEM) => match soft_limit(libc::RLIMIT_MEMLOCK) {
             limit if limit != libc::RLIM_INFINITY && charge_rings_to_memlock() != Some(false) => {

@@ -10,7 +10,7 @@ use std::{env, fs};
 
 use filter::with_filter;
 use serde_json::Value;
-use tool::{CYCLE, Ended, arg, end, end_without_stderr, guests, run, wrapped};
+use tool::{CYCLE, Ended, arg, end, end_without_stderr, guests, wrapped};
 use wasi_uring::doctor::Check;
 use wasi_uring::{KERNEL_MIN, SetupError, Uring};
 
@@ -23,9 +23,20 @@ fn build_error(call: i64, errno: i32) -> SetupError {
     with_filter(call, errno, || Uring::builder().build().expect_err("a forbidden system call"))
 }
 
-/// Runs the command under such a filter.
+/// Starts a program on what seems to be a kernel without io_uring, if a filter answers `ENOSYS`: io_uring's
+/// sysctl is hidden. As root.
+const WITHOUT_SYSCTL: [&str; 5] = [
+    "unshare",
+    "-m",
+    "sh",
+    "-c",
+    r#"mount --bind /dev/null /proc/sys/kernel/io_uring_disabled && exec "$0" "$@""#,
+];
+
+/// Runs the command under such a filter; `ENOSYS` is of a kernel without io_uring.
 fn run_filtered(call: i64, errno: i32, args: &[&str]) -> Ended {
-    with_filter(call, errno, || run(args))
+    let wrapper = if errno == ENOSYS { &WITHOUT_SYSCTL[..] } else { &[] };
+    with_filter(call, errno, || end(wrapped(wrapper, args)))
 }
 
 /// Limits and capabilities are the whole process's: the test runs once more, alone in a process
@@ -80,14 +91,18 @@ mod library {
 
     #[test]
     fn a_kernel_without_io_uring_is_told_apart() {
-        let error = build_error(libc::SYS_io_uring_setup, ENOSYS);
-        assert!(matches!(error, SetupError::NoIoUring), "{error:?}");
-        assert_says(&error, &["no io_uring", "ENOSYS", &format!("use Linux {KERNEL_MIN}")]);
+        let test = "library::a_kernel_without_io_uring_is_told_apart";
+        in_child(&WITHOUT_SYSCTL, test, || {
+            let error = build_error(libc::SYS_io_uring_setup, ENOSYS);
+            assert!(matches!(error, SetupError::NoIoUring), "{error:?}");
+            assert_says(&error, &["no io_uring", "ENOSYS", &format!("use Linux {KERNEL_MIN}")]);
+        });
     }
 
     #[test]
     fn a_seccomp_filter_is_told_apart_from_other_refusals() {
-        for errno in [EPERM, EACCES] {
+        // The last is podman's.
+        for errno in [EPERM, EACCES, ENOSYS] {
             let error = build_error(libc::SYS_io_uring_setup, errno);
             let SetupError::DeniedBySeccomp { errno: found } = &error else { panic!("{error:?}") };
             assert_eq!(found.raw_os_error(), Some(errno));
