@@ -134,8 +134,8 @@ impl UringBuilder {
     /// that were not cached. A ring that caches some has a thread that waits for the kernel.
     ///
     /// Nothing is cached where new sockets are given something that a recycled one would not have: a device,
-    /// a mark or a priority, by a BPF program of the cgroup (`sock_create`). Nor on a PREEMPT_RT kernel, in
-    /// which threads can interrupt the delivery of a packet.
+    /// a mark or a priority, by a BPF program of the cgroup (`sock_create`, as `ip vrf exec` has one). Nor on
+    /// a `PREEMPT_RT` kernel, in which threads can interrupt the delivery of a packet.
     ///
     /// Turn it off on a host
     ///

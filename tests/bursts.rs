@@ -10,7 +10,7 @@ use std::fs;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::filter::with_filter;
 use common::{LOOPBACK, LOOPBACK_6, Rig, block_on, native, uring};
@@ -129,10 +129,10 @@ struct Cost {
     interrupts: f64,
 }
 
-fn cpu_time() -> Duration {
+fn cpu_micros() -> u64 {
     let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-    Duration::from_micros(micros.unsigned_abs())
+    micros.unsigned_abs()
 }
 
 /// Function call interrupts so far.
@@ -151,14 +151,14 @@ fn cost(uring: &Uring, any: SocketAddr) -> Cost {
         block_on(async {
             let mut rig = Rig::on_ring(uring).await;
             life(&mut rig, any, &native, BURST).await;
-            let (cpu, called, begin) = (cpu_time(), interrupts(), Instant::now());
+            let (cpu, called, begin) = (cpu_micros(), interrupts(), Instant::now());
             for _ in 0..LIVES {
                 life(&mut rig, any, &native, BURST).await;
             }
             let of_each = |all: f64| all / LIVES as f64;
             Cost {
                 wall: of_each(begin.elapsed().as_secs_f64() * 1e6),
-                cpu: of_each((cpu_time() - cpu).as_secs_f64() * 1e6),
+                cpu: of_each((cpu_micros() - cpu) as f64),
                 interrupts: of_each((interrupts() - called) as f64),
             }
         })

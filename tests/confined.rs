@@ -92,6 +92,13 @@ struct Cgroup(PathBuf);
 
 impl Cgroup {
     fn with_program(name: &str, field: i16, value: i32) -> Self {
+        #[repr(C)]
+        struct Attach {
+            target: i32,
+            program: i32,
+            kind: u32,
+            flags: u32,
+        }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mount = mounts.lines().find_map(|line| {
             let mut words = line.split(' ').skip(1);
@@ -102,16 +109,9 @@ impl Cgroup {
         fs::create_dir(&path).expect("these tests make cgroups, for which they are root");
         let cgroup = Self(path);
         let (program, directory) = (load(field, value), File::open(&cgroup.0).unwrap());
-        #[repr(C)]
-        struct Attach {
-            target: i32,
-            program: i32,
-            attach_type: u32,
-            flags: u32,
-        }
         let (target, program) = (directory.as_raw_fd(), program.as_raw_fd());
         // BPF_PROG_ATTACH, beside what the cgroups above have (BPF_F_ALLOW_MULTI).
-        bpf(8, &Attach { target, program, attach_type: 2, flags: 2 });
+        bpf(8, &Attach { target, program, kind: 2, flags: 2 });
         cgroup
     }
 }
@@ -181,13 +181,13 @@ fn sockets_are_not_recycled_where_a_program_confines_new_ones() {
     {
         let cgroup = Cgroup::with_program(given, field, value);
         let this = env::current_exe().unwrap();
-        let test = "sockets_are_not_recycled_where_a_program_confines_new_ones";
+        let name = "sockets_are_not_recycled_where_a_program_confines_new_ones";
         let mut command = Command::new("sh");
         command.args(["-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]).arg(&cgroup.0);
-        command.arg(this).args(["--exact", test, "--nocapture"]).env(GIVEN, given);
+        command.arg(this).args(["--exact", name, "--nocapture"]).env(GIVEN, given);
         let output = command.output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let is_good = output.status.success() && text.contains("1 passed");
-        assert!(is_good, "{given}: {text}\n{}", String::from_utf8_lossy(&output.stderr));
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let is_good = output.status.success() && stdout.contains("1 passed");
+        assert!(is_good, "{given}: {stdout}\n{}", String::from_utf8_lossy(&output.stderr));
     }
 }

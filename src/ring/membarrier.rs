@@ -14,7 +14,7 @@ fn membarrier(command: libc::c_int) -> io::Result<()> {
 /// that had found a socket before is delivered to it by then.
 ///
 /// On a machine with one CPU the call does not wait: packets are delivered by softirqs, and none is
-/// half-way there while a thread runs. (On a PREEMPT_RT kernel one may be: nothing is recycled there.)
+/// half-way there while a thread runs. (On a `PREEMPT_RT` kernel one may be: nothing is recycled there.)
 pub(super) fn wait_for_grace_period() -> io::Result<()> {
     membarrier(libc::MEMBARRIER_CMD_GLOBAL)
 }

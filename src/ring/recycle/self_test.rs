@@ -1,5 +1,5 @@
 //! The self-test: before any ring caches a socket, sockets of a ring of its own leave behind on
-//! purpose what a former owner could, on the running kernel.
+//! purpose what a former owner could, on the running kernel; and it looks for what only new sockets have.
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
