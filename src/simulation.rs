@@ -68,6 +68,7 @@ struct Guest {
     is_new: bool,
     quota: Arc<Quota>,
     queued: Arc<ByteQuota>,
+    sending: Arc<ByteQuota>,
     sockets: Vec<Rc<Socket>>,
     /// It is at work: its thread is the one that is inside.
     is_busy: bool,
@@ -281,8 +282,10 @@ impl World {
         let sockets_max = 1 + u32::try_from(self.below(4)).unwrap();
         let bytes_max = [2000, 100_000][self.below(2)];
         let policy = Policy::new(|addr, _| addr.port() != 13);
-        let ctx = GuestCtx::new(Arc::clone(&self.driver), policy, sockets_max, bytes_max);
-        let (quota, queued) = (Arc::clone(&ctx.quota), Arc::clone(&ctx.queued));
+        let send_max = [3000, 100_000][self.below(2)];
+        let ctx = GuestCtx::new(Arc::clone(&self.driver), policy, sockets_max, bytes_max, send_max);
+        let quota = Arc::clone(&ctx.quota);
+        let (queued, sending) = (Arc::clone(&ctx.queued), Arc::clone(&ctx.sending));
         let number = self.guests.borrow().len() as u64;
         self.trace(|| format!("guest {number} comes"));
         self.guests.borrow_mut().push(Guest {
@@ -291,6 +294,7 @@ impl World {
             is_new: self.once_in(2),
             quota,
             queued,
+            sending,
             sockets: Vec::new(),
             is_busy: false,
             is_woken: Arc::default(),
@@ -926,7 +930,8 @@ impl World {
         assert_eq!(audit.unfree_slots as u64, cached, "slots");
         assert!(!audit.is_closing && !audit.has_waiting_binds, "ports");
         for guest in self.guests.borrow().iter().filter(|_| !self.is_shut_down.get()) {
-            assert_eq!((guest.quota.in_use(), guest.queued.used()), (0, 0), "quotas");
+            let used = (guest.quota.in_use(), guest.queued.used(), guest.sending.used());
+            assert_eq!(used, (0, 0, 0), "quotas");
         }
         assert!(!self.driver.has_queued(), "entries are counted that the kernel never gets");
         // The rest of a chain that was cut is sent, whatever became of what was before.
@@ -1008,7 +1013,7 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     let _runtime = runtime.enter();
     let policy = Policy::new(|_, _| true);
-    let ctx = Arc::new(GuestCtx::new(Arc::clone(&driver), policy, 1, usize::MAX));
+    let ctx = Arc::new(GuestCtx::new(Arc::clone(&driver), policy, 1, usize::MAX, usize::MAX));
     let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
     let woken = || {
         let (is, guest) = (AtomicBool::new(false), Arc::default());

@@ -10,7 +10,7 @@ use std::{env, fs};
 
 use filter::with_filter;
 use serde_json::Value;
-use tool::{CYCLE, Ended, arg, end, end_without_stderr, guests, wrapped};
+use tool::{CYCLE, Ended, arg, end, end_without_stderr, guests, run, wrapped};
 use wasi_uring::doctor::Check;
 use wasi_uring::{KERNEL_MIN, SetupError, Uring};
 

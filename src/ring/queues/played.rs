@@ -94,6 +94,13 @@ impl IoUring {
         }
     }
 
+    pub(super) fn params(&self) -> &io_uring::Parameters {
+        match self {
+            Self::Kernel(io) => io.params(),
+            Self::Played(_) => unreachable!("of a test of the kernel's"),
+        }
+    }
+
     pub(super) fn submit_and_wait(&self, want: usize) -> io::Result<usize> {
         match self {
             Self::Kernel(io) => io.submit_and_wait(want),
@@ -132,6 +139,13 @@ impl SubmissionQueue<'_> {
         match self {
             Self::Kernel(queue) => queue.len(),
             Self::Played(played) => played.kernel().submissions.len(),
+        }
+    }
+
+    pub(super) fn capacity(&self) -> usize {
+        match self {
+            Self::Kernel(queue) => queue.capacity(),
+            Self::Played(played) => played.kernel().submissions_max,
         }
     }
 
