@@ -77,7 +77,7 @@ struct Guest {
 }
 
 struct Socket {
-    socket: Arc<UdpSocket>,
+    udp: Arc<UdpSocket>,
     local: Option<SocketAddr>,
     /// `stream` of WASI 0.2 has succeeded, without which nothing of it sends and receives.
     has_streams: bool,
@@ -133,7 +133,7 @@ impl Guest {
             match self.ctx.new_socket(family) {
                 Ok(socket) => {
                     let socket = Arc::new(socket);
-                    self.sockets.push(Socket { socket, local: None, has_streams: false });
+                    self.sockets.push(Socket { udp: socket, local: None, has_streams: false });
                 }
                 Err(error) => assert!(
                     matches!(error, ErrorCode::NewSocketLimit | ErrorCode::NotSupported),
@@ -143,7 +143,7 @@ impl Guest {
             return;
         }
         let at = which % self.sockets.len();
-        let socket = Arc::clone(&self.sockets[at].socket);
+        let socket = Arc::clone(&self.sockets[at].udp);
         let has_streams = self.sockets[at].has_streams;
         let family = socket.family();
         match what {

@@ -41,7 +41,7 @@ use crate::stats::Stats;
 // ---- what `queues` uses of io_uring -----------------------------------------------------------------
 
 pub(crate) enum IoUring {
-    Kernel(io_uring::IoUring),
+    Kernel(Box<io_uring::IoUring>),
     Played(Arc<Played>),
 }
 
@@ -65,7 +65,7 @@ pub(super) struct Full;
 
 impl From<io_uring::IoUring> for IoUring {
     fn from(io: io_uring::IoUring) -> Self {
-        Self::Kernel(io)
+        Self::Kernel(Box::new(io))
     }
 }
 
@@ -401,6 +401,9 @@ pub(crate) struct Stamp {
 impl Stamp {
     pub(crate) const BYTES: usize = 16;
 
+    /// Number of one that was on its way when its socket was unbound.
+    pub(crate) const LATE: u64 = u64::MAX;
+
     pub(crate) fn read(payload: &[u8]) -> Option<Self> {
         let word = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at + 4)?.try_into().ok()?));
         let number = payload.get(8..Self::BYTES)?.try_into().ok()?;
@@ -523,26 +526,21 @@ impl Kernel {
     /// Runs a chain until it ends, or one of it waits.
     fn run(&mut self, mut chain: VecDeque<Sqe>) {
         while let Some(sqe) = chain.pop_front() {
-            match self.issue(&sqe) {
-                Some(result) => {
-                    let skips = sqe.has(Flags::SKIP_SUCCESS);
-                    if result < 0 || !skips {
-                        self.post(sqe.user_data, result, 0);
-                    }
-                    if result < 0 {
-                        self.cancel_rest(&mut chain, skips);
-                    }
-                }
-                None => {
-                    let file = self.table[sqe.slot()].expect("what waits has a file");
-                    self.files.get_mut(&file).expect("it is in the table").uses += 1;
-                    let id = self.next_request;
-                    self.next_request += 1;
-                    let request = Request { sqe, file, rest: chain, is_ending: false };
-                    self.requests.insert(id, request);
-                    self.go(id);
-                    return;
-                }
+            let Some(result) = self.issue(&sqe) else {
+                let file = self.table[sqe.slot()].expect("what waits has a file");
+                self.files.get_mut(&file).expect("it is in the table").uses += 1;
+                let id = self.next_request;
+                self.next_request += 1;
+                let request = Request { sqe, file, rest: chain, is_ending: false };
+                self.requests.insert(id, request);
+                return self.go(id);
+            };
+            let skips = sqe.has(Flags::SKIP_SUCCESS);
+            if result < 0 || !skips {
+                self.post(sqe.user_data, result, 0);
+            }
+            if result < 0 {
+                self.cancel_rest(&mut chain, skips);
             }
         }
     }
@@ -708,7 +706,7 @@ impl Kernel {
                 if to.is_none() && !file.is_port_named {
                     if file.port.is_some() && self.dice.once_in(3) {
                         let from = SocketAddr::new(loopback(file.family), 7);
-                        let payload = stamped(vec![0; 60], id, file.binds, u64::MAX);
+                        let payload = stamped(vec![0; 60], id, file.binds, Stamp::LATE);
                         self.late.push((id, Message { from, payload }));
                     }
                     file.port = None;
@@ -732,16 +730,15 @@ impl Kernel {
                 (None, None) => -libc::EAGAIN,
             },
             opcode::SetSockOpt::CODE => {
-                let (command, at) = (sqe.off & 0xff, sqe.addr3 as usize);
+                let (command, at) = (sqe.off & 0xff, address(sqe.addr3));
                 match command {
                     2 => {
                         let mut memory = [0_u32; 9];
                         memory[0] = u32::try_from(file.inbox.len() * 768).expect("small");
                         memory[8] = file.drops;
+                        let to = std::ptr::with_exposed_provenance_mut::<[u32; 9]>(at);
                         // SAFETY: the entry names 36 bytes for it.
-                        unsafe {
-                            std::ptr::with_exposed_provenance_mut::<[u32; 9]>(at).write(memory)
-                        };
+                        unsafe { to.write(memory) };
                         0
                     }
                     3 => {
@@ -760,7 +757,7 @@ impl Kernel {
                             Some(addr) => {
                                 let name = raw(addr);
                                 let len = i32::try_from(name.len()).expect("28 at most");
-                                write(sqe.addr as usize, &name);
+                                write(address(sqe.addr), &name);
                                 write(at, &len.to_ne_bytes());
                                 0
                             }
@@ -864,18 +861,20 @@ impl Kernel {
     fn send(&mut self, sqe: &Sqe, id: u32) -> i32 {
         let (mut payload, mut segment, mut to) = (Vec::new(), usize::MAX, None);
         if sqe.opcode == opcode::Send::CODE {
-            payload.extend(read(sqe.addr as usize, sqe.len as usize));
+            payload.extend(read(address(sqe.addr), sqe.len as usize));
             if sqe.off != 0 {
                 to = read_addr(sqe.off, sqe.file_index & 0xffff);
             }
         } else {
             // SAFETY: the entry names a message.
             let header = unsafe {
-                std::ptr::with_exposed_provenance::<libc::msghdr>(sqe.addr as usize).read()
+                std::ptr::with_exposed_provenance::<libc::msghdr>(address(sqe.addr)).read()
             };
             for part in 0..header.msg_iovlen {
                 // SAFETY: so many parts are there.
-                let part = unsafe { header.msg_iov.add(part).read() };
+                let part = unsafe { header.msg_iov.add(part) };
+                // SAFETY: the sender has written it.
+                let part = unsafe { part.read() };
                 payload.extend(read(part.iov_base.expose_provenance(), part.iov_len));
             }
             let control = read(header.msg_control.expose_provenance(), 18);
@@ -1136,8 +1135,12 @@ fn raw(addr: SocketAddr) -> Vec<u8> {
     read(raw.as_ptr().expose_provenance(), raw.len() as usize)
 }
 
+fn address(word: u64) -> usize {
+    usize::try_from(word).expect("an address")
+}
+
 fn read_addr(at: u64, len: u32) -> Option<SocketAddr> {
-    decode_addr(&read(at as usize, len as usize))
+    decode_addr(&read(address(at), len as usize))
 }
 
 #[expect(unsafe_code, reason = "memory that entries name")]
