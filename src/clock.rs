@@ -16,6 +16,15 @@ pub(crate) fn since(then: Instant) -> Duration {
     now().saturating_duration_since(then)
 }
 
+/// Lets other threads run; where a test plays them, time passes by itself.
+pub(crate) fn yield_now() {
+    #[cfg(test)]
+    if played::now().is_some() {
+        return;
+    }
+    std::thread::yield_now();
+}
+
 /// A thread's own time, which passes when it is looked at.
 #[cfg(test)]
 pub(crate) mod played {

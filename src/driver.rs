@@ -93,7 +93,7 @@ impl Driver {
                 return take();
             }
             drop(core);
-            std::thread::yield_now();
+            clock::yield_now();
             if take() {
                 return true;
             }
@@ -196,7 +196,7 @@ impl Driver {
             if !is_entering {
                 kick();
             }
-            std::thread::yield_now();
+            clock::yield_now();
             core = self.core.lock();
             if !core.entering {
                 core.ring.reap();

@@ -280,7 +280,7 @@ impl Driver {
             drop(core);
             // What ends on a thread that computes on.
             kick();
-            std::thread::yield_now();
+            clock::yield_now();
             core = self.core.lock();
         }
         if !core.ring.is_shut_down() {

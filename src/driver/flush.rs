@@ -135,7 +135,7 @@ impl Driver {
                 return Poll::Ready(Ok(core));
             }
             drop(core);
-            std::thread::yield_now();
+            clock::yield_now();
         }
     }
 
