@@ -40,8 +40,12 @@ pub(crate) enum Tried {
 
 const SLOT: SlotIndex = SlotIndex(0);
 
-/// In this order, on the socket that the first makes in slot 0 and the last closes. Nothing is sent. What
-/// the newest kernel brought stands first: so a ring that cannot be built names the version that would do.
+/// There is nobody to send to; and a socket that could not be bound before cannot be now.
+const UNSENT: &[libc::c_int] = &[libc::EDESTADDRREQ, libc::EAGAIN];
+
+/// In this order, on the socket that the first makes in slot 0 and the last closes. Nothing is sent, and
+/// nothing can have come before it is bound. What the newest kernel brought stands before all others that
+/// an older one does not know by number: so a ring that cannot be built names the version that would do.
 pub(crate) const TRIALS: &[Trial] = &[
     Trial {
         name: "IORING_OP_SOCKET with a fixed-file slot",
@@ -49,6 +53,25 @@ pub(crate) const TRIALS: &[Trial] = &[
         since: "5.19",
         attempt: |queues| queues.run_alone(&[socket(Family::V4, SLOT)]),
         answers: &[],
+    },
+    Trial {
+        name: "multishot IORING_OP_RECVMSG with a buffer ring",
+        code: opcode::RecvMsgMulti::CODE,
+        since: "6.0",
+        attempt: |queues| {
+            let header = receive_header();
+            let receive = opcode::RecvMsgMulti::new(SLOT.fd(), &raw const header, BUFFER_GROUP);
+            let receive = receive.flags(libc::MSG_DONTWAIT.cast_unsigned());
+            queues.run_alone(&[receive.build()])
+        },
+        answers: &[libc::EAGAIN],
+    },
+    Trial {
+        name: "IORING_OP_RECV",
+        code: opcode::Recv::CODE,
+        since: "5.6",
+        attempt: |queues| alone(queues, &Op::Drain(None)),
+        answers: &[libc::EAGAIN],
     },
     Trial {
         name: "IORING_OP_BIND",
@@ -94,30 +117,11 @@ pub(crate) const TRIALS: &[Trial] = &[
         answers: &[],
     },
     Trial {
-        name: "multishot IORING_OP_RECVMSG with a buffer ring",
-        code: opcode::RecvMsgMulti::CODE,
-        since: "6.0",
-        attempt: |queues| {
-            let header = receive_header();
-            let receive = opcode::RecvMsgMulti::new(SLOT.fd(), &raw const header, BUFFER_GROUP);
-            let receive = receive.flags(libc::MSG_DONTWAIT.cast_unsigned());
-            queues.run_alone(&[receive.build()])
-        },
-        answers: &[libc::EAGAIN],
-    },
-    Trial {
-        name: "IORING_OP_RECV",
-        code: opcode::Recv::CODE,
-        since: "5.6",
-        attempt: |queues| alone(queues, &Op::Drain(None)),
-        answers: &[libc::EAGAIN],
-    },
-    Trial {
         name: "IORING_OP_SEND",
         code: opcode::Send::CODE,
         since: "5.6",
         attempt: |queues| queues.run_alone(&[opcode::Send::new(SLOT.fd(), ptr::null(), 0).build()]),
-        answers: &[libc::EDESTADDRREQ],
+        answers: UNSENT,
     },
     Trial {
         name: "IORING_OP_SENDMSG",
@@ -127,7 +131,7 @@ pub(crate) const TRIALS: &[Trial] = &[
             let header = empty_header();
             queues.run_alone(&[opcode::SendMsg::new(SLOT.fd(), &raw const header).build()])
         },
-        answers: &[libc::EDESTADDRREQ],
+        answers: UNSENT,
     },
     Trial {
         name: "IORING_OP_POLL_ADD",
