@@ -121,8 +121,13 @@ impl UdpCtxBuilder {
     ///
     /// What a `send` of WASI 0.2 has accepted and the kernel has no room for (`SO_SNDBUF`) waits in the host,
     /// up to 16 datagrams of 65,507 bytes for each socket. When so many bytes wait, one `send` may still
-    /// add its own (0.2: up to a mebibyte); from then on each accepts only what the kernel takes at once,
+    /// add its own (up to a mebibyte); from then on each accepts only what the kernel takes at once,
     /// as wasmtime-wasi's do, and `check-send` answers 0 until there is room.
+    ///
+    /// A `send` of WASI 0.3 returns when the kernel has taken its datagram, which it holds until then, as
+    /// wasmtime-wasi's does: how many such calls a guest may have is Wasmtime's to bound
+    /// ([`ResourceTable::set_max_capacity`] does not). Once so many bytes wait, none is left to another
+    /// thread to submit.
     pub fn send_bytes_max(mut self, send_bytes_max: usize) -> Self {
         self.send_bytes_max = send_bytes_max;
         self

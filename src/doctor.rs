@@ -8,7 +8,7 @@ use crate::error::SetupError;
 use crate::limits::{CACHED_SOCKETS_DEFAULT, SOCKETS_DEFAULT};
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::recycle::self_test::{self, FamilySupport, Support};
-use crate::ring::rlimits::{charge_rings_to_memlock, soft_limit};
+use crate::ring::rlimits::{are_rings_charged_to_memlock, soft_limit};
 use crate::ring::setup::{self, ThrowAway};
 use crate::ring::trials::{TRIALS, Tried};
 use crate::uring::Uring;
@@ -56,6 +56,9 @@ impl Check {
 /// Looks at everything a ring needs: tries each thing on a ring that is thrown away. The last check
 /// builds one as [`Uring::builder`] has it by default. What a larger limit would be worth is not looked at
 /// where sockets on the ring do not work.
+///
+/// Limits are the whole process's, so a child tries one of them: the process is duplicated for a moment, as
+/// by fork(2), which takes the longer the more memory it has.
 #[must_use]
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![kernel(), sysctl(), seccomp()];
@@ -164,7 +167,7 @@ fn memlock() -> Check {
         libc::RLIM_INFINITY => "unlimited".to_owned(),
         limit => format!("{limit} bytes"),
     };
-    match charge_rings_to_memlock() {
+    match are_rings_charged_to_memlock() {
         Some(false) => Check::good(name, format!("{limit}; rings are not charged to it here")),
         None => Check::good(name, limit),
         Some(true) => {

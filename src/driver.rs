@@ -44,7 +44,7 @@ pub(crate) use self::in_flight::InFlight;
 pub(crate) use self::send_now::{Given, SendNow};
 use crate::clock;
 use crate::error::Errno;
-use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, LINGER};
+use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, CLOSE_PATIENCE_MAX, LINGER};
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
 use crate::ring::op::{BindOp, Op};
@@ -185,11 +185,14 @@ impl Driver {
     fn enter_until_closed<'driver>(&'driver self, core: LockedCore<'driver>, close: CloseId) {
         let mut core = self.combine(core);
         let (mut begun, mut looks) = (None, 0);
-        // (On a machine with much to do the time may be over after one look.)
-        while !core.ring.ports().has_ended(close)
-            && (looks < CLOSE_LOOKS_MIN
-                || clock::since(*begun.get_or_insert_with(clock::now)) < CLOSE_PATIENCE)
-        {
+        while !core.ring.ports().has_ended(close) {
+            let elapsed = clock::since(*begun.get_or_insert_with(clock::now));
+            // On a machine with much to do the time may be over after one look.
+            if elapsed >= CLOSE_PATIENCE && looks >= CLOSE_LOOKS_MIN
+                || elapsed >= CLOSE_PATIENCE_MAX
+            {
+                break;
+            }
             looks += 1;
             let is_entering = core.entering;
             drop(core);

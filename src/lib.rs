@@ -120,7 +120,7 @@
 //! | `p2::bindings`, `p3::bindings` | what `bindgen!` makes of the WIT, and the resources' types |
 //! | [`doctor`] | what this kernel and these limits allow |
 //! | `bare` | feature `bare`: a ring without WASI, the floor of the benches |
-//! | `fuzzed::{calls, datagram}` | feature `fuzz`: what fuzz targets and tests do with any bytes |
+//! | `fuzzed::{calls, datagram}` | what fuzz targets (`tests/fuzz`) and tests do with any bytes |
 //! | `ctx` | what a host configures per guest ([`UdpCtx`]) and provides per store ([`UdpView`]) |
 //! | `resource` | the socket in a resource table |
 //! | `socket::{bind, connect, options, send, receive}` | what guests do with a socket |
@@ -170,8 +170,7 @@
 #[cfg(feature = "bare")]
 pub mod bare;
 pub mod doctor;
-#[cfg(any(test, feature = "fuzz"))]
-#[doc(hidden)]
+#[cfg(test)]
 pub mod fuzzed;
 pub mod limits;
 #[cfg(feature = "p2")]

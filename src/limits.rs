@@ -125,11 +125,15 @@ pub(crate) const RETEST_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest that a bind waits for closes that may hold its port.
 pub(crate) const BIND_PATIENCE: Duration = Duration::from_millis(5);
 
-/// Longest that the drop of a socket bound by number waits until its port is free.
+/// How long the drop of a socket bound by number waits until its port is free, if it has looked
+/// `CLOSE_LOOKS_MIN` times by then.
 pub(crate) const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
 
-/// Looks for the end of that close which a thread makes at least, between which it yields to others.
+/// Looks of that drop, between which it yields to other threads.
 pub(crate) const CLOSE_LOOKS_MIN: u32 = 32;
+
+/// Longest that it waits.
+pub(crate) const CLOSE_PATIENCE_MAX: Duration = Duration::from_millis(100);
 
 /// Longest that a thread waits for another that is inside the kernel, before its guest suspends.
 pub(crate) const OUTSIDE_PATIENCE: Duration = Duration::from_millis(2);

@@ -7,7 +7,7 @@
 //! | `start-bind` | the kernel binds; `address-in-use`, `address-not-bindable` and what else it says come from here | these come from `finish-bind` | WIT lists them as finish errors |
 //! | `create-udp-socket`, `stream` | trap when the host's bound of the resource table is reached | `new-socket-limit`, `out-of-memory` | the guest can go on |
 //! | `create-udp-socket` | `unknown` when the process has no descriptors left | `new-socket-limit` when the table or the guest's quota is full | WIT names this code |
-//! | `send` | the first datagram that finds the send buffer full ends the batch | the rest of the batch is accepted too, and waits with it | a batch is one chain |
+//! | `send` | the first datagram that finds the send buffer full ends the batch | the rest of the batch is accepted too, and waits with it, until [`send_bytes_max`](crate::UdpCtxBuilder::send_bytes_max) wait | a batch is one chain |
 //! | `send` | a peer's refusal of the first datagram ends the batch | it ends the batch after the message: datagrams of one size are one message | the kernel takes a message as a whole |
 //! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's send buffer is full | `send` waits for the ring's completion |
 //! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |

@@ -427,7 +427,7 @@ impl World {
         match self.below(6) {
             0 => EXTERNAL[usize::from(family == Family::V6)],
             1 if other.is_some() => other.unwrap(),
-            _ if known.is_empty() => SocketAddr::new(loopback(family), 9),
+            _ if known.is_empty() => SocketAddr::new(family.loopback(), 9),
             _ => known[self.below(known.len())],
         }
     }
@@ -478,7 +478,7 @@ impl World {
         match what {
             2..6 => {
                 let port = if self.once_in(3) { 41_000 + self.below(3) } else { 0 };
-                let ip = if self.once_in(2) { loopback(family) } else { unspecified(family) };
+                let ip = if self.once_in(2) { family.loopback() } else { family.unspecified() };
                 let to = SocketAddr::new(ip, u16::try_from(port).unwrap());
                 if is_new {
                     self.begin(guest, "bind", true, &socket, async move {
@@ -956,20 +956,6 @@ impl Answer {
     }
 }
 
-fn loopback(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::LOCALHOST.into(),
-        Family::V6 => Ipv6Addr::LOCALHOST.into(),
-    }
-}
-
-fn unspecified(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
-    }
-}
-
 /// The life of one ring.
 fn live(seed: u64, runtime: &Rc<Runtime>) {
     clock::played::start();
@@ -1027,7 +1013,7 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
     let poll = |call: Pin<&mut dyn Future<Output = Result<(), ErrorCode>>>, woken: &Arc<Woken>| {
         call.poll(&mut Context::from_waker(&Waker::from(Arc::clone(woken))))
     };
-    let to = SocketAddr::new(loopback(Family::V4), 9);
+    let to = SocketAddr::new(Family::V4.loopback(), 9);
     let send = || Box::pin(socket.send_one(vec![0; 20], Some(to)));
     assert_eq!(poll(send().as_mut(), &woken()), Poll::Ready(Ok(())));
     played.kernel().set_room(0, 0);

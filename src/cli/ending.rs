@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
@@ -37,7 +38,9 @@ impl ClosesOnSignal {
                 begins.store(true, Ordering::Relaxed);
                 rings.iter().for_each(Uring::close);
                 // It ends the process. If it cannot, the next signal tries.
-                let _ = emulate_default_handler(signal);
+                if emulate_default_handler(signal).is_err() {
+                    begins.store(false, Ordering::Relaxed);
+                }
             }
         });
         Ok(Some(Self { signals: handle, thread: Some(thread), has_begun }))
@@ -46,7 +49,7 @@ impl ClosesOnSignal {
     /// Waits for the end, if a signal has brought it: what guests then say of their ring is no news.
     pub(crate) fn wait_if_begun(&self) {
         while self.has_begun.load(Ordering::Relaxed) {
-            std::thread::park();
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The datagram codec.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV6};
 
 use crate::datagram::{GsoMessage, Outgoing, RawAddr, decode_addr, front_run, parse_received};
 use crate::limits::{DATAGRAM_BYTES_MAX_V4, SEGMENTS_MAX};
@@ -30,7 +30,18 @@ pub fn run(bytes: &[u8]) {
         assert!(received(&filled), "a whole message of an IP address");
     }
     if let Some(addr) = decode_addr(bytes) {
-        assert!(RawAddr::from(addr) == RawAddr::from(addr));
+        // Once in the kernel's form and back.
+        let back: SocketAddr = match RawAddr::from(addr) {
+            RawAddr::V4(raw) => {
+                (raw.sin_addr.s_addr.to_ne_bytes(), u16::from_be(raw.sin_port)).into()
+            }
+            RawAddr::V6(raw) => {
+                let (ip, port) = (raw.sin6_addr.s6_addr.into(), u16::from_be(raw.sin6_port));
+                SocketAddrV6::new(ip, port, raw.sin6_flowinfo, raw.sin6_scope_id).into()
+            }
+            RawAddr::Unspec(_) => unreachable!("of no address"),
+        };
+        assert_eq!(back, addr);
     }
     outgoing(bytes);
 }

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, TryLockError, Weak};
 use super::kernel_defaults::{plain_socket, set_option};
 use crate::datagram::Family;
 
-/// A ring's share in that socket, once it has one. The last share closes it, so that it keeps no network
-/// namespace alive for longer than a ring does.
+/// A ring's share in that socket, once it has one. The last share closes it. (Until then it keeps the network
+/// namespace alive of the thread that has had the first burst.)
 #[derive(Debug, Default)]
 pub(super) struct GroKey(Option<Arc<OwnedFd>>);
 

@@ -17,7 +17,7 @@ const PARAMS_WORDS: usize = 30;
 ///
 /// A child tries to make a ring under a limit of 0, because limits are the whole process's. The host does
 /// not hear of it: it ends without a signal, and only a wait that asks for such children sees it.
-pub(crate) fn charge_rings_to_memlock() -> Option<bool> {
+pub(crate) fn are_rings_charged_to_memlock() -> Option<bool> {
     const CHARGED: libc::c_int = 1;
     const NOT_CHARGED: libc::c_int = 2;
     let child = fork_unheard();
@@ -95,9 +95,9 @@ mod tests {
     #[test]
     fn rings_are_charged_to_memlock_or_not_and_the_process_is_as_before() {
         let before = soft_limit(libc::RLIMIT_MEMLOCK);
-        let charged = charge_rings_to_memlock();
+        let charged = are_rings_charged_to_memlock();
         assert!(charged.is_some());
-        assert_eq!(charge_rings_to_memlock(), charged);
+        assert_eq!(are_rings_charged_to_memlock(), charged);
         assert_eq!(soft_limit(libc::RLIMIT_MEMLOCK), before);
     }
 }

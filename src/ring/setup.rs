@@ -20,7 +20,7 @@ use super::recycle::Recycler;
 use super::recycle::pool::Recycle;
 use super::recycle::rcu::Rcu;
 use super::recycle::self_test::{self, Support};
-use super::rlimits::{charge_rings_to_memlock, soft_limit};
+use super::rlimits::{are_rings_charged_to_memlock, soft_limit};
 use super::socket_filter;
 use super::trials::{TRIALS, Trial, Tried, answers_names};
 use crate::error::SetupError;
@@ -120,7 +120,10 @@ fn refusal(errno: io::Error) -> SetupError {
         }
         Some(libc::ENOSYS) => SetupError::NoIoUring,
         Some(libc::ENOMEM) => match soft_limit(libc::RLIMIT_MEMLOCK) {
-            limit if limit != libc::RLIM_INFINITY && charge_rings_to_memlock() != Some(false) => {
+            limit
+                if limit != libc::RLIM_INFINITY
+                    && are_rings_charged_to_memlock() != Some(false) =>
+            {
                 SetupError::Memlock { limit }
             }
             _ => SetupError::Io { step: "making the ring", errno },

@@ -2,7 +2,7 @@
 //! WASI 0.2), in one (`bind` of WASI 0.3), or to any address before the first `connect` or `send`.
 
 use std::future::poll_fn;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::task::{Context, Poll, ready};
 
@@ -122,8 +122,5 @@ impl UdpSocket {
 
 /// What a socket is bound to whose guest has not bound it.
 fn anywhere(family: Family) -> SocketAddr {
-    match family {
-        Family::V4 => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        Family::V6 => (Ipv6Addr::UNSPECIFIED, 0).into(),
-    }
+    SocketAddr::new(family.unspecified(), 0)
 }

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, Waker, ready};
 
 use crate::datagram::{Outgoing, RawAddr};
 use crate::driver::{Given, InFlight, SendNow};
-use crate::error::ErrorCode;
+use crate::error::{Errno, ErrorCode};
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::ring::op::{Op, Output, Sent};
 use crate::ring::send::SendOp;
@@ -76,31 +76,29 @@ impl UdpSocket {
         let GuestCtx { driver, guest, .. } = &*self.ctx;
         let mut taken = 0;
         for datagram in datagrams {
-            let slot = self.bound_slot();
-            let error =
-                match SendNow::new(driver, *guest, slot, Box::new(datagram), false).given().await {
-                    Ok(Given::Answered(Ok(Output::Unsent(_)))) => {
-                        let mut waiting = self.submit(Op::AwaitWritable)?.cancelled_with_caller();
-                        if poll_fn(|cx| waiting.poll_submitted(cx)).await.is_none() {
-                            self.set_blocked(Box::new(waiting));
-                        }
-                        break;
-                    }
-                    Ok(Given::Queued(queued)) => {
-                        queued.charge(&self.ctx.sending);
-                        self.set_blocked(Box::new(queued));
-                        taken += 1;
-                        break;
-                    }
-                    Ok(Given::Answered(Ok(_))) => {
-                        taken += 1;
-                        continue;
-                    }
-                    Ok(Given::Answered(Err(errno))) | Err(errno) => errno,
-                };
-            return if taken == 0 { Err(error.into()) } else { Ok(taken) };
+            let (slot, datagram) = (self.bound_slot(), Box::new(datagram));
+            let given = SendNow::new(driver, *guest, slot, datagram, false).given().await;
+            let ended = match given {
+                Ok(Given::Answered(Ok(Output::Unsent(_)))) => self.wait_for_room().await,
+                Ok(Given::Answered(Ok(_))) => {
+                    taken += 1;
+                    continue;
+                }
+                Ok(Given::Queued(_)) => unreachable!("it must not be queued"),
+                Ok(Given::Answered(Err(errno))) | Err(errno) => Err(errno),
+            };
+            return if taken == 0 { Ok(ended.map(|()| 0)?) } else { Ok(taken) };
         }
         Ok(taken)
+    }
+
+    /// Has the next `send`, and the stream's pollable, wait for send buffer.
+    async fn wait_for_room(&self) -> Result<(), Errno> {
+        let mut waiting = self.submit(Op::AwaitWritable)?.cancelled_with_caller();
+        if poll_fn(|cx| waiting.poll_submitted(cx)).await.is_none() {
+            self.set_blocked(Box::new(waiting));
+        }
+        Ok(())
     }
 
     /// Records what the next `send` waits for.

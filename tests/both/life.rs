@@ -167,6 +167,7 @@ fn is_answered_by_a_peer_without_a_scope<G: Guest>(asks_early: bool) {
         ] {
             run(line);
         }
+        native::wait_until_up("va");
         let scope = if_nametoindex("va").unwrap();
         let on_va = |ip: &str, scope| SocketAddrV6::new(ip.parse().unwrap(), 0, 0, scope);
         on_both::<G>(Setup::default(), async |guest| {
@@ -281,12 +282,16 @@ fn the_only_port_is_each_sockets_in_turn<G: Guest>() {
                         let socket = guest.create(family(any)).await.unwrap();
                         // A process that is started just then has wasmtime-wasi's descriptor, too. And
                         // where a processor is held up for longer than a bind waits (5 ms), one of the ring
-                        // is refused now and then, but not one in ten.
+                        // is refused now and then, but not one in four.
+                        let mut is_first = true;
                         while let Err(refusal) = guest.bind(socket, any).await {
                             assert_eq!(refusal, ErrorCode::AddressInUse);
-                            refused += 1;
-                            assert!(!guest.is_uring() || refused <= 8, "{refused} binds refused");
+                            refused += u32::from(std::mem::take(&mut is_first));
                         }
+                        assert!(
+                            !guest.is_uring() || refused <= 20,
+                            "{refused} of 80 binds refused"
+                        );
                         assert_eq!(guest.local(socket).await.unwrap().port(), 40_000);
                         guest.arm(socket).await;
                         let other = guest.create(family(any)).await.unwrap();

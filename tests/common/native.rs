@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::time::Instant;
 
 use super::BOUND;
@@ -64,6 +65,18 @@ pub fn wait_until_free(addr: SocketAddr) {
     let deadline = Instant::now() + BOUND / 2;
     while is_bound(addr) {
         assert!(Instant::now() < deadline, "{addr} is taken for good");
+    }
+}
+
+/// Waits until a network device of this thread's network carries packets.
+pub fn wait_until_up(device: &str) {
+    let deadline = Instant::now() + BOUND / 2;
+    loop {
+        let shown = Command::new("ip").args(["-o", "link", "show", device]).output().unwrap();
+        if String::from_utf8_lossy(&shown.stdout).contains("state UP") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{device} does not come up");
     }
 }
 

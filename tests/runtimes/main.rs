@@ -252,7 +252,7 @@ fn a_guest_that_asks_another_and_computes_on_does_not_keep_it_from_answering() {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(within(async {
             let [mut asking, mut asked] = two_guests(backend).await;
-            let asker = asking.endpoint(LOOPBACK).await;
+            let source = asking.endpoint(LOOPBACK).await;
             let (answered, has_answered) = mpsc::channel();
             let asking = tokio::spawn(async move {
                 // Armed by this thread, which is told first of what arrives.
@@ -275,7 +275,7 @@ fn a_guest_that_asks_another_and_computes_on_does_not_keep_it_from_answering() {
                 // It takes the slot itself, so that the other worker can take the one before.
                 tokio::spawn(async {});
                 is_waiting.recv_timeout(BOUND).unwrap();
-                asking.send_one(asker.outgoing, b"?", Some(endpoint.local)).await.unwrap();
+                asking.send_one(source.outgoing, b"?", Some(endpoint.local)).await.unwrap();
                 assert_eq!(has_answered.recv_timeout(BOUND / 4), Ok(b"?".to_vec()), "{backend:?}");
             });
             asking.await.unwrap();

@@ -175,12 +175,12 @@ fn what_waits_for_send_buffer_is_bounded_for_all_sockets_of_a_guest_together() {
             let mut accepted = Vec::new();
             let mut endpoints = Vec::new();
             for at in 0..SOCKETS {
+                let mark = u8::try_from(at).unwrap();
                 let endpoint = rig.endpoint(LOOPBACK).await;
                 rig.set_send_buffer(endpoint.socket, 1).await.unwrap();
                 let mut taken = 0;
                 for _ in 0..2 {
-                    let sent: Vec<_> =
-                        (0..16).map(|_| datagram(&[at as u8; 1200], Some(to))).collect();
+                    let sent: Vec<_> = (0..16).map(|_| datagram(&[mark; 1200], Some(to))).collect();
                     if rig.check_send(endpoint.outgoing).await == Ok(16) {
                         taken += rig.send_all(endpoint.outgoing, &sent).await.unwrap();
                     }

@@ -24,7 +24,10 @@ use wasmtime::{bail, format_err};
 const PACE: Duration = Duration::from_millis(1);
 
 /// How long an answer may take before it counts as lost.
-pub(super) const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// How long a guest may take until it reports its address.
+const START_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// How long the client's thread may wait for its CPU in the course of a request.
 const CPU_WAIT_MAX: Duration = Duration::from_micros(250);
@@ -133,7 +136,7 @@ pub(super) async fn reported_addr(
     socket: &UdpSocket,
     guests: &mut JoinSet<wasmtime::Result<()>>,
 ) -> wasmtime::Result<SocketAddr> {
-    match timeout(ANSWER_TIME_MAX, socket.recv_from(&mut [0; REQUEST_BYTES])).await {
+    match timeout(START_TIME_MAX, socket.recv_from(&mut [0; REQUEST_BYTES])).await {
         Ok(received) => Ok(received?.1),
         Err(_) => match guests.try_join_next() {
             Some(ended) => bail!("a guest ended: {ended:?}"),

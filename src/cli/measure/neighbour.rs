@@ -155,8 +155,8 @@ impl Neighbourhood<'_> {
             client.request(REQUESTS_TO_SETTLE).await?;
             windows[at] = match WINDOWS[at] {
                 Beside::Nothing => client.request(REQUESTS).await?,
-                Beside::Computing => self.beside_computing(&client, &mut guests).await?,
-                Beside::Asking => self.beside_asking(&client, &mut guests).await?,
+                Beside::Computing => self.beside_computing(&client).await?,
+                Beside::Asking => self.beside_asking(&client).await?,
             };
             tracing::debug!(backend = self.backend.name(), beside = ?WINDOWS[at], answers = ?windows[at]);
             step();
@@ -164,11 +164,7 @@ impl Neighbourhood<'_> {
         Ok(Round(windows))
     }
 
-    async fn beside_computing(
-        &self,
-        client: &Client,
-        guests: &mut Guests,
-    ) -> wasmtime::Result<Answers> {
+    async fn beside_computing(&self, client: &Client) -> wasmtime::Result<Answers> {
         for doublings in 0..6 {
             let count = COMPUTATIONS << doublings;
             let reports_to = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
@@ -177,10 +173,12 @@ impl Neighbourhood<'_> {
                 self.start("compute", count, reports_to.local_addr()?, &mut computing).await?;
             }
             for _ in 1..self.workers {
-                reported_addr(&reports_to, guests).await?;
+                reported_addr(&reports_to, &mut computing).await?;
             }
             let answers = client.request(REQUESTS).await?;
-            let outlasted = computing.try_join_next().is_none();
+            let ended = computing.try_join_next();
+            let outlasted = ended.is_none();
+            ended.transpose()?.transpose()?;
             while let Some(ended) = computing.join_next().await {
                 ended??;
             }
@@ -191,18 +189,14 @@ impl Neighbourhood<'_> {
         bail!("a guest that computes ends too early on this machine")
     }
 
-    async fn beside_asking(
-        &self,
-        client: &Client,
-        guests: &mut Guests,
-    ) -> wasmtime::Result<Answers> {
+    async fn beside_asking(&self, client: &Client) -> wasmtime::Result<Answers> {
         let asked = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let mut asking = JoinSet::new();
         for _ in 1..self.workers {
             self.start("ask", FOR_EVER, asked.local_addr()?, &mut asking).await?;
         }
         for _ in 1..self.workers {
-            reported_addr(&asked, guests).await?;
+            reported_addr(&asked, &mut asking).await?;
         }
         let answering = tokio::spawn(async move {
             let mut question = [0; REQUEST_BYTES];

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -705,7 +705,7 @@ impl Kernel {
                 let to = read_addr(sqe.addr, sqe.address_len());
                 if to.is_none() && !file.is_port_named {
                     if file.port.is_some() && self.dice.once_in(3) {
-                        let from = SocketAddr::new(loopback(file.family), 7);
+                        let from = SocketAddr::new(file.family.loopback(), 7);
                         let payload = stamped(vec![0; 60], id, file.binds, Stamp::LATE);
                         self.late.push((id, Message { from, payload }));
                     }
@@ -751,7 +751,7 @@ impl Kernel {
                         if self.dice.once_in(40) { -libc::ENOPROTOOPT } else { 0 }
                     }
                     5 => {
-                        let own = SocketAddr::new(loopback(file.family), file.port.unwrap_or(0));
+                        let own = SocketAddr::new(file.family.loopback(), file.port.unwrap_or(0));
                         match if sqe.file_index == 1 { file.peer } else { Some(own) } {
                             None => -libc::ENOTCONN,
                             Some(addr) => {
@@ -902,7 +902,7 @@ impl Kernel {
         }
         let file = self.files.get_mut(&id).expect("in use");
         file.room = file.room.saturating_sub(usize::from(file.room != usize::MAX));
-        let from = SocketAddr::new(loopback(file.family), file.port.expect("bound"));
+        let from = SocketAddr::new(file.family.loopback(), file.port.expect("bound"));
         let bytes = i32::try_from(payload.len()).expect("64 KiB at most");
         let parts: Vec<&[u8]> =
             if payload.is_empty() { vec![&[]] } else { payload.chunks(segment).collect() };
@@ -910,7 +910,7 @@ impl Kernel {
             self.sent += 1;
             self.deliver(from, to, part.to_vec());
         }
-        if to.ip() != loopback(if to.is_ipv4() { Family::V4 } else { Family::V6 })
+        if to.ip() != (if to.is_ipv4() { Family::V4 } else { Family::V6 }).loopback()
             && self.dice.once_in(6)
         {
             self.fail(id, libc::ECONNREFUSED);
@@ -921,7 +921,7 @@ impl Kernel {
     fn deliver(&mut self, from: SocketAddr, to: SocketAddr, mut payload: Vec<u8>) {
         let is_receiver = |file: &File| {
             file.port == Some(to.port())
-                && to.ip() == loopback(file.family)
+                && to.ip() == file.family.loopback()
                 && file.peer.is_none_or(|peer| peer == from)
         };
         let Some((&id, file)) = self.files.iter_mut().find(|(_, file)| is_receiver(file)) else {
@@ -1049,13 +1049,13 @@ impl Kernel {
 
     /// Where sockets can be reached.
     pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
-        let address = |file: &File| Some(SocketAddr::new(loopback(file.family), file.port?));
+        let address = |file: &File| Some(SocketAddr::new(file.family.loopback(), file.port?));
         self.files.values().filter_map(address).collect()
     }
 
     pub(crate) fn address_of(&self, slot: SlotIndex) -> Option<SocketAddr> {
         let file = &self.files[&self.table[slot.at()]?];
-        Some(SocketAddr::new(loopback(file.family), file.port?))
+        Some(SocketAddr::new(file.family.loopback(), file.port?))
     }
 
     pub(crate) fn peer_of(&self, slot: SlotIndex) -> Option<SocketAddr> {
@@ -1120,13 +1120,6 @@ fn stamped(mut payload: Vec<u8>, file: u32, binds: u32, number: u64) -> Vec<u8> 
         payload[8..16].copy_from_slice(&number.to_ne_bytes());
     }
     payload
-}
-
-fn loopback(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::LOCALHOST.into(),
-        Family::V6 => Ipv6Addr::LOCALHOST.into(),
-    }
 }
 
 /// As the kernel has an address.
