@@ -1032,6 +1032,7 @@ mod measuring {
                 "| receiving | uring | 0.2 | ",
                 "| uring | 0.3 | ",
                 "0 of 2940 |",
+                "## Latency beside a guest that computes",
             ],
         );
         for picture in ["overview.svg", "sockets.svg", "guests.svg"] {

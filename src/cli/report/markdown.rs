@@ -1,6 +1,6 @@
 //! Results as Markdown: the long tables, and the few rows of the README.
 
-use super::{Figure, Flood, Kept, Memory, Report, Speed};
+use super::{Figure, Flood, Kept, Latency, Memory, Neighbour, Report, Speed};
 use crate::benches::Bench;
 use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
 
@@ -89,7 +89,26 @@ pub(super) fn document(kept: &Kept) -> String {
         ),
         floods(&others.floods),
     ];
-    sections.join("\n\n") + "\n"
+    let sections = sections.into_iter().chain(beside_neighbours(others));
+    sections.collect::<Vec<_>>().join("\n\n") + "\n"
+}
+
+/// Nothing, if that was not measured.
+fn beside_neighbours(others: &Report) -> Vec<String> {
+    let Some(Neighbour { sockets, workers, .. }) = others.neighbours.first() else {
+        return Vec::new();
+    };
+    vec![
+        "## Latency beside a guest that computes".to_owned(),
+        format!(
+            "From the same run: a request's time in microseconds, its median, 99th percentile and longest. \
+             {sockets} sockets\nanswer 2,000 requests per second on a multi-thread runtime of {workers} \
+             workers: alone, beside {} that compute on and on, and\nbeside as many that ask a question every \
+             10 ms; all share one ring.",
+            workers - 1
+        ),
+        neighbours(&others.neighbours),
+    ]
 }
 
 /// How something was measured.
@@ -181,6 +200,37 @@ fn floods(floods: &[Flood]) -> String {
         row.push(flood.held_up.to_string());
         row.push(format!("{} of {}", flood.lost, flood.requests));
         row
+    });
+    table(&header, rows)
+}
+
+fn neighbours(neighbours: &[Neighbour]) -> String {
+    let header = [
+        "backend",
+        "WASI",
+        "alone",
+        "computing",
+        "p99 / stock",
+        "asking",
+        "p99 / stock",
+        "held up",
+        "lost",
+    ];
+    let latency = |Latency { p50, p99, max }: &Latency| {
+        [p50, p99, max].map(|micros| number(*micros, 0)).join(", ")
+    };
+    let rows = neighbours.iter().map(|neighbour| {
+        vec![
+            neighbour.backend.clone(),
+            neighbour.wasi.clone(),
+            latency(&neighbour.calm_micros),
+            latency(&neighbour.computing_micros),
+            shown(neighbour.computing_to_stock, 2),
+            latency(&neighbour.asking_micros),
+            shown(neighbour.asking_to_stock, 2),
+            neighbour.held_up.to_string(),
+            format!("{} of {}", neighbour.lost, neighbour.requests),
+        ]
     });
     table(&header, rows)
 }
