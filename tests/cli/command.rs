@@ -527,7 +527,7 @@ mod stats {
     }
 }
 
-/// Enters that fail, by strace: of each thread from its twelfth on, when the ring is built.
+/// Enters that fail, by strace: of each thread from its 24th on, when the ring is built.
 mod refusals {
     use std::net::{Ipv4Addr, UdpSocket};
 
@@ -549,7 +549,7 @@ mod refusals {
     fn guests_go_on_when_enters_have_failed_for_a_while() {
         for cycle in CYCLES {
             for error in ["ENOMEM", "EAGAIN", "EINTR", "EBUSY"] {
-                with_refusals(cycle, &format!("{error}:when=12..60")).with_code(0);
+                with_refusals(cycle, &format!("{error}:when=24..72")).with_code(0);
             }
         }
     }
@@ -585,7 +585,7 @@ mod refusals {
     fn guests_are_told_when_enters_fail_for_good() {
         for cycle in CYCLES {
             for error in ["ENOMEM", "EAGAIN", "EPERM"] {
-                let ended = with_refusals(cycle, &format!("{error}:when=12+")).with_code(1);
+                let ended = with_refusals(cycle, &format!("{error}:when=24+")).with_code(1);
                 assert_eq!(ended.lines_with("returned an error"), 2, "{ended}");
             }
         }
