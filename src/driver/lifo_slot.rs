@@ -1,8 +1,8 @@
 //! tokio's LIFO slot, in which a worker of a multi-thread runtime keeps the task that it has woken last.
 //!
 //! It runs that task next, which suits a guest that asks another and then waits; and no other worker can
-//! take it from there, so that it waits for as long as the guest computes that has woken it. (`socket2`'s
-//! readiness, by which wasmtime-wasi's guests are woken, comes from a worker that has nothing else to run.)
+//! take it from there, so that it waits for as long as the guest computes that has woken it. (wasmtime-wasi's
+//! guests are woken by tokio's I/O driver, most often from a worker that has nothing else to run.)
 
 use tokio::runtime::{Handle, RuntimeFlavor, worker_index};
 
