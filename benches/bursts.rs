@@ -7,7 +7,7 @@
 mod common;
 
 use std::fs;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use common::filter::with_filter;
@@ -18,18 +18,6 @@ use wasi_uring::Uring;
 
 /// From so many on that wait, a socket receives in bursts.
 const BURST: usize = 4;
-
-/// A guest's socket is opened, gets a burst, and is closed.
-async fn life(rig: &mut Rig, any: SocketAddr, native: &UdpSocket) {
-    let endpoint = rig.endpoint(any).await;
-    assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]), "armed");
-    for _ in 0..BURST {
-        native.send_to(b"at once", endpoint.local).unwrap();
-    }
-    let received = rig.receive_exactly(endpoint.incoming, BURST).await;
-    assert_eq!(received.len(), BURST);
-    rig.close(endpoint).await;
-}
 
 /// What a life takes: CPU time of the process and wall time, in microseconds, and interrupts that
 /// processors send each other, those of the whole machine.
@@ -61,10 +49,10 @@ fn cost(uring: &Uring, any: SocketAddr, lives: usize) -> Cost {
     with_filter(libc::SYS_socket, libc::EPERM, || {
         block_on(async {
             let mut rig = Rig::on_ring(uring).await;
-            life(&mut rig, any, &native).await;
+            rig.receiving_life(any, &native, BURST).await;
             let (cpu, called, begin) = (cpu_micros(), interrupts(), Instant::now());
             for _ in 0..lives {
-                life(&mut rig, any, &native).await;
+                rig.receiving_life(any, &native, BURST).await;
             }
             let of_each = |all: f64| all / lives as f64;
             Cost {
@@ -87,7 +75,7 @@ fn keep_keys_on(uring: &Uring) {
     let (native, _) = native::socket(LOOPBACK.ip());
     block_on(async {
         let mut rig = Rig::on_ring(uring).await;
-        life(&mut rig, LOOPBACK, &native).await;
+        rig.receiving_life(LOOPBACK, &native, BURST).await;
     });
 }
 

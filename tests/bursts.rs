@@ -7,7 +7,7 @@
 mod common;
 
 use std::fs;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -49,25 +49,13 @@ fn wait_until_none_is_kept() {
     }
 }
 
-/// A guest's socket is opened, gets that many datagrams at once, and is closed.
-async fn life(rig: &mut Rig, any: SocketAddr, native: &UdpSocket, datagrams: usize) {
-    let endpoint = rig.endpoint(any).await;
-    assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]), "armed");
-    for _ in 0..datagrams {
-        native.send_to(b"at once", endpoint.local).unwrap();
-    }
-    let received = rig.receive_exactly(endpoint.incoming, datagrams).await;
-    assert_eq!(received.len(), datagrams);
-    rig.close(endpoint).await;
-}
-
 /// So many lives of a new guest of this ring.
 fn lives(uring: &Uring, any: SocketAddr, datagrams: usize, count: usize) {
     let (native, _) = native::socket(any.ip());
     block_on(async {
         let mut rig = Rig::on_ring(uring).await;
         for _ in 0..count {
-            life(&mut rig, any, &native, datagrams).await;
+            rig.receiving_life(any, &native, datagrams).await;
         }
     });
 }

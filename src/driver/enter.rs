@@ -70,10 +70,9 @@ pub(super) struct Core {
 }
 
 /// On whose behalf a thread is inside, or reaps.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Insider {
     /// A guest's, which may compute on for long when it comes out: what it has woken must not wait for it.
-    #[default]
     Guest,
     /// A reaper or flusher, which is soon done.
     Task,
@@ -109,14 +108,11 @@ impl LockedCore<'_> {
     /// could not.
     pub(super) fn wake_completed(&mut self) {
         let (core, after) = self.split();
-        match core.insider {
-            Insider::Guest => after.wake_others_later(core.ring.take_wakers()),
-            Insider::OwnThread if !core.runtimes.is_empty() => {
-                if core.ring.has_wakers() {
-                    after.wake_later(core.runtimes.take_reapers());
-                }
-            }
-            Insider::Task | Insider::OwnThread => after.wake_later(core.ring.take_wakers()),
+        let by_guest = core.insider == Insider::Guest;
+        if core.insider != Insider::OwnThread || core.runtimes.is_empty() {
+            after.wake_guests_later(core.ring.take_wakers(), by_guest);
+        } else if core.ring.has_wakers() {
+            after.wake_later(core.runtimes.take_reapers());
         }
         if let Some(warning) = core.ring.take_warning() {
             after.warn_later(warning);
@@ -126,10 +122,8 @@ impl LockedCore<'_> {
     /// Wakes the guests that wait until what they queued has reached the kernel.
     fn wake_submitted(&mut self) {
         let (core, after) = self.split();
-        match core.insider {
-            Insider::Guest => after.wake_others_later(core.flush_wakers.drain(..)),
-            Insider::Task | Insider::OwnThread => after.wake_later(core.flush_wakers.drain(..)),
-        }
+        let by_guest = core.insider == Insider::Guest;
+        after.wake_guests_later(core.flush_wakers.drain(..), by_guest);
     }
 
     /// Wakes every reaper, so that they go on where this thread stops.

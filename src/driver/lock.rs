@@ -115,19 +115,20 @@ impl AfterUnlock {
     }
 
     pub(super) fn wake_later(&mut self, wakers: impl IntoIterator<Item = Waker>) {
-        let mut wakers = wakers.into_iter().peekable();
-        if wakers.peek().is_some() {
-            self.left().woken.extend(wakers);
-        }
+        self.wake_guests_later(wakers, false);
     }
 
-    /// As `wake_later`, by a guest that may not suspend for long.
-    pub(super) fn wake_others_later(&mut self, wakers: impl IntoIterator<Item = Waker>) {
+    /// `by_guest`: by one that may not suspend for long.
+    pub(super) fn wake_guests_later(
+        &mut self,
+        wakers: impl IntoIterator<Item = Waker>,
+        by_guest: bool,
+    ) {
         let mut wakers = wakers.into_iter().peekable();
         if wakers.peek().is_some() {
             let left = self.left();
             left.woken.extend(wakers);
-            left.vacates_slot = true;
+            left.vacates_slot |= by_guest;
         }
     }
 

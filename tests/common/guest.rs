@@ -193,6 +193,23 @@ impl Rig {
         self.drop_outgoing(outgoing).await;
     }
 
+    /// Opens a socket, receives that many datagrams at once, and closes it.
+    pub async fn receiving_life(
+        &mut self,
+        any: std::net::SocketAddr,
+        native: &std::net::UdpSocket,
+        datagrams: usize,
+    ) {
+        let endpoint = self.endpoint(any).await;
+        assert_eq!(self.receive(endpoint.incoming, 1).await, Ok(vec![]), "armed");
+        for _ in 0..datagrams {
+            native.send_to(b"at once", endpoint.local).unwrap();
+        }
+        let received = self.receive_exactly(endpoint.incoming, datagrams).await;
+        assert_eq!(received.len(), datagrams);
+        self.close(endpoint).await;
+    }
+
     pub async fn close(&mut self, endpoint: Endpoint) {
         self.drop_streams((endpoint.incoming, endpoint.outgoing)).await;
         self.drop_socket(endpoint.socket).await;

@@ -99,9 +99,13 @@ pub(crate) fn floods(report: &Report) {
     ));
 }
 
+/// A ratio and its spread.
+fn times(ratio: Figure) -> String {
+    format!("{:.2} {}", ratio.median, spread(ratio))
+}
+
 fn flood_row(flood: &Flood) -> [String; 12] {
     let p99 = &flood.p99_micros;
-    let times = |ratio: Figure| format!("{:.2} {}", ratio.median, spread(ratio));
     let rates = &flood.datagrams_per_second;
     [
         flood.backend.clone(),
@@ -149,7 +153,6 @@ pub(crate) fn neighbours(report: &Report) {
 
 fn neighbour_row(neighbour: &Neighbour) -> [String; 9] {
     let latency = |Latency { p50, p99, max }: &Latency| format!("{p50:.0}, {p99:.0}, {max:.0} µs");
-    let times = |ratio: Figure| format!("{:.2} {}", ratio.median, spread(ratio));
     [
         neighbour.backend.clone(),
         neighbour.wasi.clone(),
