@@ -20,6 +20,7 @@ pub(crate) mod batching;
 mod enter;
 pub(crate) mod first_poll;
 mod flush;
+pub(crate) mod held_up;
 mod in_flight;
 mod lifo_slot;
 mod lock;

@@ -153,6 +153,26 @@ pub(crate) const OVERDUE_AGAIN: Duration = Duration::from_micros(50);
 /// looks.
 pub(crate) const QUIET_LOOKS_MAX: u32 = 8;
 
+/// How much of the time between two looks a thread must have run to count as computing.
+pub(crate) const COMPUTES_PERCENT_MIN: u32 = 75;
+
+/// How often a thread that computes is interrupted while datagrams come: as long may one wait for it. (An
+/// interrupt costs some 30 µs of CPU in a virtual machine, of which the timer has 20.)
+pub(crate) const INTERRUPT_EVERY: Duration = Duration::from_micros(250);
+
+/// The same when none has come for long: as often as the kernel's timer does, at 250 Hz.
+pub(crate) const INTERRUPT_EVERY_MAX: Duration = Duration::from_millis(4);
+
+/// How often the thread that interrupts looks for threads that compute, when none does: a datagram that
+/// comes without a reaper hearing of it waits as long where there is no timer tick (`nohz_full`).
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// The same when none has computed for long.
+pub(crate) const LOOK_EVERY_MAX: Duration = Duration::from_millis(160);
+
+/// Looks without datagrams, or without a thread that computes, after which half as many are made.
+pub(crate) const LOOKS_WITHOUT_DATAGRAMS: u32 = 8;
+
 /// Completions taken from the queue at a time.
 pub(crate) const COMPLETIONS_BATCH: usize = 64;
 

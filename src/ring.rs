@@ -28,6 +28,7 @@ mod slots;
 mod socket_filter;
 #[cfg(test)]
 mod tests;
+pub(crate) mod thread_clock;
 pub(crate) mod trials;
 
 use std::sync::Arc;
@@ -68,6 +69,7 @@ pub(crate) struct Ring {
     ports: PortOrder,
     recycler: Recycler,
     receives: Receives,
+    receives_armed: usize,
     gro_key: GroKey,
     /// Empty between calls; its memory is reused.
     chain: Vec<Entry>,
@@ -100,6 +102,7 @@ impl Ring {
             ports: PortOrder::default(),
             recycler,
             receives: Receives::new(buffers),
+            receives_armed: 0,
             gro_key: GroKey::default(),
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             recycling: Vec::new(),
@@ -214,6 +217,7 @@ impl Ring {
         if arms {
             let key = self.submit_detached(slot, Op::Receive(Arc::clone(queue)));
             self.slots.get(slot).receive = Some(Receive { key, is_cancelled: false });
+            self.receives_armed += 1;
         }
         arms
     }
@@ -268,6 +272,7 @@ impl Ring {
             return self.queue(key);
         }
         owned.receive = None;
+        self.receives_armed -= 1;
         if !owned.is_owned() {
             // Of a guest whose ring is being closed; one that has dropped its socket waits no more.
             self.wakers.extend(queue.take_waker());
@@ -279,6 +284,11 @@ impl Ring {
             // cancel that came late must not end the next receive.
             self.resume(slot, queue);
         }
+    }
+
+    /// How many are in the kernel now.
+    pub(crate) fn receives_armed(&self) -> usize {
+        self.receives_armed
     }
 
     fn cancel_receive(&mut self, slot: SlotIndex) {

@@ -11,6 +11,9 @@ pub struct Stats {
     /// Those of them that the ring's own thread made, for what guests had left for a millisecond: they
     /// computed on, or their runtime did not run.
     pub enters_overdue: u64,
+    /// How often threads were interrupted because one of them computed while guests of others waited for
+    /// datagrams that it may have held up. Of a multi-thread runtime's threads, or where runtimes share rings.
+    pub interrupts: u64,
     /// Submission queue entries the kernel consumed.
     pub submissions: u64,
     /// Completion queue entries seen.
@@ -71,6 +74,7 @@ impl std::ops::AddAssign for Stats {
         let Self {
             enters,
             enters_overdue,
+            interrupts,
             submissions,
             completions,
             sockets_created,
@@ -96,6 +100,7 @@ impl std::ops::AddAssign for Stats {
         } = other;
         self.enters += enters;
         self.enters_overdue += enters_overdue;
+        self.interrupts += interrupts;
         self.submissions += submissions;
         self.completions += completions;
         self.sockets_created += sockets_created;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::driver::Driver;
+use crate::driver::held_up::HeldUp;
 use crate::error::SetupError;
 use crate::limits::{QUEUE_BYTES_DEFAULT, QUEUE_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT};
 use crate::ring::receive_queue::QueueLimits;
@@ -23,6 +24,7 @@ use crate::stats::Stats;
 #[derive(Clone, Debug)]
 pub struct Uring {
     driver: Arc<Driver>,
+    held_up: Arc<HeldUp>,
 }
 
 impl Uring {
@@ -66,7 +68,7 @@ impl Uring {
     pub fn stats(&self) -> Stats {
         // What came when no runtime was left to reap is counted, too.
         self.driver.reap();
-        self.driver.snapshot()
+        Stats { interrupts: self.held_up.interrupts(), ..self.driver.snapshot() }
     }
 
     /// What the sockets of a guest go through.
@@ -162,7 +164,8 @@ impl UringBuilder {
     ///
     /// A [`SetupError`] that names what is missing and what to change.
     pub fn build(self) -> Result<Uring, SetupError> {
-        let driver = Driver::build(self.sockets, self.queue, self.recycle)?;
-        Ok(Uring { driver })
+        let held_up = HeldUp::new();
+        let driver = Driver::build(self.sockets, self.queue, self.recycle, &held_up)?;
+        Ok(Uring { driver, held_up })
     }
 }

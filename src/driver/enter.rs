@@ -8,6 +8,7 @@ use std::time::Duration;
 use std::{fmt, io};
 
 use super::batching::{Batching, Rounds};
+use super::held_up::{self, HeldUp, Pulse};
 use super::lock::{AfterUnlock, Lock, Locked};
 use super::overdue::Overdue;
 use super::refusals::Refusals;
@@ -40,6 +41,8 @@ pub(crate) struct Driver {
     pub(super) defaults: Defaults,
     pub(super) has_names: bool,
     pub(super) queue_limits: QueueLimits,
+    pub(super) held_up: Arc<HeldUp>,
+    pulse: Arc<Pulse>,
     pub(super) core: Lock<Core>,
 }
 
@@ -191,11 +194,16 @@ impl Driver {
         sockets: u32,
         queue_limits: QueueLimits,
         recycle: Recycle,
+        held_up: &Arc<HeldUp>,
     ) -> Result<Arc<Self>, SetupError> {
-        Ok(Self::new(setup::build(sockets, recycle)?, queue_limits))
+        Ok(Self::new(setup::build(sockets, recycle)?, queue_limits, held_up))
     }
 
-    pub(super) fn new(built: setup::Built, queue_limits: QueueLimits) -> Arc<Self> {
+    pub(super) fn new(
+        built: setup::Built,
+        queue_limits: QueueLimits,
+        held_up: &Arc<HeldUp>,
+    ) -> Arc<Self> {
         let setup::Built { process, ring, quota, defaults, eventfd, has_names } = built;
         Arc::new_cyclic(|driver: &Weak<Self>| Self {
             process,
@@ -206,6 +214,8 @@ impl Driver {
             defaults,
             has_names,
             queue_limits,
+            held_up: Arc::clone(held_up),
+            pulse: held_up.pulse(),
             core: Lock::new(Core {
                 ring,
                 entering: false,
@@ -283,6 +293,11 @@ impl Driver {
         core.wake_all();
     }
 
+    /// What `held_up` may know of the ring.
+    pub(super) fn show_pulse(&self, core: &Core) {
+        self.pulse.beat(core.ring.stats.completions, core.ring.receives_armed());
+    }
+
     /// Enters for all guests that have queued entries, unless another thread is inside and will.
     pub(super) fn combine<'driver>(
         &'driver self,
@@ -324,6 +339,7 @@ impl Driver {
             if entries > 0 || reaps {
                 core.batching.submit();
                 core.ring.stats.enters += 1;
+                held_up::count_enter();
                 // From here on the kernel owns the operations' memory, each until its last completion.
                 let taken;
                 (core, taken) = core.unlocked(|| enter(entries, reaps.then_some(0)));
@@ -363,6 +379,7 @@ impl Driver {
         }
         core.entering = false;
         core.insider = Insider::Guest;
+        self.show_pulse(&core);
         core.watch_closes();
         std::mem::forget(inside);
         core.run_left()

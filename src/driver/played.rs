@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use super::enter::Driver;
+use super::held_up::HeldUp;
 use super::overdue::{Overdue, Watched};
 use crate::ring::queues::played::{Audit, Played, Sizes, build};
 use crate::ring::receive_queue::QueueLimits;
@@ -16,7 +17,7 @@ impl Driver {
         meanwhile: fn(),
     ) -> (Arc<Self>, Arc<Played>, PlayedThread) {
         let (built, played, thread) = build(seed, sizes, meanwhile);
-        let driver = Self::new(built, limits);
+        let driver = Self::new(built, limits, &HeldUp::new());
         // Of no driver: the thread ends as soon as it has begun.
         driver.core.lock().overdue = Overdue::new(Weak::<Self>::new());
         (driver, played, thread)

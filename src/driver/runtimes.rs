@@ -3,7 +3,7 @@
 use std::task::Waker;
 use std::thread::ThreadId;
 
-use tokio::runtime;
+use tokio::runtime::{self, RuntimeFlavor};
 
 /// The runtimes that have tasks for the ring.
 #[derive(Default)]
@@ -19,6 +19,7 @@ pub(super) struct Runtimes {
 /// runs: then it need not be woken.
 pub(super) struct RuntimeTasks {
     id: runtime::Id,
+    flavor: RuntimeFlavor,
     pub(super) reaper: Option<Waker>,
     pub(super) flusher: Option<Waker>,
 }
@@ -29,8 +30,14 @@ impl Runtimes {
     }
 
     /// Its tasks are spawned next.
-    pub(super) fn add(&mut self, id: runtime::Id) {
-        self.tasks.push(RuntimeTasks { id, reaper: None, flusher: None });
+    pub(super) fn add(&mut self, id: runtime::Id, flavor: RuntimeFlavor) {
+        self.tasks.push(RuntimeTasks { id, flavor, reaper: None, flusher: None });
+    }
+
+    /// Whether a guest may wait for what another thread than its own has armed.
+    pub(super) fn are_shared(&self) -> bool {
+        self.tasks.len() > 1
+            || self.tasks.iter().any(|tasks| tasks.flavor != RuntimeFlavor::CurrentThread)
     }
 
     pub(super) fn get(&mut self, id: runtime::Id) -> Option<&mut RuntimeTasks> {

@@ -75,6 +75,7 @@ impl Driver {
         let pauses = core.ring.stats.pauses;
         core.ring.reap();
         core.wake_completed();
+        self.show_pulse(&core);
         // Completions may wait for a thread to enter, perhaps this one: a guest that polls again and again
         // makes no other system call. And the kernel fills the buffers given back just now until the
         // cancel of a full queue's receive is there.
@@ -91,9 +92,13 @@ impl Driver {
 
     fn spawn_tasks(self: &Arc<Self>, mut core: LockedCore<'_>, handle: &Handle) {
         let id = handle.id();
-        core.runtimes.add(id);
+        core.runtimes.add(id, handle.runtime_flavor());
+        let is_shared = core.runtimes.are_shared();
         // Not under the lock: a runtime that is shutting down drops its tasks at once.
         drop(core);
+        if is_shared {
+            self.held_up.start();
+        }
         let driver = Arc::downgrade(self);
         handle.spawn(flush(Weak::clone(&driver), id));
         handle.spawn(reap(Reaper { driver, id }));
@@ -146,7 +151,11 @@ async fn reap(reaper: Reaper) {
         core.drop_later(replaced);
         let core = driver.enter_as_task(core);
         let has_more = core.ring.has_cached_work();
+        let is_shared = core.runtimes.are_shared();
         drop(core);
+        if is_shared {
+            driver.held_up.look();
+        }
         if has_more {
             // A batch at a time, and between them the guests.
             cx.waker().wake_by_ref();

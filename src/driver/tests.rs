@@ -14,6 +14,7 @@ use tracing::span;
 use super::batching::Guest;
 use super::enter::Driver;
 use super::flush::Flush;
+use super::held_up::HeldUp;
 use super::in_flight::InFlight;
 use crate::datagram::Family;
 use crate::error::Errno;
@@ -26,7 +27,7 @@ use crate::ring::recycle::pool::Recycle;
 
 fn driver() -> Arc<Driver> {
     let limits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
-    Driver::build(4, limits, Recycle::OFF).expect("these tests need io_uring")
+    Driver::build(4, limits, Recycle::OFF, &HeldUp::new()).expect("these tests need io_uring")
 }
 
 /// A bound socket.

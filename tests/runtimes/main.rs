@@ -9,7 +9,9 @@ mod panics;
 mod ports;
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use common::{
     BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, enters_while,
@@ -281,6 +283,43 @@ fn a_guest_that_asks_another_and_computes_on_does_not_keep_it_from_answering() {
             asking.await.unwrap();
         }));
     }
+}
+
+/// Kills: datagrams that wait for the timer tick of the thread that has armed the receive.
+#[test]
+fn a_worker_that_computes_is_interrupted_while_datagrams_come_for_what_it_has_armed() {
+    /// One is enough, if the looks at the workers find time.
+    const DATAGRAMS_MAX: usize = 5000;
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(within(async {
+        let uring = uring();
+        let mut rig = Rig::on_ring(&uring).await;
+        let (give, take) = tokio::sync::oneshot::channel();
+        let is_done = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&is_done);
+        let computing = tokio::spawn(async move {
+            let endpoint = rig.endpoint(LOOPBACK).await;
+            assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
+            give.send((rig, endpoint)).ok().unwrap();
+            // For another worker: it takes this one's slot itself.
+            tokio::spawn(async {});
+            let end = Instant::now() + BOUND / 2;
+            while !stop.load(Ordering::Relaxed) && Instant::now() < end {
+                std::hint::spin_loop();
+            }
+        });
+        let (mut rig, endpoint) = take.await.unwrap();
+        let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let mut datagrams = 0;
+        while uring.stats().interrupts == 0 && datagrams < DATAGRAMS_MAX {
+            native.send_to(b"x", endpoint.local).unwrap();
+            rig.receive_exactly(endpoint.incoming, 1).await;
+            datagrams += 1;
+        }
+        is_done.store(true, Ordering::Relaxed);
+        computing.await.unwrap();
+        assert!(uring.stats().interrupts > 0, "none in {datagrams} datagrams");
+    }));
 }
 
 // ---- enters -------------------------------------------------------------------------------------
