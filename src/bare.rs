@@ -17,14 +17,15 @@ use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::{QueueLimits, ReceiveQueue};
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::send::SendOp;
+use crate::ring::share::Share;
 use crate::ring::{Ring, setup};
 
 /// A ring whose only thread is the caller's.
 pub struct Bare {
     ring: Ring,
     kernel: Enter,
-    /// The ring's.
-    table: Arc<Quota>,
+    /// All of them: there is no other ring.
+    share: Arc<Share>,
     /// That of the one owner of all sockets.
     quota: Arc<Quota>,
 }
@@ -67,11 +68,12 @@ impl Bare {
     ///
     /// A [`SetupError`](crate::SetupError), as an [`io::Error`].
     pub fn new(sockets: u32, recycle: Recycle) -> io::Result<Self> {
-        let setup::Built { mut ring, quota: table, .. } =
+        let setup::Built { mut ring, share, known, .. } =
             setup::build(sockets, recycle).map_err(io::Error::other)?;
+        share.gain(&Share::new(known.slots), |all| all);
         // The only thread sleeps in io_uring_enter, so the kernel need not notify an eventfd.
         ring.disable_notifications();
-        Ok(Self { kernel: ring.kernel(), ring, table, quota: Quota::new(sockets) })
+        Ok(Self { kernel: ring.kernel(), ring, share, quota: Quota::new(sockets) })
     }
 
     /// `io_uring_enter` calls so far.
@@ -148,7 +150,7 @@ impl Bare {
     ///
     /// If the table is full.
     pub fn bind(&mut self, addr: SocketAddr) -> io::Result<(Socket, Queued)> {
-        if !(self.quota.take() && self.table.take()) {
+        if !(self.quota.take() && self.share.take()) {
             return Err(io::Error::other("the table is full"));
         }
         let (family, options) = match addr {

@@ -137,7 +137,7 @@ impl UdpCtxBuilder {
     #[must_use]
     pub fn build(self) -> UdpCtx {
         UdpCtx(Arc::new(GuestCtx::new(
-            Arc::clone(self.uring.driver()),
+            Arc::clone(self.uring.pool()),
             self.policy,
             self.sockets_max,
             self.queue_bytes_max,

@@ -233,7 +233,7 @@ fn ring() -> Check {
     let sockets = sockets.min(SOCKETS_DEFAULT);
     match Uring::builder().sockets(sockets).build() {
         Ok(uring) => {
-            let addresses = if uring.driver().has_names() {
+            let addresses = if uring.pool().first().has_names() {
                 "sockets are asked for their addresses on it"
             } else {
                 "sockets are asked for their addresses by a descriptor (before Linux 6.19)"

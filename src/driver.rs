@@ -37,7 +37,6 @@ mod tests;
 use std::sync::Arc;
 
 pub(crate) use self::batching::Guest;
-use self::batching::quota_retries;
 pub(crate) use self::enter::Driver;
 use self::enter::LockedCore;
 pub(crate) use self::flush::Flush;
@@ -53,16 +52,27 @@ use crate::ring::port_order::CloseId;
 use crate::ring::queues::SlotIndex;
 use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::ReceiveQueue;
+use crate::ring::share::Share;
 use crate::stats::Stats;
 
 impl Driver {
     pub(crate) fn defaults(&self) -> &Defaults {
-        &self.defaults
+        &self.known.defaults
     }
 
     /// Whether sockets can be asked for their addresses on the ring.
     pub(crate) fn has_names(&self) -> bool {
-        self.has_names
+        self.known.has_names
+    }
+
+    /// The sockets that guests may have open at once.
+    pub(crate) fn share(&self) -> &Share {
+        &self.share
+    }
+
+    /// Those that the table has slots for.
+    pub(crate) fn slots(&self) -> u32 {
+        self.known.slots
     }
 
     pub(crate) fn count(&self, count: impl FnOnce(&mut Stats)) {
@@ -71,35 +81,14 @@ impl Driver {
         }
     }
 
-    // ---- slots and quotas -------------------------------------------------------------------
-
-    /// The quota of all guests together: the table's slots.
-    pub(crate) fn table_quota(&self) -> &Quota {
-        &self.quota
-    }
-
-    /// Takes one socket's share of a quota, be it the table's or a guest's, by one of its methods.
-    pub(crate) fn acquire(&self, take: impl Fn() -> bool) -> bool {
-        take() || self.acquire_after_closes(take)
-    }
-
-    /// The CLOSE that gives one back may be queued, or in the kernel with another thread, which
-    /// takes microseconds.
-    #[cold]
-    fn acquire_after_closes(&self, take: impl Fn() -> bool) -> bool {
-        for _ in quota_retries() {
-            let Some(core) = self.lock() else { return false };
-            if !core.entering {
-                drop(self.combine(core));
-                return take();
-            }
-            drop(core);
-            clock::yield_now();
-            if take() {
-                return true;
-            }
+    /// Enters with what is queued, unless another thread is inside: whether one is.
+    pub(crate) fn enter_queued(&self) -> bool {
+        let Some(core) = self.lock() else { return false };
+        let is_inside = core.entering;
+        if !is_inside {
+            drop(self.combine(core));
         }
-        false
+        is_inside
     }
 
     // ---- operations -------------------------------------------------------------------------

@@ -160,14 +160,17 @@ pub enum SetupError {
         since: &'static str,
     },
 
-    /// The fixed-file table is larger than the soft `RLIMIT_NOFILE` (`EMFILE`).
+    /// The fixed-file tables of all rings that may be together are too small: none is larger than the soft
+    /// `RLIMIT_NOFILE`.
     #[error(
-        "a table of {sockets} sockets is beyond the soft open-files limit of {limit} (EMFILE): \
-         raise it (`ulimit -n {sockets}`, LimitNOFILE=, setrlimit) or ask for fewer sockets"
+        "{sockets} sockets do not fit the tables of {rings} rings under the soft open-files limit of \
+         {limit}: raise it (`ulimit -n`, LimitNOFILE=, setrlimit) or ask for fewer sockets"
     )]
-    TableBeyondNofile {
-        /// Slots the builder was given.
+    TablesBeyondNofile {
+        /// Sockets the builder was given.
         sockets: u32,
+        /// Rings that may be.
+        rings: usize,
         /// The soft `RLIMIT_NOFILE`.
         limit: u64,
     },

@@ -183,6 +183,7 @@ mod ctx;
 mod datagram;
 mod driver;
 mod error;
+mod pool;
 mod resource;
 mod ring;
 #[cfg(test)]

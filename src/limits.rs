@@ -153,6 +153,15 @@ pub(crate) const OVERDUE_AGAIN: Duration = Duration::from_micros(50);
 /// looks.
 pub(crate) const QUIET_LOOKS_MAX: u32 = 8;
 
+/// Rings that a pool may have: each has some descriptors and, in virtual memory, 17 MiB of buffers.
+pub(crate) const RINGS_MAX: usize = 1024;
+
+/// When a ring is tried again that could not be built.
+pub(crate) const RING_RETRY: Duration = Duration::from_secs(1);
+
+/// Sockets that a ring's share gains at a time.
+pub(crate) const UNITS_GAINED_MAX: u64 = 64;
+
 /// How much of the time between two looks a thread must have run to count as computing.
 pub(crate) const COMPUTES_PERCENT_MIN: u32 = 75;
 

@@ -24,6 +24,7 @@ pub(crate) mod recycle;
 pub(crate) mod rlimits;
 pub(crate) mod send;
 pub(crate) mod setup;
+pub(crate) mod share;
 mod slots;
 mod socket_filter;
 #[cfg(test)]
@@ -51,6 +52,7 @@ use self::receive::{Delivered, Receives};
 use self::receive_queue::ReceiveQueue;
 use self::recycle::taint::Reason;
 use self::recycle::{Next, Recycler};
+use self::share::Share;
 use self::slots::{Receive, Releasing, SlotState, SlotTable};
 use crate::clock;
 use crate::error::Errno;
@@ -64,8 +66,8 @@ pub(crate) struct Ring {
     queues: Queues,
     ops: OpTable,
     slots: SlotTable,
-    /// The sockets that guests may have open at once.
-    quota: Arc<Quota>,
+    /// The sockets that guests may have open at once: never more than slots are for them.
+    share: Arc<Share>,
     ports: PortOrder,
     recycler: Recycler,
     receives: Receives,
@@ -90,15 +92,16 @@ impl Ring {
         process: Process,
         queues: Queues,
         buffers: BufferRing,
-        quota: Arc<Quota>,
+        slots: u32,
+        share: Arc<Share>,
         recycler: Recycler,
     ) -> Self {
         Self {
             process,
             queues,
             ops: OpTable::default(),
-            slots: SlotTable::new(quota.capacity() + recycler.slots()),
-            quota,
+            slots: SlotTable::new(u64::from(slots) + recycler.slots()),
+            share,
             ports: PortOrder::default(),
             recycler,
             receives: Receives::new(buffers),
@@ -161,7 +164,7 @@ impl Ring {
     }
 
     /// Submits the chain that makes and binds a socket, for which the caller has taken a unit of the
-    /// ring's quota, in the slot that it has or gets now.
+    /// ring's share, in the slot that it has or gets now.
     pub(crate) fn submit_bind(
         &mut self,
         slot: Option<SlotIndex>,
@@ -175,7 +178,7 @@ impl Ring {
 
     /// A slot for a new owner: with a recycled socket, if one is as good for this bind as a new one;
     /// else a free one, or a cached one whose socket goes. There is one, because cached sockets that
-    /// `evict` does not find, those in quarantine, have slots beside the quota's.
+    /// `evict` does not find, those in quarantine, have slots beside the guests'.
     fn slot_for(&mut self, bind: &mut BindOp) -> SlotIndex {
         if let Some(sets_source) = bind.recyclable()
             && let Some(slot) = self.recycler.acquire(bind.family, sets_source)
@@ -187,7 +190,7 @@ impl Ring {
         if let Some(slot) = self.slots.take_free(bind.family) {
             return slot;
         }
-        let slot = self.recycler.evict().expect("the quota leaves a slot");
+        let slot = self.recycler.evict().expect("the share leaves a slot");
         self.slots.take_evicted(slot, bind.family);
         // If SOCKET failed, BIND would go on with the socket that it has not replaced.
         self.submit_detached(slot, Op::Close);
@@ -458,12 +461,12 @@ impl Ring {
         }
     }
 
-    /// The socket has given up its port, and the guest its unit of the ring's quota.
+    /// The socket has given up its port, and the guest its unit of the ring's share.
     fn end_release(&mut self, slot: SlotIndex) {
         let state = std::mem::replace(&mut self.slots.get(slot).state, SlotState::Cached);
         if let SlotState::Releasing(releasing) = state {
             self.ports.end_close(releasing.close);
-            self.quota.put_back();
+            self.share.put_back();
         }
     }
 
@@ -681,8 +684,8 @@ impl Ring {
 
     pub(crate) fn snapshot(&self) -> Stats {
         let mut stats = self.stats;
-        stats.sockets_created = self.quota.taken();
-        stats.sockets_open = self.quota.in_use();
+        stats.sockets_created = self.share.taken();
+        stats.sockets_open = self.share.in_use();
         stats.sockets_cached = self.recycler.len();
         stats.closed_instead += self.recycler.closed_instead();
         stats

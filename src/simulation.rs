@@ -27,6 +27,7 @@ use crate::clock;
 use crate::datagram::Family;
 use crate::driver::Driver;
 use crate::error::ErrorCode;
+use crate::pool::Pool;
 use crate::ring::queues::played::{Dice, Faults, Played, PlayedPanic, Sizes, Stamp};
 use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::{Datagram, QueueLimits};
@@ -43,6 +44,7 @@ thread_local! {
 
 struct World {
     driver: Arc<Driver>,
+    pool: Arc<Pool>,
     played: Arc<Played>,
     rcu: RefCell<PlayedThread>,
     runtime: Rc<Runtime>,
@@ -180,6 +182,7 @@ impl World {
             eprintln!("seed {seed}: {sizes:?} {limits:?} {faults:?} panics {panics}");
         }
         Rc::new(Self {
+            pool: Pool::of_one(&driver, sizes.sockets),
             driver,
             played,
             rcu: RefCell::new(rcu),
@@ -283,7 +286,7 @@ impl World {
         let bytes_max = [2000, 100_000][self.below(2)];
         let policy = Policy::new(|addr, _| addr.port() != 13);
         let send_max = [3000, 100_000][self.below(2)];
-        let ctx = GuestCtx::new(Arc::clone(&self.driver), policy, sockets_max, bytes_max, send_max);
+        let ctx = GuestCtx::new(Arc::clone(&self.pool), policy, sockets_max, bytes_max, send_max);
         let quota = Arc::clone(&ctx.quota);
         let (queued, sending) = (Arc::clone(&ctx.queued), Arc::clone(&ctx.sending));
         let number = self.guests.borrow().len() as u64;
@@ -1004,7 +1007,8 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     let _runtime = runtime.enter();
     let policy = Policy::new(|_, _| true);
-    let ctx = Arc::new(GuestCtx::new(Arc::clone(&driver), policy, 1, usize::MAX, usize::MAX));
+    let pool = Pool::of_one(&driver, sizes.sockets);
+    let ctx = Arc::new(GuestCtx::new(pool, policy, 1, usize::MAX, usize::MAX));
     let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
     let woken = || {
         let (is, guest) = (AtomicBool::new(false), Arc::default());

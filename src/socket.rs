@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::datagram::Family;
-use crate::driver::{Flush, InFlight};
+use crate::driver::{Driver, Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
 use crate::ring::op::{Op, OpResult, Output, SocketName, Whose};
 use crate::ring::queues::SlotIndex;
@@ -40,6 +40,8 @@ use crate::socket::guest::GuestCtx;
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
 pub(crate) struct UdpSocket {
     ctx: Arc<GuestCtx>,
+    /// Of the ring that it stays in.
+    driver: Arc<Driver>,
     family: Family,
     /// Set by the first bind. From then on the slot's close gives back the socket's entry in the
     /// table and in the guest's quota, before that its drop does.
@@ -131,23 +133,26 @@ struct Options {
 }
 
 impl UdpSocket {
-    /// Takes an entry of the guest's quota and of the ring's table. No system call: an unbound
+    /// Takes an entry of the guest's quota and of the pool's, in this thread's ring. No system call: an unbound
     /// socket is "effectively an in-memory configuration object" (wasi:sockets, create-udp-socket).
     pub(crate) fn new(ctx: &Arc<GuestCtx>, family: Family) -> Result<Self, ErrorCode> {
-        ctx.driver.check()?;
+        let pool = &ctx.pool;
+        pool.check()?;
         ctx.policy.udp()?;
-        if ctx.driver.defaults().of(family).is_none() {
+        if pool.first().defaults().of(family).is_none() {
             return Err(ErrorCode::NotSupported);
         }
-        if !ctx.driver.acquire(|| ctx.quota.take_exclusive()) {
+        if pool.acquire(|| ctx.quota.take_exclusive().then_some(())).is_none() {
             return Err(ErrorCode::NewSocketLimit);
         }
-        if !ctx.driver.acquire(|| ctx.driver.table_quota().take()) {
+        let Some(ring) = pool.take_socket() else {
             ctx.quota.put_back();
             return Err(ErrorCode::NewSocketLimit);
-        }
+        };
+        ctx.use_ring(ring);
         Ok(Self {
             ctx: Arc::clone(ctx),
+            driver: Arc::clone(pool.ring(ring)),
             family,
             slot: OnceLock::new(),
             receiver: OnceLock::new(),
@@ -175,7 +180,7 @@ impl UdpSocket {
     /// Queues an operation on the socket, which is bound. Its memory is the ring's from here until
     /// its last completion.
     fn submit(&self, op: Op) -> Result<InFlight, Errno> {
-        self.ctx.driver.submit(self.ctx.guest, self.bound_slot(), op)
+        self.driver.submit(self.ctx.guest, self.bound_slot(), op)
     }
 
     /// Queues an operation on the socket, which is bound, and waits for it.
@@ -235,7 +240,7 @@ impl UdpSocket {
 
     /// The address the kernel has given the socket.
     pub(crate) async fn local_address(&self) -> Result<SocketAddr, ErrorCode> {
-        self.ctx.driver.check()?;
+        self.driver.check()?;
         if !self.is_bound().await {
             return Err(ErrorCode::InvalidState);
         }
@@ -251,7 +256,7 @@ impl UdpSocket {
 
     /// The address of the socket's peer, as the kernel has it.
     pub(crate) async fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
-        self.ctx.driver.check()?;
+        self.driver.check()?;
         let remote = self.remote().ok_or(ErrorCode::InvalidState)?;
         match remote.peer {
             Some(peer) => Ok(peer),
@@ -272,7 +277,7 @@ impl UdpSocket {
     /// Asks the kernel for an address. Linux before 6.19 has neither getsockname nor getpeername on the
     /// ring, so the kernel makes a file descriptor of the direct one, which is closed at once.
     async fn query(&self, whose: Whose) -> Result<SocketAddr, Errno> {
-        let query = if self.ctx.driver.has_names() {
+        let query = if self.driver.has_names() {
             Op::QueryName(Box::new(SocketName::new(whose)))
         } else {
             Op::Install
@@ -325,14 +330,15 @@ impl State {
 
 impl Drop for UdpSocket {
     fn drop(&mut self) {
-        let GuestCtx { driver, guest, quota, .. } = &*self.ctx;
+        let GuestCtx { guest, quota, .. } = &*self.ctx;
+        let driver = &self.driver;
         if driver.check() == Err(RingGone::Forked) {
             return;
         }
         match self.slot.get() {
             None => {
                 quota.put_back();
-                driver.table_quota().put_back();
+                driver.share().put_back();
             }
             Some(slot) => {
                 // The operations in flight are detached first: the slot's next owner must not meet

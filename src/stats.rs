@@ -1,11 +1,13 @@
-//! Counters of one ring: what went through it since it was built.
+//! Counters of rings: what went through them since they were built.
 
-/// A snapshot of a ring's counters, by [`Uring::stats`](crate::Uring::stats).
+/// A snapshot of the counters of a host's rings together, by [`Uring::stats`](crate::Uring::stats).
 ///
-/// All are totals since the ring was built, except `sockets_open` and `sockets_cached`.
+/// All are totals, except `rings`, `sockets_open` and `sockets_cached`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
+    /// Rings that have been built.
+    pub rings: u64,
     /// `io_uring_enter` calls.
     pub enters: u64,
     /// Those of them that the ring's own thread made, for what guests had left for a millisecond: they
@@ -72,6 +74,7 @@ impl std::ops::AddAssign for Stats {
     /// Adds up the counters of several rings.
     fn add_assign(&mut self, other: Self) {
         let Self {
+            rings,
             enters,
             enters_overdue,
             interrupts,
@@ -98,6 +101,7 @@ impl std::ops::AddAssign for Stats {
             dropped_by_queue,
             dropped_malformed,
         } = other;
+        self.rings += rings;
         self.enters += enters;
         self.enters_overdue += enters_overdue;
         self.interrupts += interrupts;

@@ -43,6 +43,7 @@ mod ctx;
 mod datagram;
 mod driver;
 mod error;
+mod pool;
 mod ring;
 #[cfg(test)]
 mod simulation;

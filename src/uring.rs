@@ -1,103 +1,120 @@
-//! What a host holds: the handle of a ring, and how it is configured.
+//! What a host holds: the handle of its rings, and how they are configured.
 
 use std::sync::Arc;
 
-use crate::driver::Driver;
-use crate::driver::held_up::HeldUp;
 use crate::error::SetupError;
 use crate::limits::{QUEUE_BYTES_DEFAULT, QUEUE_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT};
+use crate::pool::{Plan, Pool};
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
 use crate::stats::Stats;
 
-/// A ring and its fixed-file table: the handle that every guest's sockets are made through.
+/// Rings and their fixed-file tables: the one handle that all guests' sockets of a process are made through.
 ///
 /// Cheap to clone, and usable from any thread under any tokio runtime with I/O enabled
-/// (`enable_io`), several at once included. The ring goes away with its last handle, and sockets
+/// (`enable_io`), several at once included. The rings go away with its last handle, and sockets
 /// hold handles of their own.
 ///
-/// One for each thread is best: threads that share one wait for each other. On a multi-thread
-/// runtime make as many as it has workers and give them to guests in turn.
+/// Threads that share a ring wait for each other, so there are several: a socket takes the ring of the
+/// thread that creates it, and stays there when its guest moves. Each worker of a multi-thread runtime has one, by its
+/// number; other threads (of current-thread runtimes, those that `block_on`) take them in turn. Each is
+/// built when it is first needed, in about a millisecond.
 ///
-/// Its threads must be in one network namespace (and one cgroup, and under one security label): a
+/// All threads must be in one network namespace (and one cgroup, and under one security label): a
 /// socket is made in those of the thread that enters the kernel for it, and recycled with them.
 #[derive(Clone, Debug)]
 pub struct Uring {
-    driver: Arc<Driver>,
-    held_up: Arc<HeldUp>,
+    pool: Arc<Pool>,
 }
 
 impl Uring {
-    /// Starts configuring a ring.
+    /// Starts configuring.
     pub fn builder() -> UringBuilder {
-        UringBuilder {
+        UringBuilder(Plan {
             sockets: SOCKETS_DEFAULT,
+            rings: None,
+            are_built_at_once: false,
             queue: QueueLimits { datagrams: QUEUE_DATAGRAMS_DEFAULT, bytes: QUEUE_BYTES_DEFAULT },
             recycle: Recycle::default(),
-        }
+        })
     }
 
     /// Closes the sockets that are cached for new owners now. Those that guests close from now on
     /// are cached as before.
     ///
-    /// When it returns they are closed, unless another thread is inside the kernel for the ring:
+    /// When it returns they are closed, unless another thread is inside the kernel for their ring:
     /// then that thread closes them, and a task of a runtime whose guests use the ring those that it
     /// leaves.
     pub fn close_cached(&self) {
-        self.driver.close_cached();
+        self.pool.close_cached();
     }
 
-    /// Closes the ring: the sockets of all its guests, and with them their ports, for a host that is about
+    /// Closes the rings: the sockets of all guests, and with them their ports, for a host that is about
     /// to end. When this returns the ports are free, unless a thread that is blocked in the kernel holds
     /// one up for longer than a second, which is logged. Blocks the thread for as long, most often some
     /// milliseconds.
     ///
     /// Calls of guests that still run trap from now on, those that wait included; the error is a
-    /// [`RingGone`](crate::RingGone). Every handle names the same ring.
+    /// [`RingGone`](crate::RingGone). Every handle names the same rings.
     ///
     /// A process that ends without this, or without dropping its last handle and socket, leaves that to
     /// the kernel, which clears a ring's table in the background: 20 to 470 ms after the end of the process
     /// its ports are still taken, and datagrams for them are lost. So it is after `SIGKILL`. A host
     /// that is ended by a signal calls this before it ends.
     pub fn close(&self) {
-        self.driver.shut_down();
+        self.pool.shut_down();
     }
 
-    /// The ring's counters so far, completions that no thread has reaped yet included.
+    /// The counters of all rings so far, completions that no thread has reaped yet included.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        // What came when no runtime was left to reap is counted, too.
-        self.driver.reap();
-        Stats { interrupts: self.held_up.interrupts(), ..self.driver.snapshot() }
+        self.pool.stats()
     }
 
     /// What the sockets of a guest go through.
-    pub(crate) fn driver(&self) -> &Arc<Driver> {
-        &self.driver
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
     }
 }
 
 /// Configures a [`Uring`].
 #[derive(Clone, Debug)]
 #[must_use]
-pub struct UringBuilder {
-    sockets: u32,
-    queue: QueueLimits,
-    recycle: Recycle,
-}
+pub struct UringBuilder(Plan);
 
 impl UringBuilder {
-    /// Slots of the fixed-file table, which bound the sockets open at once over all guests: 1 to
+    /// Sockets that may be open at once over all guests and rings: 1 to
     /// [`SOCKETS_MAX`](crate::limits::SOCKETS_MAX), by default [`SOCKETS_DEFAULT`]. With a number
     /// out of that range, [`build`](Self::build) fails.
     ///
-    /// A closed socket keeps its slot until the kernel has let go of it, which takes a moment when
+    /// A closed socket keeps its place until the kernel has let go of it, which takes a moment when
     /// the receive was armed by another thread; leave some capacity for those.
     ///
-    /// The kernel registers no table larger than the soft `RLIMIT_NOFILE`, though the sockets
-    /// in it do not count against that limit.
+    /// They do not count against the soft `RLIMIT_NOFILE`, but the kernel registers no table that is larger, one
+    /// for each ring. What does not fit a ring's table goes to the others, and to more rings if it must:
+    /// 100,000 sockets under a limit of 20,000 take nine.
     pub fn sockets(mut self, sockets: u32) -> Self {
-        self.sockets = sockets;
+        self.0.sockets = sockets;
+        self
+    }
+
+    /// Rings that threads have: 1 to 1024 (other numbers count as the nearest), by default as many as processors.
+    ///
+    /// As many as there are worker threads are best, if fewer than processors. A thread's is built when it first
+    /// has a guest that creates a socket, unless [`build_all`](Self::build_all) is called.
+    pub fn rings(mut self, rings: usize) -> Self {
+        self.0.rings = Some(rings);
+        self
+    }
+
+    /// Has [`build`](Self::build) build the rings of all threads at once: for a host that gives up
+    /// `io_uring_setup` afterwards (by a seccomp filter, or `kernel.io_uring_disabled`), or that would rather not have a
+    /// guest's first socket take a millisecond.
+    ///
+    /// Without it threads whose ring cannot be built share those that are there, which is logged, and try again
+    /// a second later.
+    pub fn build_all(mut self) -> Self {
+        self.0.are_built_at_once = true;
         self
     }
 
@@ -110,7 +127,7 @@ impl UringBuilder {
     /// [`queue_bytes`](Self::queue_bytes) and one message (up to 64 datagrams and 65,507 bytes). The rest
     /// is dropped, and counted by [`Stats::dropped_by_queue`].
     pub fn queue_datagrams(mut self, datagrams: usize) -> Self {
-        self.queue.datagrams = datagrams.max(1);
+        self.0.queue.datagrams = datagrams.max(1);
         self
     }
 
@@ -121,7 +138,7 @@ impl UringBuilder {
     /// pauses it; those of a guest's sockets together are bounded too
     /// ([`UdpCtxBuilder::queue_bytes_max`](crate::UdpCtxBuilder::queue_bytes_max)).
     pub fn queue_bytes(mut self, bytes: usize) -> Self {
-        self.queue.bytes = bytes.max(1);
+        self.0.queue.bytes = bytes.max(1);
         self
     }
 
@@ -133,7 +150,7 @@ impl UringBuilder {
     /// process tests on the running kernel what that rests on (some 20 ms). Where something of the
     /// former owner is left in a family's sockets, or in connected ones, those are not cached, and
     /// the log and [`doctor`](crate::doctor) say why. [`Stats::closed_instead`] counts the sockets
-    /// that were not cached. A ring that caches some has a thread that waits for the kernel.
+    /// that were not cached. The limits are each ring's. A ring that caches some has a thread that waits for the kernel.
     ///
     /// Nothing is cached where new sockets are given something that a recycled one would not have: a device,
     /// a mark or a priority, by a BPF program of the cgroup (`sock_create`, as `ip vrf exec` has one). Nor on
@@ -149,23 +166,21 @@ impl UringBuilder {
     /// - that attaches a `sock_create` program to its cgroup, or moves to another cgroup, after the first
     ///   `build`: the test is not made again.
     pub fn recycle(mut self, recycle: Recycle) -> Self {
-        self.recycle = recycle;
+        self.0.recycle = recycle;
         self
     }
 
-    /// Sets the ring up and checks that this kernel does everything sockets need.
+    /// Builds the first ring and checks that this kernel does everything sockets need.
     ///
-    /// The ring is this process's alone. In a fork of it the calls of the ring's guests trap
+    /// The rings are this process's alone. In a fork of it the calls of their guests trap
     /// ([`RingGone::Forked`](crate::RingGone)), counters are 0, and what is dropped there leaves the
-    /// parent unharmed; but until a fork drops its handles, or ends, it keeps the ring and its
-    /// ports alive. So a host that becomes a daemon builds its rings afterwards.
+    /// parent unharmed; but until a fork drops its handles, or ends, it keeps the rings and their
+    /// ports alive. So a host that becomes a daemon builds afterwards.
     ///
     /// # Errors
     ///
     /// A [`SetupError`] that names what is missing and what to change.
     pub fn build(self) -> Result<Uring, SetupError> {
-        let held_up = HeldUp::new();
-        let driver = Driver::build(self.sockets, self.queue, self.recycle, &held_up)?;
-        Ok(Uring { driver, held_up })
+        Ok(Uring { pool: Pool::build(self.0)? })
     }
 }

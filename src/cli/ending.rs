@@ -23,20 +23,18 @@ pub(crate) struct ClosesOnSignal {
 
 impl ClosesOnSignal {
     /// `None` where there is nothing to close.
-    pub(crate) fn new(rings: &[Uring]) -> Result<Option<Self>, Failure> {
-        if rings.is_empty() {
-            return Ok(None);
-        }
+    pub(crate) fn new(uring: Option<&Uring>) -> Result<Option<Self>, Failure> {
+        let Some(uring) = uring.cloned() else { return Ok(None) };
         let mut signals = Signals::new([SIGINT, SIGTERM])
             .context("cannot watch for signals")
             .map_err(Failure::run)?;
-        let (handle, rings) = (signals.handle(), rings.to_vec());
+        let handle = signals.handle();
         let has_begun = Arc::new(AtomicBool::new(false));
         let begins = Arc::clone(&has_begun);
         let thread = std::thread::spawn(move || {
             for signal in signals.forever() {
                 begins.store(true, Ordering::Relaxed);
-                rings.iter().for_each(Uring::close);
+                uring.close();
                 // It ends the process. If it cannot, the next signal tries.
                 if emulate_default_handler(signal).is_err() {
                     begins.store(false, Ordering::Relaxed);

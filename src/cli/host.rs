@@ -251,20 +251,20 @@ fn is_local(use_: SocketAddrUse) -> bool {
     matches!(use_, SocketAddrUse::UdpBind | SocketAddrUse::TcpBind | SocketAddrUse::TcpListen)
 }
 
-/// Decides on a backend: tries to build the rings, and for `auto` falls back to stock and says so once.
+/// Decides on a backend, of which `None` is stock: tries to build the ring, and for `auto` falls back and says so once.
 pub(crate) fn choose(
     wanted: BackendArg,
-    build: impl FnOnce() -> Result<Vec<Uring>, SetupError>,
-) -> Result<(Backend, Vec<Uring>), Failure> {
+    build: impl FnOnce() -> Result<Uring, SetupError>,
+) -> Result<Option<Uring>, Failure> {
     if wanted == BackendArg::Stock {
-        return Ok((Backend::Stock, Vec::new()));
+        return Ok(None);
     }
     match build() {
-        Ok(rings) => Ok((Backend::Uring, rings)),
+        Ok(uring) => Ok(Some(uring)),
         Err(error) if wanted == BackendArg::Auto => {
             metrics::counter!("wasi_uring_fallbacks_total").increment(1);
             tracing::warn!(%error, "no ring: UDP sockets are wasmtime-wasi's");
-            Ok((Backend::Stock, Vec::new()))
+            Ok(None)
         }
         Err(error) => {
             let hint = "`wasi-uring doctor` shows all that this machine lacks";

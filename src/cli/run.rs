@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 use tokio::task::JoinSet;
-use wasi_uring::limits::{CACHED_SOCKETS_DEFAULT, SOCKETS_MAX};
-use wasi_uring::{SetupError, Stats, Uring};
+use wasi_uring::limits::SOCKETS_MAX;
+use wasi_uring::{SetupError, Uring};
 use wasmtime::error::Context;
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder};
 
@@ -24,7 +24,8 @@ const FAILURES_TOLD_MAX: usize = 10;
 pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     // First: a large guest takes a while to compile, in vain where there is no ring.
     let plan = Plan::new(args);
-    let (backend, rings) = host::choose(args.backend, || plan.build_rings())?;
+    let uring = host::choose(args.backend, || plan.build())?;
+    let backend = if uring.is_some() { Backend::Uring } else { Backend::Stock };
     let progress = ProgressBar::new_spinner();
     progress.set_message(format!("compiling {}", args.file.display()));
     progress.enable_steady_tick(Duration::from_millis(100));
@@ -32,7 +33,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     progress.finish_and_clear();
     let compiled = compiled?;
 
-    let closes_on_signal = ClosesOnSignal::new(&rings)?;
+    let closes_on_signal = ClosesOnSignal::new(uring.as_ref())?;
     let program = Arc::new(Program::link(&compiled, backend)?);
     let failures = match args.runtime {
         RuntimeArg::MultiThread => {
@@ -43,9 +44,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
                 .build()
                 .context("cannot start a runtime")
                 .map_err(Failure::run)?
-                .block_on(run_guests(&plan, &program, &rings, &Net::new(args.net), all))
+                .block_on(run_guests(&plan, &program, uring.as_ref(), &Net::new(args.net), all))
         }
-        RuntimeArg::PerCore | RuntimeArg::TokioUring => run_per_thread(&plan, &program, &rings)?,
+        RuntimeArg::PerCore | RuntimeArg::TokioUring => {
+            run_per_thread(&plan, &program, uring.as_ref())?
+        }
     };
     closes_on_signal.as_ref().inspect(|closes| closes.wait_if_begun());
     for failure in failures.iter().take(FAILURES_TOLD_MAX) {
@@ -56,48 +59,39 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     }
     if args.stats {
         // The line is for programs, so nothing stands before it; and stderr may be gone.
-        let _ = writeln!(std::io::stderr(), "{}", stats_line(backend, &rings));
+        let _ = writeln!(std::io::stderr(), "{}", stats_line(uring.as_ref()));
     }
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-/// How guests are spread over threads and rings.
+/// How guests are spread over threads, and sockets over guests.
 struct Plan<'a> {
     args: &'a RunArgs,
     /// And rings, one for each.
     threads: usize,
-    slots_per_ring: u32,
+    sockets: u32,
     sockets_per_guest: u32,
 }
 
 impl<'a> Plan<'a> {
     fn new(args: &'a RunArgs) -> Self {
-        let guests = args.guests.get();
+        let guests = u32::try_from(args.guests.get()).unwrap_or(u32::MAX);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = args.threads.map_or(cores, usize::from).min(guests);
-        let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
-        let largest = files.min(SOCKETS_MAX);
-        // Some files are for sockets kept for new owners, unless they are few.
-        let is_ample = largest >= 2 * CACHED_SOCKETS_DEFAULT;
-        let usual = if is_ample { largest - CACHED_SOCKETS_DEFAULT } else { largest };
-        let per_ring = |total: usize| u32::try_from(total.div_ceil(threads)).unwrap_or(u32::MAX);
-        let sockets_per_ring = match args.sockets {
-            Some(sockets) => per_ring(sockets as usize),
-            None => per_ring((256 * guests).max(4096)).min(usual),
-        };
-        let guests_per_ring = u32::try_from(guests.div_ceil(threads)).unwrap_or(u32::MAX);
-        let sockets_per_guest = (sockets_per_ring / guests_per_ring).max(1);
+        let threads = args.threads.map_or(cores, usize::from).min(args.guests.get());
+        // Each of wasmtime-wasi's sockets is a file.
+        open_files::raise_limit();
+        let usual = || guests.saturating_mul(256).clamp(4096, SOCKETS_MAX / 2);
+        let sockets = args.sockets.unwrap_or_else(usual);
+        let sockets_per_guest = (sockets / guests).max(1);
         // A socket keeps its slot until the kernel has let go of it; in the meantime its guest may
         // open another.
-        let with_closing = sockets_per_ring.saturating_mul(2).min(usual);
-        let slots_per_ring = with_closing.max(sockets_per_ring);
-        Self { args, threads, slots_per_ring, sockets_per_guest }
+        let with_closing = sockets.saturating_mul(2).min(SOCKETS_MAX);
+        Self { args, threads, sockets: with_closing.max(sockets), sockets_per_guest }
     }
 
-    fn build_rings(&self) -> Result<Vec<Uring>, SetupError> {
+    fn build(&self) -> Result<Uring, SetupError> {
         let recycle = self.args.recycle.limits();
-        let build = |_| Uring::builder().sockets(self.slots_per_ring).recycle(recycle).build();
-        (0..self.threads).map(build).collect()
+        Uring::builder().sockets(self.sockets).rings(self.threads).recycle(recycle).build()
     }
 
     fn wasi(&self, guest: usize) -> WasiCtxBuilder {
@@ -110,20 +104,20 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// A thread, a current-thread runtime and a ring for each share of the guests.
+/// A thread and a current-thread runtime for each share of the guests.
 fn run_per_thread(
     plan: &Plan<'_>,
     program: &Arc<Program>,
-    rings: &[Uring],
+    uring: Option<&Uring>,
 ) -> Result<Vec<String>, Failure> {
     let net = Net::new(plan.args.net);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..plan.threads)
             .map(|thread| {
-                let (ring, net) = (rings.get(thread..=thread).unwrap_or(&[]), &net);
+                let net = &net;
                 let mine = (thread..plan.args.guests.get()).step_by(plan.threads).collect();
                 scope.spawn(move || {
-                    let guests = run_guests(plan, program, ring, net, mine);
+                    let guests = run_guests(plan, program, uring, net, mine);
                     if plan.args.runtime == RuntimeArg::TokioUring {
                         let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).context(
                             "cannot start a tokio-uring runtime, which is an io_uring itself; \
@@ -150,24 +144,22 @@ fn run_per_thread(
     })
 }
 
-/// Runs guests as tasks of the current runtime, which take the rings in turn, if there are any; what
-/// went wrong, one line each.
+/// Runs guests as tasks of the current runtime; what went wrong, one line each.
 async fn run_guests(
     plan: &Plan<'_>,
     program: &Arc<Program>,
-    rings: &[Uring],
+    uring: Option<&Uring>,
     net: &Net,
     guests: Vec<usize>,
 ) -> Vec<String> {
     let mut tasks = JoinSet::new();
-    let mut in_turn = rings.iter().cycle().cloned();
     for guest in guests {
-        let (program, ring, net) = (Arc::clone(program), in_turn.next(), net.clone());
+        let (program, uring, net) = (Arc::clone(program), uring.cloned(), net.clone());
         let mut wasi = plan.wasi(guest);
         net.configure(&mut wasi);
         let sockets_max = plan.sockets_per_guest;
         tasks.spawn(async move {
-            let config = GuestConfig { wasi, net: &net, uring: ring.as_ref(), sockets_max };
+            let config = GuestConfig { wasi, net: &net, uring: uring.as_ref(), sockets_max };
             let ended = match program.instantiate(config).await {
                 Ok(mut instance) => instance.run().await,
                 Err(error) => Err(error.context("cannot be instantiated")),
@@ -186,53 +178,50 @@ async fn run_guests(
     failures
 }
 
-fn stats_line(backend: Backend, rings: &[Uring]) -> serde_json::Value {
-    let mut stats = Stats::default();
-    for ring in rings {
-        stats += ring.stats();
-    }
+fn stats_line(uring: Option<&Uring>) -> serde_json::Value {
+    let Some(stats) = uring.map(Uring::stats) else {
+        return serde_json::json!({ "backend": Backend::Stock.name() });
+    };
     let closed = stats.closed_instead;
-    match backend {
-        Backend::Stock => serde_json::json!({ "backend": backend.name() }),
-        Backend::Uring => serde_json::json!({
-            "backend": backend.name(),
-            "rings": rings.len(),
-            "enters": stats.enters,
-            "enters_overdue": stats.enters_overdue,
-            "submissions": stats.submissions,
-            "completions": stats.completions,
-            "sockets_created": stats.sockets_created,
-            "sockets_open": stats.sockets_open,
-            "sockets_recycled": stats.sockets_recycled,
-            "sockets_cached": stats.sockets_cached,
-            "closed_instead": {
-                "named_port": closed.named_port,
-                "options": closed.options,
-                "connected": closed.connected,
-                "error": closed.error,
-                "busy": closed.busy,
-                "no_room": closed.no_room,
-                "unread": closed.unread,
-                "unclean": closed.unclean,
-                "idle": closed.idle,
-            },
-            "datagrams_sent": stats.datagrams_sent,
-            "datagrams_coalesced": stats.datagrams_coalesced,
-            "gso_refusals": stats.gso_refusals,
-            "bytes_sent": stats.bytes_sent,
-            "datagrams_received": stats.datagrams_received,
-            "datagrams_split": stats.datagrams_split,
-            "bytes_received": stats.bytes_received,
-            "rearms": stats.rearms,
-            "pauses": stats.pauses,
-            "drops": {
-                "policy": stats.dropped_by_policy,
-                "not_from_peer": stats.dropped_not_from_peer,
-                "at_close": stats.dropped_at_close,
-                "kernel": stats.dropped_by_kernel,
-                "queue": stats.dropped_by_queue,
-                "malformed": stats.dropped_malformed,
-            },
-        }),
-    }
+    serde_json::json!({
+                "backend": Backend::Uring.name(),
+                "rings": stats.rings,
+                "enters": stats.enters,
+                "enters_overdue": stats.enters_overdue,
+                "interrupts": stats.interrupts,
+                "submissions": stats.submissions,
+                "completions": stats.completions,
+                "sockets_created": stats.sockets_created,
+                "sockets_open": stats.sockets_open,
+                "sockets_recycled": stats.sockets_recycled,
+                "sockets_cached": stats.sockets_cached,
+                "closed_instead": {
+                    "named_port": closed.named_port,
+                    "options": closed.options,
+                    "connected": closed.connected,
+                    "error": closed.error,
+                    "busy": closed.busy,
+                    "no_room": closed.no_room,
+                    "unread": closed.unread,
+                    "unclean": closed.unclean,
+                    "idle": closed.idle,
+                },
+                "datagrams_sent": stats.datagrams_sent,
+                "datagrams_coalesced": stats.datagrams_coalesced,
+                "gso_refusals": stats.gso_refusals,
+                "bytes_sent": stats.bytes_sent,
+                "datagrams_received": stats.datagrams_received,
+                "datagrams_split": stats.datagrams_split,
+                "bytes_received": stats.bytes_received,
+                "rearms": stats.rearms,
+                "pauses": stats.pauses,
+                "drops": {
+                    "policy": stats.dropped_by_policy,
+                    "not_from_peer": stats.dropped_not_from_peer,
+                    "at_close": stats.dropped_at_close,
+                    "kernel": stats.dropped_by_kernel,
+                    "queue": stats.dropped_by_queue,
+                    "malformed": stats.dropped_malformed,
+                },
+    })
 }

@@ -131,9 +131,9 @@ impl Rounds {
     }
 }
 
-/// How often a thread looks again at a full table or quota while another thread, inside the
+/// How often a thread looks again at a used-up quota while another thread, inside the
 /// kernel, may be closing sockets.
-pub(super) fn quota_retries() -> Range<u32> {
+pub(crate) fn quota_retries() -> Range<u32> {
     0..QUOTA_RETRIES_MAX
 }
 

@@ -17,15 +17,15 @@ use crate::clock;
 use crate::error::{Errno, RingGone, SetupError};
 use crate::limits::SHUTDOWN_PATIENCE;
 use crate::ring::eventfd::EventFd;
-use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
 use crate::ring::op::OpResult;
 use crate::ring::op_table::{Leftover, Registered};
 use crate::ring::process::Process;
 use crate::ring::queues::{Enter, OpKey};
-use crate::ring::quota::Quota;
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
+use crate::ring::setup::Known;
+use crate::ring::share::Share;
 use crate::ring::{Ring, setup};
 use crate::stats::Stats;
 
@@ -35,11 +35,10 @@ pub(crate) struct Driver {
     /// The host has closed the ring: written under the lock.
     is_closed: AtomicBool,
     pub(super) kernel: Enter,
-    pub(super) quota: Arc<Quota>,
+    pub(super) share: Arc<Share>,
     /// The eventfd that completions signal while no thread is inside.
     pub(super) eventfd: EventFd,
-    pub(super) defaults: Defaults,
-    pub(super) has_names: bool,
+    pub(super) known: Known,
     pub(super) queue_limits: QueueLimits,
     pub(super) held_up: Arc<HeldUp>,
     pulse: Arc<Pulse>,
@@ -199,20 +198,24 @@ impl Driver {
         Ok(Self::new(setup::build(sockets, recycle)?, queue_limits, held_up))
     }
 
+    /// Another ring like this one, and of its pool.
+    pub(crate) fn build_another(&self) -> Result<Arc<Self>, SetupError> {
+        Ok(Self::new(setup::build_another(&self.known)?, self.queue_limits, &self.held_up))
+    }
+
     pub(super) fn new(
         built: setup::Built,
         queue_limits: QueueLimits,
         held_up: &Arc<HeldUp>,
     ) -> Arc<Self> {
-        let setup::Built { process, ring, quota, defaults, eventfd, has_names } = built;
+        let setup::Built { process, ring, share, eventfd, known } = built;
         Arc::new_cyclic(|driver: &Weak<Self>| Self {
             process,
             is_closed: AtomicBool::new(false),
             kernel: ring.kernel(),
-            quota,
+            share,
             eventfd,
-            defaults,
-            has_names,
+            known,
             queue_limits,
             held_up: Arc::clone(held_up),
             pulse: held_up.pulse(),

@@ -24,6 +24,7 @@ use crate::ring::queues::SlotIndex;
 use crate::ring::quota::ByteQuota;
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
+use crate::ring::share::Share;
 
 fn driver() -> Arc<Driver> {
     let limits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
@@ -32,7 +33,8 @@ fn driver() -> Arc<Driver> {
 
 /// A bound socket.
 fn socket(driver: &Arc<Driver>, guest: Guest) -> SlotIndex {
-    assert!(driver.table_quota().take());
+    driver.share().gain(&Share::new(1), |all| all);
+    assert!(driver.share().take());
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let bind = Box::new(BindOp::new(Family::V4, Vec::new(), any));
     let (slot, mut in_flight) = driver.submit_bind(guest, None, bind).unwrap();
@@ -255,24 +257,6 @@ fn a_subscriber_that_panics_does_not_stop_the_ring() {
     assert_eq!(events.load(Ordering::Relaxed), 1);
     assert_it_goes_on(&driver, slot);
     assert!(waiting.poll_result(&mut Context::from_waker(Waker::noop())).is_ready());
-}
-
-/// Kills: a retry without an end, or none, while another thread is inside; more than one try after
-/// an own enter, which has brought what there is.
-#[test]
-fn a_full_quota_is_tried_a_thousand_times_while_another_thread_is_inside_and_else_once_more() {
-    let driver = driver();
-    let tries = AtomicUsize::new(0);
-    let never = || {
-        tries.fetch_add(1, Ordering::Relaxed);
-        false
-    };
-    assert!(!driver.acquire(never));
-    assert_eq!(tries.swap(0, Ordering::Relaxed), 2);
-    driver.lock().unwrap().entering = true;
-    assert!(!driver.acquire(never));
-    assert_eq!(tries.swap(0, Ordering::Relaxed), 1001);
-    assert!(driver.acquire(|| tries.fetch_add(1, Ordering::Relaxed) == 500));
 }
 
 /// Kills: operations, and their memory, that pile up while a guest calls again and again.

@@ -76,10 +76,6 @@ impl Quota {
     pub(crate) fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
-
-    pub(crate) fn capacity(&self) -> u64 {
-        self.capacity
-    }
 }
 
 /// Bytes that wait, of all sockets of a guest.

@@ -277,7 +277,7 @@ mod tests {
     use super::*;
     use crate::ring::eventfd::EventFd;
     use crate::ring::op::Output;
-    use crate::ring::quota::Quota;
+    use crate::ring::share::Share;
     use crate::ring::slots::{SlotState, SlotTable};
 
     fn recycler(quarantined_max: u32, ready_max: u32) -> Recycler {
@@ -331,16 +331,16 @@ mod tests {
         fn a_guest_with_a_unit_of_the_quota_finds_a_slot_whatever_is_cached(
             steps in proptest::collection::vec((0_u8..8, any::<prop::sample::Index>()), 1..400)
         ) {
-            let quota = Quota::new(3);
+            let share = Share::new(3);
             let mut recycler = recycler(2, 8);
-            let mut slots = SlotTable::new(quota.capacity() + recycler.slots());
+            let mut slots = SlotTable::new(3 + recycler.slots());
             let mut owned: Vec<SlotIndex> = Vec::new();
             // Slots whose last operation is in the kernel, and those of them whose guest has just
             // left.
             let (mut in_kernel, mut releasing): (Vec<SlotIndex>, Vec<SlotIndex>) = (vec![], vec![]);
             for (step, which) in steps {
                 match step {
-                    0 | 1 if quota.take() => {
+                    0 | 1 if share.take() => {
                         let family = [Family::V4, Family::V6][which.index(2)];
                         let slot = if let Some(slot) = recycler.acquire(family, step == 0) {
                             slots.take_cached(slot);
@@ -348,7 +348,7 @@ mod tests {
                         } else if let Some(slot) = slots.take_free(family) {
                             slot
                         } else {
-                            let slot = recycler.evict().expect("the quota leaves a slot");
+                            let slot = recycler.evict().expect("the share leaves a slot");
                             slots.take_evicted(slot, family);
                             slot
                         };
@@ -374,7 +374,7 @@ mod tests {
                         let next = recycler.completed(slot, taint, &result);
                         if let Some(at) = releasing.iter().position(|one| *one == slot) {
                             releasing.swap_remove(at);
-                            quota.put_back();
+                            share.put_back();
                         }
                         match next {
                             Next::Submit(_) => in_kernel.push(slot),

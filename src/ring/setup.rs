@@ -15,12 +15,12 @@ use super::membarrier;
 use super::op::ENTRY_FLAGS;
 use super::process::Process;
 use super::queues::Queues;
-use super::quota::Quota;
 use super::recycle::Recycler;
 use super::recycle::pool::Recycle;
 use super::recycle::rcu::Rcu;
 use super::recycle::self_test::{self, Support};
 use super::rlimits::{are_rings_charged_to_memlock, soft_limit};
+use super::share::Share;
 use super::socket_filter;
 use super::trials::{TRIALS, Trial, Tried, answers_names};
 use crate::error::SetupError;
@@ -31,17 +31,40 @@ pub(crate) struct Built {
     /// The only one that may use the ring.
     pub(crate) process: Process,
     pub(crate) ring: Ring,
-    /// The sockets that guests may have open at once.
-    pub(crate) quota: Arc<Quota>,
-    pub(crate) defaults: Defaults,
+    /// The sockets that guests may have open at once: to begin with, none.
+    pub(crate) share: Arc<Share>,
     /// The kernel signals it for completions.
     pub(crate) eventfd: EventFd,
+    pub(crate) known: Known,
+}
+
+/// What holds for all rings of a pool, and is found out with the first.
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    /// Of a table, for the sockets of guests.
+    pub(crate) slots: u32,
+    recycle: Recycle,
+    support: Support,
+    pub(crate) defaults: Defaults,
     /// Sockets can be asked for their addresses on the ring.
     pub(crate) has_names: bool,
 }
 
-/// Builds a ring with a table of `sockets` slots and some for cached sockets, or says which
-/// requirement failed.
+#[cfg(test)]
+impl Known {
+    /// Of a kernel that a test plays.
+    pub(crate) fn played(
+        slots: u32,
+        recycle: Recycle,
+        support: Support,
+        defaults: Defaults,
+    ) -> Self {
+        Self { slots, recycle, support, defaults, has_names: true }
+    }
+}
+
+/// Builds the first ring of a pool, with a table of `sockets` slots, or as many as the kernel lets a
+/// table have, and some for cached sockets; or says which requirement failed.
 pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError> {
     if !(1..=SOCKETS_MAX).contains(&sockets) {
         return Err(SetupError::OutOfRange {
@@ -54,32 +77,72 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     let process =
         Process::current().map_err(|errno| SetupError::Io { step: "mapping a page", errno })?;
     let io = set_up()?;
-    let known = probe(&io)?;
-    if let Some(trial) = TRIALS.iter().find(|trial| !known.is_supported(trial.code)) {
+    let codes = probe(&io)?;
+    if let Some(trial) = TRIALS.iter().find(|trial| !codes.is_supported(trial.code)) {
         return Err(missing(trial));
     }
-    let (recycle, support) = match recycle.quarantined_max {
-        0 => (recycle, Support::none("turned off")),
-        _ => recyclable(sockets, recycle),
-    };
-    register_table(&io, sockets + recycle.quarantined_max)?;
-    let buffers = register_buffers(&io)?;
-    let eventfd = EventFd::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
-    io.submitter()
-        .register_eventfd(eventfd.as_raw_fd())
-        .map_err(step("registering the eventfd"))?;
-    restrict(&io, &known)?;
-    let mut queues = Queues::new(io);
+    let (slots, recycle) = fit(sockets, recycle);
+    let (recycle, support) = recyclable(recycle);
+    let (mut queues, buffers, eventfd) = equip(io, &codes, slots + recycle.quarantined_max)?;
     for trial in TRIALS {
         try_out(trial, &mut queues)?;
     }
     let has_names = answers_names(&mut queues).map_err(step("trying getsockname"))?;
     let defaults = Defaults::query()?;
     membarrier::enable_kicks();
-    let quota = Quota::new(sockets);
-    let recycler = Recycler::new(recycle, support, Rcu::new(eventfd.clone()));
-    let ring = Ring::new(process, queues, buffers, Arc::clone(&quota), recycler);
-    Ok(Built { process, ring, quota, defaults, eventfd, has_names })
+    let known = Known { slots, recycle, support, defaults, has_names };
+    Ok(assemble(process, queues, buffers, eventfd, known))
+}
+
+/// Builds another ring of the pool, for which nothing is tried that the first has shown.
+pub(crate) fn build_another(known: &Known) -> Result<Built, SetupError> {
+    let process =
+        Process::current().map_err(|errno| SetupError::Io { step: "mapping a page", errno })?;
+    let io = set_up()?;
+    let codes = probe(&io)?;
+    let slots = known.slots + known.recycle.quarantined_max;
+    let (queues, buffers, eventfd) = equip(io, &codes, slots)?;
+    Ok(assemble(process, queues, buffers, eventfd, known.clone()))
+}
+
+/// Gives a new ring what it works with, and enables it.
+fn equip(
+    io: IoUring,
+    codes: &Probe,
+    slots: u32,
+) -> Result<(Queues, BufferRing, EventFd), SetupError> {
+    register_table(&io, slots)?;
+    let buffers = register_buffers(&io)?;
+    let eventfd = EventFd::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
+    io.submitter()
+        .register_eventfd(eventfd.as_raw_fd())
+        .map_err(step("registering the eventfd"))?;
+    restrict(&io, codes)?;
+    Ok((Queues::new(io), buffers, eventfd))
+}
+
+fn assemble(
+    process: Process,
+    queues: Queues,
+    buffers: BufferRing,
+    eventfd: EventFd,
+    known: Known,
+) -> Built {
+    let share = Share::new(0);
+    let recycler = Recycler::new(known.recycle, known.support.clone(), Rcu::new(eventfd.clone()));
+    let ring = Ring::new(process, queues, buffers, known.slots, Arc::clone(&share), recycler);
+    Built { process, ring, share, eventfd, known }
+}
+
+/// How many slots of a table are for guests' sockets, and how many sockets are cached beside them: the
+/// kernel registers no table that is larger than `RLIMIT_NOFILE`.
+fn fit(sockets: u32, recycle: Recycle) -> (u32, Recycle) {
+    let nofile = u32::try_from(soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
+    let largest = nofile.min(SOCKETS_MAX);
+    let beside = largest.saturating_sub(sockets).max(largest / 2);
+    let quarantined_max = recycle.quarantined_max.min(beside);
+    let slots = sockets.min(largest - quarantined_max).max(1);
+    (slots, Recycle { quarantined_max, idle: recycle.idle.max(IDLE_MIN), ..recycle })
 }
 
 /// `io_uring_setup`, with the flags a ring entered from any thread can have: not SINGLE_ISSUER and
@@ -164,25 +227,14 @@ fn register_buffers(io: &IoUring) -> Result<BufferRing, SetupError> {
     BufferRing::register(io).map_err(step("registering the buffer ring"))
 }
 
-/// What can be recycled here, with as many slots for it as the kernel's limits leave beside those of
-/// the guests' sockets.
-fn recyclable(sockets: u32, recycle: Recycle) -> (Recycle, Support) {
-    let nofile = u32::try_from(soft_limit(libc::RLIMIT_NOFILE)).unwrap_or(u32::MAX);
-    let left = nofile.min(SOCKETS_MAX).saturating_sub(sockets);
-    let quarantined_max = recycle.quarantined_max.min(left);
-    let idle = recycle.idle.max(IDLE_MIN);
-    if quarantined_max == 0 {
-        const WHY: &str = "RLIMIT_NOFILE leaves the table no room for sockets in quarantine";
-        tracing::info!(nofile, sockets, "closed sockets are not recycled: {WHY}");
-        return (Recycle::OFF, Support::none(WHY));
+/// What of it can be recycled here.
+fn recyclable(recycle: Recycle) -> (Recycle, Support) {
+    if recycle.quarantined_max == 0 {
+        return (recycle, Support::none("turned off"));
     }
     let support = self_test::support();
     support.log();
-    let may_be = support.may_be_any();
-    (
-        Recycle { quarantined_max: if may_be { quarantined_max } else { 0 }, idle, ..recycle },
-        support,
-    )
+    if support.may_be_any() { (recycle, support) } else { (Recycle::OFF, support) }
 }
 
 /// `IORING_REGISTER_SYNC_CANCEL`, the one registration of a ring at work.
@@ -192,8 +244,8 @@ const SYNC_CANCEL: u8 = 24;
 /// of entries and registrations from now on, with `EACCES`. And all sockets but UDP's, if the result is
 /// `true`: from Linux 7.0 on.
 ///
-/// `known`: the kernel takes no list with operations that it does not know.
-fn restrict(io: &IoUring, known: &Probe) -> Result<bool, SetupError> {
+/// `codes`: the kernel takes no list with operations that it does not know.
+fn restrict(io: &IoUring, codes: &Probe) -> Result<bool, SetupError> {
     let is_udp_only = match socket_filter::register(io) {
         Ok(()) => true,
         Err(errno) => {
@@ -204,8 +256,8 @@ fn restrict(io: &IoUring, known: &Probe) -> Result<bool, SetupError> {
             false
         }
     };
-    let codes = TRIALS.iter().map(|trial| trial.code).filter(|code| known.is_supported(*code));
-    let operations = codes.map(Restriction::sqe_op);
+    let known = TRIALS.iter().map(|trial| trial.code).filter(|code| codes.is_supported(*code));
+    let operations = known.map(Restriction::sqe_op);
     let others =
         [Restriction::sqe_flags_allowed(ENTRY_FLAGS.bits()), Restriction::register_op(SYNC_CANCEL)];
     let mut allowed: Vec<_> = operations.chain(others).collect();
@@ -215,12 +267,7 @@ fn restrict(io: &IoUring, known: &Probe) -> Result<bool, SetupError> {
 }
 
 fn register_table(io: &IoUring, sockets: u32) -> Result<(), SetupError> {
-    io.submitter().register_files_sparse(sockets).map_err(|errno| match errno.raw_os_error() {
-        Some(libc::EMFILE) => {
-            SetupError::TableBeyondNofile { sockets, limit: soft_limit(libc::RLIMIT_NOFILE) }
-        }
-        _ => step("registering the fixed-file table")(errno),
-    })
+    io.submitter().register_files_sparse(sockets).map_err(step("registering the fixed-file table"))
 }
 
 /// Tries one thing that sockets need, on a ring without other operations.

@@ -13,6 +13,7 @@ use super::quota::ByteQuota;
 use super::receive_queue::QueueLimits;
 use super::recycle::pool::Recycle;
 use super::send::SendOp;
+use super::share::Share;
 use super::*;
 use crate::datagram::{Family, Outgoing};
 use crate::error::Errno;
@@ -27,7 +28,7 @@ const IORING_CQE_BUFFER_SHIFT: u32 = 16;
 struct Rig {
     ring: Ring,
     /// The ring's.
-    table: Arc<Quota>,
+    table: Arc<Share>,
     /// One guest's, for all.
     quota: Arc<Quota>,
     sockets: Vec<Socket>,
@@ -51,7 +52,8 @@ const LIMITS: QueueLimits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
 
 impl Rig {
     fn new() -> Self {
-        let setup::Built { ring, quota: table, .. } = setup::build(16, Recycle::OFF).unwrap();
+        let setup::Built { ring, share: table, .. } = setup::build(16, Recycle::OFF).unwrap();
+        table.gain(&Share::new(16), |all| all);
         Self { ring, table, quota: Quota::new(16), sockets: Vec::new(), next_buffer: 0 }
     }
 
@@ -631,7 +633,8 @@ fn a_failing_socket_operation_completes_its_bind_once() {
         (vec![], local, None),
     ];
     for (options, addr, error) in cases {
-        let setup::Built { mut ring, quota: table, .. } = setup::build(4, Recycle::OFF).unwrap();
+        let setup::Built { mut ring, share: table, .. } = setup::build(4, Recycle::OFF).unwrap();
+        table.gain(&Share::new(4), |all| all);
         assert!(table.take());
         let bind = BindOp::new(Family::V4, options, addr);
         let (slot, key) = ring.submit_bind(None, Box::new(bind));
@@ -645,7 +648,8 @@ fn a_failing_socket_operation_completes_its_bind_once() {
     }
     // The head fails: a slot beyond the table. The kernel does not count that as a failure of
     // the chain, and BIND finds the slot empty; one completion all the same.
-    let setup::Built { mut ring, quota: table, .. } = setup::build(1, Recycle::OFF).unwrap();
+    let setup::Built { mut ring, share: table, .. } = setup::build(1, Recycle::OFF).unwrap();
+    table.gain(&Share::new(1), |all| all);
     assert!(table.take());
     let bind = BindOp::new(Family::V4, vec![], local);
     // Two slots for a table of one.
@@ -671,13 +675,14 @@ const LOOPBACK_6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 
 /// A ring that recycles, and its sockets.
 struct Recycling {
     ring: Ring,
-    table: Arc<Quota>,
+    table: Arc<Share>,
 }
 
 impl Recycling {
     fn new() -> Self {
         let recycle = Recycle { quarantined_max: 4, ready_max: 4, ..Recycle::default() };
-        let setup::Built { ring, quota: table, .. } = setup::build(4, recycle).unwrap();
+        let setup::Built { ring, share: table, .. } = setup::build(4, recycle).unwrap();
+        table.gain(&Share::new(4), |all| all);
         Self { ring, table }
     }
 

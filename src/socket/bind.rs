@@ -9,7 +9,6 @@ use std::task::{Context, Poll, ready};
 use crate::datagram::Family;
 use crate::error::{Errno, ErrorCode};
 use crate::ring::op::BindOp;
-use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
 use crate::socket::{BindState, UdpSocket};
 
@@ -72,9 +71,8 @@ impl UdpSocket {
     fn submit_bind(&self, addr: SocketAddr) -> Result<(), Errno> {
         let options = self.lock().options.to_set(self.family);
         let bind = Box::new(BindOp::new(self.family, options, addr));
-        let GuestCtx { driver, guest, .. } = &*self.ctx;
         let slot = self.slot.get().copied();
-        let (slot, in_flight) = driver.submit_bind(*guest, slot, bind)?;
+        let (slot, in_flight) = self.driver.submit_bind(self.ctx.guest, slot, bind)?;
         self.slot.get_or_init(|| slot);
         let mut state = self.lock();
         state.bind = BindState::Binding(Box::new(in_flight));

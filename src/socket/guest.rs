@@ -1,19 +1,23 @@
-//! What all sockets of one guest share: its ring, its name in that ring's batching, its policy, its
+//! What all sockets of one guest share: the host's rings, its name in their batching, its policy, its
 //! quotas of sockets and of bytes that wait, and its budget of datagrams.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::task::yield_now;
 
 use crate::driver::batching::Budget;
-use crate::driver::{Driver, Guest, first_poll};
+use crate::driver::{Guest, first_poll};
+use crate::pool::{Pool, RingIndex};
 use crate::ring::quota::{ByteQuota, Quota};
 use crate::socket::policy::Policy;
 
-/// One guest's share of a ring. The host's `UdpCtx` and each of the guest's sockets hold it.
+/// One guest's share of the rings. The host's `UdpCtx` and each of the guest's sockets hold it.
 #[derive(Debug)]
 pub(crate) struct GuestCtx {
-    pub(crate) driver: Arc<Driver>,
+    pub(crate) pool: Arc<Pool>,
+    /// Those that it has had sockets in: one bit each, or for several.
+    rings: AtomicU64,
     pub(crate) guest: Guest,
     pub(crate) policy: Policy,
     pub(crate) quota: Arc<Quota>,
@@ -25,14 +29,15 @@ pub(crate) struct GuestCtx {
 
 impl GuestCtx {
     pub(crate) fn new(
-        driver: Arc<Driver>,
+        pool: Arc<Pool>,
         policy: Policy,
         sockets_max: u32,
         queue_bytes_max: usize,
         send_bytes_max: usize,
     ) -> Self {
         Self {
-            driver,
+            pool,
+            rings: AtomicU64::new(0),
             guest: Guest::new(),
             policy,
             quota: Quota::new(sockets_max),
@@ -44,6 +49,15 @@ impl GuestCtx {
 }
 
 impl GuestCtx {
+    /// It has a socket in this ring.
+    pub(crate) fn use_ring(&self, ring: RingIndex) {
+        let rings = self.rings.load(Ordering::Relaxed);
+        if rings & ring.bit() == 0 {
+            // A guest's calls that create sockets come one after the other.
+            self.rings.store(rings | ring.bit(), Ordering::Relaxed);
+        }
+    }
+
     /// Suspends a guest that has spent a budget of so many datagrams, so that the other tasks of its thread run.
     pub(crate) async fn yield_if_spent(&self, datagrams: usize) {
         if self.budget.is_spent(datagrams) {
@@ -60,6 +74,6 @@ impl Drop for GuestCtx {
     /// The store and all the guest's sockets are dropped. The runtime whose flusher would submit
     /// their closes may be shut down, so this thread submits them.
     fn drop(&mut self) {
-        self.driver.forsake(&self.quota);
+        self.pool.forsake(self.rings.load(Ordering::Relaxed), &self.quota);
     }
 }

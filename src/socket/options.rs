@@ -28,7 +28,7 @@ impl UdpSocket {
     }
 
     fn defaults(&self) -> FamilyDefaults {
-        self.ctx.driver.defaults().of(self.family).expect("checked when the socket was created")
+        self.driver.defaults().of(self.family).expect("checked when the socket was created")
     }
 
     /// Records an option. A bound socket's is set in the kernel first, an unbound one's with its

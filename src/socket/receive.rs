@@ -60,7 +60,8 @@ impl UdpSocket {
     /// Arms the receive, unless that was done; afterwards what waited in the kernel is in the queue.
     async fn receiver(&self) -> Result<&Receiver, Errno> {
         poll_fn(|cx| {
-            let GuestCtx { driver, guest, queued, .. } = &*self.ctx;
+            let GuestCtx { guest, queued, .. } = &*self.ctx;
+            let driver = &self.driver;
             // In a fork the lock of an armed receive's queue may be held for ever.
             driver.check()?;
             let receiver: &Receiver = if let Some(armed) = self.receiver.get() {
@@ -103,7 +104,7 @@ impl UdpSocket {
                 Batch::Admitted(datagrams) => return Ok(datagrams),
                 Batch::Withheld => true,
                 Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
-                Batch::Empty => match self.ctx.driver.reap() {
+                Batch::Empty => match self.driver.reap() {
                     Some(refusal) => return Err(refusal.into()),
                     None => true,
                 },
@@ -202,7 +203,7 @@ impl UdpSocket {
     /// Ready with the next arrival that the guest may see, or with what is to be done before.
     fn poll_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Poll<Next> {
         let gone = |gone: RingGone| Poll::Ready(Next::Refused(gone.into()));
-        let check = || self.ctx.driver.check().map_err(gone);
+        let check = || self.driver.check().map_err(gone);
         if let Err(gone) = check() {
             return gone;
         }
@@ -213,7 +214,7 @@ impl UdpSocket {
             return taken;
         }
         // The task is not registered yet: what this reaps would wake the very task that reaps.
-        let refusal = self.ctx.driver.start_reaping();
+        let refusal = self.driver.start_reaping();
         if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
             return taken;
         }
@@ -298,7 +299,7 @@ impl UdpSocket {
 
     fn count(&self, Withheld { by_policy, not_from_peer }: &Withheld) {
         if by_policy + not_from_peer > 0 {
-            self.ctx.driver.count(|stats| {
+            self.driver.count(|stats| {
                 stats.dropped_by_policy += by_policy;
                 stats.dropped_not_from_peer += not_from_peer;
             });
@@ -306,7 +307,7 @@ impl UdpSocket {
     }
 
     fn resume(&self, receiver: &Receiver) {
-        self.ctx.driver.resume(self.ctx.guest, self.bound_slot(), &receiver.queue);
+        self.driver.resume(self.ctx.guest, self.bound_slot(), &receiver.queue);
     }
 }
 

@@ -11,7 +11,6 @@ use crate::error::{Errno, ErrorCode};
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::ring::op::{Op, Output, Sent};
 use crate::ring::send::SendOp;
-use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{SocketAddrUse, is_of_family, is_remote};
 use crate::socket::{Reached, Remote, UdpSocket};
 
@@ -25,7 +24,7 @@ impl UdpSocket {
         &self,
         datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
-        self.ctx.driver.check()?;
+        self.driver.check()?;
         match self.take_blocked() {
             None => return Ok(0),
             Some(result) => result?,
@@ -73,11 +72,11 @@ impl UdpSocket {
     /// waiting elsewhere that nothing more is kept for it. Returns how many; the others are the guest's to
     /// send when there is send buffer.
     async fn send_while_taken(&self, datagrams: Vec<Outgoing>) -> Result<u64, ErrorCode> {
-        let GuestCtx { driver, guest, .. } = &*self.ctx;
+        let (driver, guest) = (&self.driver, self.ctx.guest);
         let mut taken = 0;
         for datagram in datagrams {
             let (slot, datagram) = (self.bound_slot(), Box::new(datagram));
-            let given = SendNow::new(driver, *guest, slot, datagram, false).given().await;
+            let given = SendNow::new(driver, guest, slot, datagram, false).given().await;
             let ended = match given {
                 Ok(Given::Answered(Ok(Output::Unsent(_)))) => self.wait_for_room().await,
                 Ok(Given::Answered(Ok(_))) => {
@@ -127,7 +126,7 @@ impl UdpSocket {
         if let Some(result) = self.take_blocked() {
             return Poll::Ready(result);
         }
-        ready!(self.ctx.driver.poll_entered(cx))?;
+        ready!(self.driver.poll_entered(cx))?;
         ready!(self.poll_sendable(cx));
         Poll::Ready(self.take_blocked().unwrap_or(Ok(())))
     }
@@ -160,7 +159,7 @@ impl UdpSocket {
         payload: Vec<u8>,
         to: Option<SocketAddr>,
     ) -> Result<(), ErrorCode> {
-        self.ctx.driver.check()?;
+        self.driver.check()?;
         let remote = self.remote();
         let effective = self.destination(&payload, to, remote)?;
         let (is_bound, is_binding) = {
@@ -187,8 +186,8 @@ impl UdpSocket {
             && reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);
         loop {
             self.take_error()?;
-            let GuestCtx { driver, guest, .. } = &*self.ctx;
-            let send = SendNow::new(driver, *guest, self.bound_slot(), datagram, may_queue);
+            let (guest, slot) = (self.ctx.guest, self.bound_slot());
+            let send = SendNow::new(&self.driver, guest, slot, datagram, may_queue);
             match send.given().await? {
                 Given::Queued(queued) => {
                     queued.charge(&self.ctx.sending);

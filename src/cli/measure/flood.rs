@@ -125,7 +125,7 @@ fn measure_pinned(
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let windows = runtime.block_on(async {
                 let population =
-                    Population::start(harness.program(wasi, backend), harness.ring(0), sockets)
+                    Population::start(harness.program(wasi, backend), harness.uring(), sockets)
                         .await?;
                 let mut windows = [Window::default(); 4];
                 // Each is the first once.

@@ -27,8 +27,7 @@ const SOCKETS_MAX: u32 = 11_264;
 pub struct Harness {
     p2: Guests,
     p3: Guests,
-    /// Guests take them in turn.
-    rings: Vec<Uring>,
+    uring: Uring,
     args: RingArgs,
 }
 
@@ -47,7 +46,7 @@ impl Guests {
 }
 
 impl Harness {
-    /// Compiles the guests and builds a ring for each of `threads`.
+    /// Compiles the guests and builds rings for so many threads.
     ///
     /// # Errors
     ///
@@ -55,22 +54,22 @@ impl Harness {
     pub fn new(recycle: Recycle, threads: NonZeroUsize) -> wasmtime::Result<Self> {
         let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
-        let ring = |_| Uring::builder().sockets(sockets).recycle(recycle).build();
+        let uring =
+            Uring::builder().sockets(sockets).rings(threads.get()).recycle(recycle).build()?;
         Ok(Self {
             p2: Guests::new(WasiArg::P2)?,
             p3: Guests::new(WasiArg::P3)?,
-            rings: (0..threads.get()).map(ring).collect::<Result<_, _>>()?,
+            uring,
             args: RingArgs { sockets, recycle },
         })
     }
 
-    /// The ring of a guest.
-    pub(crate) fn ring(&self, guest: usize) -> &Uring {
-        &self.rings[guest % self.rings.len()]
+    pub(crate) fn uring(&self) -> &Uring {
+        &self.uring
     }
 
     fn enters(&self) -> u64 {
-        self.rings.iter().map(|ring| ring.stats().enters).sum()
+        self.uring.stats().enters
     }
 
     pub(crate) fn program(&self, wasi: WasiArg, backend: Backend) -> &Arc<Program> {
@@ -130,7 +129,7 @@ impl Harness {
             let port = usize::from(source.addr(guest).port());
             wasi.args(&["cycle", operation.mode()]);
             wasi.args(&[work.count, port, *bytes, *datagrams].map(|number| number.to_string()));
-            let uring = Some(self.ring(guest));
+            let uring = Some(&self.uring);
             let config = GuestConfig { wasi, net: &net, uring, sockets_max: self.args.sockets };
             guests.push(program.instantiate(config).await?);
         }

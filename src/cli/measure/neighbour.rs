@@ -223,7 +223,7 @@ impl Neighbourhood<'_> {
         net.configure(&mut wasi);
         let port = reports_to.port().to_string();
         wasi.args(&["cycle", mode, &count.to_string(), &port, "4", "1"]);
-        let uring = Some(self.harness.ring(0));
+        let uring = Some(self.harness.uring());
         let config = GuestConfig { wasi, net: &net, uring, sockets_max: 1 };
         let program = Arc::clone(self.harness.program(self.wasi, self.backend));
         let mut instance = program.instantiate(config).await?;

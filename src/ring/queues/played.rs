@@ -28,13 +28,13 @@ use crate::ring::buffers::BufferRing;
 use crate::ring::eventfd::EventFd;
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::process::Process;
-use crate::ring::quota::Quota;
 use crate::ring::recycle::Recycler;
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::recycle::rcu::Rcu;
 use crate::ring::recycle::rcu::played::PlayedThread;
 use crate::ring::recycle::self_test::{FamilySupport, Support};
-use crate::ring::setup::Built;
+use crate::ring::setup::{Built, Known};
+use crate::ring::share::Share;
 use crate::ring::slots::SlotState;
 use crate::stats::Stats;
 
@@ -1198,16 +1198,17 @@ pub(crate) fn build(
     let played = Arc::new(Played { kernel: Mutex::new(kernel), meanwhile });
     let queues = Queues::new(IoUring::Played(Arc::clone(&played)));
     let process = Process::current().expect("a page");
-    let quota = Quota::new(sizes.sockets);
+    let share = Share::new(0);
     let support = Support {
         v4: FamilySupport::Works { also_connected: true },
         v6: FamilySupport::Works { also_connected: false },
     };
     let (rcu, thread) = Rcu::played(eventfd.clone());
-    let recycler = Recycler::new(sizes.recycle, support, rcu);
-    let ring = Ring::new(process, queues, buffers, Arc::clone(&quota), recycler);
+    let recycler = Recycler::new(sizes.recycle, support.clone(), rcu);
+    let ring = Ring::new(process, queues, buffers, sizes.sockets, Arc::clone(&share), recycler);
     let defaults = *DEFAULTS.get_or_init(|| Defaults::query().expect("plain sockets"));
-    (Built { process, ring, quota, defaults, eventfd, has_names: true }, played, thread)
+    let known = Known::played(sizes.sockets, sizes.recycle, support, defaults);
+    (Built { process, ring, share, eventfd, known }, played, thread)
 }
 
 /// What a ring has.
@@ -1260,7 +1261,7 @@ impl Ring {
             operations: held.len(),
             unfree_slots,
             cached: self.recycler.len(),
-            table_in_use: self.quota.in_use(),
+            table_in_use: self.share.in_use(),
             is_closing: self.ports.is_closing(),
             has_waiting_binds: self.ports.has_waiting(),
             stats: self.snapshot(),

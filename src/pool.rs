@@ -1,0 +1,390 @@
+//! The rings of a host: which of them a new socket goes to.
+//!
+//! A thread's sockets go to one ring, so that threads do not wait for each other: that of a multi-thread
+//! runtime's worker by its number, other threads' in turn. A ring is built when it is first needed. What the pool may
+//! have open in all is divided among the rings as they need it ([`Share`]): one that has used up its own takes
+//! what is nobody's, then what its neighbours do not use. If its table is full the socket goes to a neighbour.
+//! Only when all are in use is a socket refused.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use tokio::runtime::{Handle, RuntimeFlavor, worker_index};
+
+use crate::clock;
+use crate::driver::Driver;
+use crate::driver::batching::quota_retries;
+use crate::driver::held_up::HeldUp;
+use crate::error::{RingGone, SetupError};
+use crate::limits::{RING_RETRY, RINGS_MAX, UNITS_GAINED_MAX};
+use crate::ring::quota::Quota;
+use crate::ring::receive_queue::QueueLimits;
+use crate::ring::recycle::pool::Recycle;
+use crate::ring::rlimits::soft_limit;
+use crate::ring::share::Share;
+use crate::stats::Stats;
+
+/// A ring of a pool, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RingIndex(usize);
+
+impl RingIndex {
+    /// In a set of rings, of which each bit may be several.
+    pub(crate) fn bit(self) -> u64 {
+        1 << (self.0 % 64)
+    }
+}
+
+/// The rings of a host.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    /// Those that threads have come first; the others are for what their tables do not hold.
+    rings: Box<[OnceLock<Arc<Driver>>]>,
+    threads: usize,
+    /// What no ring has of the sockets that may be open.
+    nobodys: Arc<Share>,
+    held_up: Arc<HeldUp>,
+    /// Held by the thread that builds a ring, or divides sockets anew.
+    changing: Mutex<Changing>,
+}
+
+#[derive(Debug, Default)]
+struct Changing {
+    /// When a ring is tried again, after one that could not be built.
+    retry_at: Option<Instant>,
+}
+
+/// How many rings, and how large.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) sockets: u32,
+    /// `None`: as many as processors.
+    pub(crate) rings: Option<usize>,
+    pub(crate) are_built_at_once: bool,
+    pub(crate) queue: QueueLimits,
+    pub(crate) recycle: Recycle,
+}
+
+impl Pool {
+    pub(crate) fn build(plan: Plan) -> Result<Arc<Self>, SetupError> {
+        let held_up = HeldUp::new();
+        let first = Driver::build(plan.sockets, plan.queue, plan.recycle, &held_up)?;
+        let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = plan.rings.unwrap_or_else(processors).clamp(1, RINGS_MAX);
+        let needed = plan.sockets.div_ceil(first.slots()) as usize;
+        if needed > RINGS_MAX {
+            return Err(SetupError::TablesBeyondNofile {
+                sockets: plan.sockets,
+                rings: RINGS_MAX,
+                limit: soft_limit(libc::RLIMIT_NOFILE),
+            });
+        }
+        let pool = Self::of(first, held_up, threads, needed, plan.sockets);
+        if plan.are_built_at_once {
+            (0..threads).try_for_each(|at| pool.build_ring(at).map(drop))?;
+        }
+        Ok(pool)
+    }
+
+    fn of(
+        first: Arc<Driver>,
+        held_up: Arc<HeldUp>,
+        threads: usize,
+        needed: usize,
+        sockets: u32,
+    ) -> Arc<Self> {
+        let rings: Box<[_]> = (0..threads.max(needed)).map(|_| OnceLock::new()).collect();
+        let _ = rings[0].set(first);
+        Arc::new(Self {
+            rings,
+            threads,
+            nobodys: Share::new(sockets),
+            held_up,
+            changing: Mutex::default(),
+        })
+    }
+
+    /// Of one ring.
+    #[cfg(test)]
+    pub(crate) fn of_one(driver: &Arc<Driver>, sockets: u32) -> Arc<Self> {
+        Self::of(Arc::clone(driver), HeldUp::new(), 1, 1, sockets)
+    }
+
+    /// Whether guests can have sockets.
+    #[inline]
+    pub(crate) fn check(&self) -> Result<(), RingGone> {
+        self.first().check()
+    }
+
+    /// The ring that is always there.
+    pub(crate) fn first(&self) -> &Arc<Driver> {
+        self.rings[0].get().expect("set by `of`")
+    }
+
+    pub(crate) fn ring(&self, at: RingIndex) -> &Arc<Driver> {
+        self.rings[at.0].get().expect("a ring that has sockets is there")
+    }
+
+    fn built(&self) -> impl Iterator<Item = &Arc<Driver>> {
+        self.rings.iter().filter_map(OnceLock::get)
+    }
+
+    // ---- which ring -------------------------------------------------------------------------
+
+    /// Takes a socket's place in this thread's ring, or in another if all of that one's slots are in use. `None` if so many
+    /// sockets are open as may be.
+    #[inline]
+    pub(crate) fn take_socket(&self) -> Option<RingIndex> {
+        let home = home() % self.threads;
+        if let Some(ring) = self.rings[home].get()
+            && ring.share().take()
+        {
+            return Some(RingIndex(home));
+        }
+        self.acquire(|| self.take_divided(home))
+    }
+
+    /// As `take_socket`, where this thread's ring has none left, or is not there.
+    #[cold]
+    fn take_divided(&self, home: usize) -> Option<RingIndex> {
+        let mut changing = self.lock();
+        let mut failure = None;
+        let mut rings = (0..self.rings.len()).map(|beside| (home + beside) % self.rings.len());
+        let taken = rings.find(|at| {
+            self.ring_at(*at, &mut changing, &mut failure).is_some_and(|ring| {
+                ring.share().take() || self.gain(*at, ring) && ring.share().take()
+            })
+        });
+        drop(changing);
+        if let Some(error) = failure {
+            tracing::warn!(%error, "no other ring for now: threads share those that are there");
+        }
+        taken.map(RingIndex)
+    }
+
+    /// Has a ring's share gain some units, if its table has slots for them; `false` if none were to be had.
+    fn gain(&self, at: usize, ring: &Driver) -> bool {
+        let share = ring.share();
+        let room = u64::from(ring.slots()).saturating_sub(share.held());
+        let wanted = room.min(UNITS_GAINED_MAX);
+        if share.gain(&self.nobodys, |unused| unused.min(wanted)) > 0 {
+            return true;
+        }
+        let neighbours = self.rings.iter().enumerate().filter(|(other, _)| *other != at);
+        let mut neighbours = neighbours.filter_map(|(_, ring)| ring.get());
+        // Half of what they do not use: they may be about to use it.
+        neighbours
+            .any(|other| share.gain(other.share(), |unused| unused.div_ceil(2).min(wanted)) > 0)
+    }
+
+    /// Takes what a quota has by `take`, also if that is about to come back: the CLOSE that gives it back may
+    /// be queued, or in the kernel with another thread, which takes microseconds.
+    #[inline]
+    pub(crate) fn acquire<T>(&self, mut take: impl FnMut() -> Option<T>) -> Option<T> {
+        take().or_else(|| self.acquire_after_closes(take))
+    }
+
+    #[cold]
+    fn acquire_after_closes<T>(&self, mut take: impl FnMut() -> Option<T>) -> Option<T> {
+        for _ in quota_retries() {
+            // All, because a guest's sockets may be in any.
+            let is_any_inside = self.built().fold(false, |any, ring| ring.enter_queued() || any);
+            let taken = take();
+            if taken.is_some() || !is_any_inside {
+                return taken;
+            }
+            clock::yield_now();
+        }
+        None
+    }
+
+    // ---- building ---------------------------------------------------------------------------
+
+    fn lock(&self) -> MutexGuard<'_, Changing> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A ring, which is built if it is not there. `None` if it cannot be: others serve its threads, and it is
+    /// tried again later.
+    fn ring_at(
+        &self,
+        at: usize,
+        changing: &mut Changing,
+        failure: &mut Option<SetupError>,
+    ) -> Option<&Arc<Driver>> {
+        if let Some(ring) = self.rings[at].get() {
+            return Some(ring);
+        }
+        let now = clock::now();
+        // Closed meanwhile, or refused just now.
+        if self.check().is_err() || changing.retry_at.is_some_and(|at| now < at) {
+            return None;
+        }
+        let built = self.build_ring(at);
+        built
+            .map_err(|error| {
+                changing.retry_at = Some(now + RING_RETRY);
+                *failure = Some(error);
+            })
+            .ok()
+    }
+
+    fn build_ring(&self, at: usize) -> Result<&Arc<Driver>, SetupError> {
+        if let Some(ring) = self.rings[at].get() {
+            return Ok(ring);
+        }
+        let another = self.first().build_another()?;
+        Ok(self.rings[at].get_or_init(|| another))
+    }
+
+    // ---- all --------------------------------------------------------------------------------
+
+    /// A guest that has had sockets in these rings is gone, and so are all its sockets.
+    pub(crate) fn forsake(&self, rings: u64, quota: &Quota) {
+        for (at, ring) in self.rings.iter().enumerate() {
+            if rings & RingIndex(at).bit() != 0
+                && let Some(ring) = ring.get()
+            {
+                ring.forsake(quota);
+            }
+        }
+    }
+
+    pub(crate) fn close_cached(&self) {
+        self.built().for_each(|ring| ring.close_cached());
+    }
+
+    /// Closes all rings; no more are built.
+    pub(crate) fn shut_down(&self) {
+        let _changing = self.lock();
+        self.built().for_each(|ring| ring.shut_down());
+    }
+
+    /// Sums; what came when no runtime was left to reap is counted, too. All 0 in a fork.
+    pub(crate) fn stats(&self) -> Stats {
+        if self.check() == Err(RingGone::Forked) {
+            return Stats::default();
+        }
+        let mut sum = Stats { interrupts: self.held_up.interrupts(), ..Stats::default() };
+        for ring in self.built() {
+            ring.reap();
+            sum += ring.snapshot();
+            sum.rings += 1;
+        }
+        sum
+    }
+}
+
+/// Which of any number of rings this thread's sockets go to.
+fn home() -> usize {
+    /// Of threads that are no workers of a multi-thread runtime, in the order of their first sockets.
+    static OTHERS: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static HOME: usize = worker().unwrap_or_else(|| OTHERS.fetch_add(1, Ordering::Relaxed));
+    }
+    // An error: the thread is exiting.
+    HOME.try_with(|home| *home).unwrap_or(0)
+}
+
+/// Which worker of a multi-thread runtime this thread is. (A current-thread runtime's only one is 0, too.)
+fn worker() -> Option<usize> {
+    let handle = Handle::try_current().ok()?;
+    worker_index().filter(|_| handle.runtime_flavor() == RuntimeFlavor::MultiThread)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(sockets: u32, rings: usize) -> Arc<Pool> {
+        let queue = QueueLimits { datagrams: 4, bytes: 1 << 20 };
+        let rings = Some(rings);
+        let plan = Plan { sockets, rings, are_built_at_once: false, queue, recycle: Recycle::OFF };
+        Pool::build(plan).expect("these tests need io_uring")
+    }
+
+    /// Kills: a retry without an end, or none, while another thread is inside; more than one try after
+    /// an own enter, which has brought what there is.
+    #[test]
+    fn a_full_quota_is_tried_a_thousand_times_while_another_thread_is_inside_and_else_once_more() {
+        let pool = pool(4, 1);
+        let tries = AtomicUsize::new(0);
+        let never = || {
+            tries.fetch_add(1, Ordering::Relaxed);
+            None::<()>
+        };
+        assert!(pool.acquire(never).is_none());
+        assert_eq!(tries.swap(0, Ordering::Relaxed), 2);
+        pool.first().set_entering(true);
+        assert!(pool.acquire(never).is_none());
+        assert_eq!(tries.swap(0, Ordering::Relaxed), 1001);
+        let late = || (tries.fetch_add(1, Ordering::Relaxed) == 500).then_some(());
+        assert!(pool.acquire(late).is_some());
+        pool.first().set_entering(false);
+    }
+
+    /// Kills: sockets beyond the total; a socket that is refused although a neighbour has room for it.
+    #[test]
+    fn threads_have_all_sockets_of_a_pool_between_them_and_no_more() {
+        const SOCKETS: u32 = 100;
+        let pool = pool(SOCKETS, 3);
+        let taken: Vec<_> = std::thread::scope(|scope| {
+            let take = || std::iter::from_fn(|| pool.take_socket()).collect::<Vec<_>>();
+            let threads: Vec<_> = (0..3).map(|_| scope.spawn(take)).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(taken.len(), SOCKETS as usize);
+        assert_eq!(pool.stats().sockets_open, SOCKETS.into());
+        for ring in taken {
+            assert!(pool.take_socket().is_none());
+            pool.ring(ring).share().put_back();
+            // Whichever ring has it.
+            let taken = pool.take_socket().expect("one has come back");
+            pool.ring(taken).share().put_back();
+            assert!(pool.take_socket().is_some());
+        }
+        assert_eq!(pool.stats().sockets_open, SOCKETS.into());
+    }
+
+    /// Kills: more sockets in a ring than its table has slots.
+    #[test]
+    fn what_a_table_does_not_hold_goes_to_rings_beyond_those_of_threads() {
+        let first = pool(10, 1);
+        let slots = first.first().slots();
+        let pool = Pool::of(Arc::clone(first.first()), HeldUp::new(), 1, 3, 3 * slots);
+        let taken: Vec<_> = std::iter::from_fn(|| pool.take_socket()).collect();
+        assert_eq!(taken.len(), 3 * slots as usize);
+        for ring in pool.built() {
+            assert_eq!(ring.share().held(), slots.into());
+            assert_eq!(ring.share().in_use(), slots.into());
+        }
+    }
+
+    #[test]
+    fn a_thread_keeps_its_ring_and_others_have_their_own() {
+        let homes: Vec<_> = (0..4)
+            .map(|_| {
+                std::thread::spawn(|| {
+                    let first = home();
+                    assert_eq!(home(), first);
+                    first
+                })
+            })
+            .map(|thread| thread.join().unwrap())
+            .collect();
+        assert!(homes.windows(2).all(|two| two[0] != two[1]), "{homes:?}");
+        let workers =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let of_worker = || workers.block_on(workers.spawn(async { home() })).unwrap();
+        assert_eq!(of_worker(), 0);
+    }
+
+    #[test]
+    fn a_closed_pool_builds_no_more_rings() {
+        let pool = pool(10, 2);
+        pool.shut_down();
+        assert!((0..2).all(|home| pool.take_divided(home).is_none_or(|at| at.0 == 0)));
+        assert_eq!(pool.built().count(), 1);
+    }
+}
