@@ -29,7 +29,7 @@
 //! }
 //!
 //! # fn main() -> wasmtime::Result<()> {
-//! let uring = Uring::builder().sockets(1024).build()?; // one for each thread
+//! let uring = Uring::builder().sockets(1024).build()?; // one for each process
 //!
 //! let engine = Engine::default();
 //! let mut linker = Linker::<Guest>::new(&engine);
@@ -99,6 +99,7 @@
 //!   a `Flush` is the future of a guest that waits until what it has queued is submitted;
 //! - *in flight*: from the operation's storing in the table until its last completion; *detached*: in
 //!   flight without a caller;
+//! - *pool*: the rings of a host; *share*: how many of its sockets a ring may have;
 //! - *driver*: the rules and the lock by which threads share a ring; *reaper* and *flusher*: its two
 //!   tasks in each runtime;
 //! - *overdue*: a close that takes longer than it should, because its guest computes on; *paused*: a receive whose queue is
@@ -106,8 +107,8 @@
 //! - *recycled*: a socket that had another owner; *cached*: one between two owners; *taint*: what the
 //!   last owner has left in it;
 //! - *refusal*: an `io_uring_enter` that fails; *forsaken*: what a guest that is gone has left in flight;
-//! - *budget*: datagrams that a guest may take before it yields; *quota*: sockets that a guest or a
-//!   ring may have open at once, or bytes that may wait for a guest.
+//! - *budget*: datagrams that a guest may take before it yields; *quota*: sockets that a guest may have open
+//!   at once, or bytes that may wait for it; *held up*: datagrams whose receive a computing thread has armed.
 //!
 //! # The map
 //!
@@ -125,14 +126,16 @@
 //! | `resource` | the socket in a resource table |
 //! | `socket::{bind, connect, options, send, receive}` | what guests do with a socket |
 //! | `socket` | a guest's socket: its state, create, addresses, drop |
-//! | `socket::guest` | what a guest's sockets share: driver, policy, quota, budget |
+//! | `socket::guest` | what a guest's sockets share: rings, policy, quota, budget |
 //! | `socket::policy` | address checks, before any operation |
 //! | `uring` | what a host holds: [`Uring`] and its builder |
+//! | `pool` | the rings behind it: which a new socket goes to, and how many each may have |
 //! | `driver` | what sockets call; the order of the locks |
 //! | `driver::in_flight` | the future of an operation |
 //! | `driver::send_now` | the future of one datagram, which is over, or not begun, when it is dropped |
 //! | `driver::flush` | waiting until entries are in the kernel, or no thread is inside |
 //! | `driver::tasks` | each runtime's reaper and flusher; `driver::runtimes`: their wakers |
+//! | `driver::held_up` | interrupts threads that compute, so that datagrams do not wait for them |
 //! | `driver::overdue` | a thread of the ring's own gets on with what the guests' threads leave |
 //! | `driver::refusals` | enters that fail: when they are tried again, and guests told |
 //! | `driver::enter` | one thread calls `io_uring_enter` for all |
@@ -152,14 +155,16 @@
 //! | `ring::queues` | the submission and the completion queue |
 //! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
 //! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets and bytes |
+//! | `ring::share` | how many of the host's sockets a ring may have |
 //! | `ring::gro_key` | one socket for all rings, so that `UDP_GRO` stays on in the kernel |
 //! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
 //! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
+//! | `ring::thread_clock` | how long a thread has run |
 //! | `ring::rlimits` | the process's limits, and whether rings are charged to that of locked memory |
 //! | `datagram` | socket addresses, control data and messages as bytes |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |
 //! | [`limits`] | every bound, and how they relate |
-//! | `stats` | a ring's counters |
+//! | `stats` | the rings' counters |
 //! | `clock` | what time it is |
 
 #![cfg_attr(
