@@ -459,11 +459,13 @@ mod stats {
     #[test]
     fn several_rings_are_counted_together() {
         let options = ["--backend", "uring", "--threads", "2", "--guests", "4", "--stats"];
-        for runtime in RUNTIMES {
-            let runtime = ["--runtime", runtime];
+        for name in RUNTIMES {
+            let runtime = ["--runtime", name];
             let args = [&["run"], &options[..], &runtime[..], &[CYCLE, "bind", "25"]].concat();
             let stats = run(&args).with_code(0).stats();
-            assert_eq!(number(&stats, "rings"), 2, "{stats}");
+            // One of a runtime's workers may have run all guests before the other has woken up.
+            let least = if name == "multi-thread" { 1 } else { 2 };
+            assert!((least..=2).contains(&number(&stats, "rings")), "{stats}");
             assert_eq!(number(&stats, "sockets_created"), 100, "{stats}");
             assert_eq!(number(&stats, "sockets_open"), 0, "{stats}");
         }
