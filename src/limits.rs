@@ -172,11 +172,12 @@ pub(crate) const INTERRUPT_EVERY: Duration = Duration::from_micros(250);
 /// The same when none has come for long: as often as the kernel's timer does, at 250 Hz.
 pub(crate) const INTERRUPT_EVERY_MAX: Duration = Duration::from_millis(4);
 
-/// How often the thread that interrupts looks for threads that compute, when none does: a datagram that
-/// comes without a reaper hearing of it waits as long where there is no timer tick (`nohz_full`).
-pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often the thread that interrupts looks for threads that compute, when one has just ceased to: guests
+/// that compute now and then are soon found again.
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// The same when none has computed for long.
+/// The same when none has computed for long: a datagram that comes without a reaper hearing of it waits as
+/// long where there is no timer tick (`nohz_full`).
 pub(crate) const LOOK_EVERY_MAX: Duration = Duration::from_millis(160);
 
 /// Looks without datagrams, or without a thread that computes, after which half as many are made.

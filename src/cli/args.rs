@@ -50,7 +50,7 @@ pub(crate) enum BackendArg {
 pub(crate) enum RuntimeArg {
     /// A tokio current-thread runtime and a ring for each thread
     PerCore,
-    /// One tokio multi-thread runtime and a ring for each worker, which guests take in turn
+    /// One tokio multi-thread runtime, and a ring for each worker
     MultiThread,
     /// A tokio-uring runtime and a ring for each thread
     TokioUring,
