@@ -29,8 +29,10 @@ pub struct UdpCtxView<'a> {
     pub table: &'a mut ResourceTable,
 }
 
-/// Names, for the bindings, the data their methods are implemented for.
-pub(crate) struct Udp;
+/// Names [`UdpCtxView`] where Wasmtime wants a type without a lifetime: the `D` of the bindings'
+/// `add_to_linker::<T, D>(linker, getter)` (`p2::bindings`, `p3::bindings`).
+#[derive(Clone, Copy, Debug)]
+pub struct Udp;
 
 impl HasData for Udp {
     type Data<'a> = UdpCtxView<'a>;

@@ -118,7 +118,7 @@
 //! |---|---|
 //! | [`p2`], [`p3`] | WASI 0.2 and 0.3: the linker functions, and where answers differ from stock's |
 //! | `p2::host`, `p3::host` | one thin function per WIT method |
-//! | `p2::bindings`, `p3::bindings` | what `bindgen!` makes of the WIT, and the resources' types |
+//! | [`p2::bindings`], [`p3::bindings`] | what `bindgen!` makes of the WIT, and the resources' types |
 //! | [`doctor`] | what this kernel and these limits allow |
 //! | `bare` | feature `bare`: a ring without WASI, the floor of the benches |
 //! | `fuzzed::{calls, datagram}` | what fuzz targets (`tests/fuzz`) and tests do with any bytes |
@@ -197,7 +197,7 @@ mod socket;
 mod stats;
 mod uring;
 
-pub use ctx::{UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
+pub use ctx::{Udp, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
 pub use error::{KERNEL_MIN, RingGone, SetupError};
 pub use ring::recycle::pool::Recycle;
 pub use socket::policy::SocketAddrUse;

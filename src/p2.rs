@@ -20,7 +20,7 @@
 //! | `send` of a connected socket that names the peer as it was asked for, where the kernel has another (a scope, a load balancer) | `invalid-argument` | sent to the peer | the guest means that one; the kernel is not asked for each connect |
 //! | `unicast-hop-limit` | getsockopt, which for a connected IPv6 socket returns its route's | the limit that was set, or the system's default when the ring was built | no system call |
 
-mod bindings;
+pub mod bindings;
 mod host;
 
 use wasmtime::component::Linker;
@@ -31,10 +31,8 @@ use wasmtime_wasi::p2::bindings::{self as stock, LinkOptions};
 use wasmtime_wasi::random::WasiRandom;
 use wasmtime_wasi::sockets::{WasiSockets, WasiSocketsView};
 
-use self::bindings::wasi::sockets::{udp, udp_create_socket};
+use self::bindings::sockets::{udp, udp_create_socket};
 use crate::ctx::{Udp, UdpView};
-
-pub use self::bindings::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};
 
 /// Adds all of WASI 0.2, UDP on the ring: takes the place of
 /// [`wasmtime_wasi::p2::add_to_linker_async`].
@@ -43,6 +41,19 @@ pub use self::bindings::{IncomingDatagramStream, OutgoingDatagramStream, UdpSock
 ///
 /// If the linker already has one of the interfaces.
 pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    add_to_linker_with_options(linker, &LinkOptions::default())
+}
+
+/// As [`add_to_linker`], with WASI's unstable functions that the options name: takes the place of
+/// [`wasmtime_wasi::p2::add_to_linker_with_options_async`]. UDP has none.
+///
+/// # Errors
+///
+/// If the linker already has one of the interfaces.
+pub fn add_to_linker_with_options<T: WasiView + UdpView>(
+    linker: &mut Linker<T>,
+    options: &LinkOptions,
+) -> wasmtime::Result<()> {
     // Added one by one, not shadowed: a definition at another patch version would stand beside
     // wasmtime-wasi's, and an import could resolve to either.
     let l = linker;
@@ -61,14 +72,14 @@ pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime:
     stock::sockets::tcp::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
     stock::sockets::tcp_create_socket::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
     stock::sockets::instance_network::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
-    let options = (&LinkOptions::default()).into();
-    stock::sockets::network::add_to_linker::<T, WasiSockets>(l, &options, T::sockets)?;
+    stock::sockets::network::add_to_linker::<T, WasiSockets>(l, &options.into(), T::sockets)?;
     stock::sockets::ip_name_lookup::add_to_linker::<T, WasiSockets>(l, T::sockets)?;
     add_udp_to_linker(l)
 }
 
 /// Adds only `wasi:sockets/udp` and `wasi:sockets/udp-create-socket`, for hosts that assemble
-/// their linker themselves.
+/// their linker themselves. Those whose store's data does not implement [`UdpView`] use the
+/// functions of [`bindings`].
 ///
 /// # Errors
 ///

@@ -18,16 +18,15 @@
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |
 //! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
 
-mod bindings;
+pub mod bindings;
 mod host;
 
 use wasmtime::component::Linker;
 use wasmtime_wasi::WasiView;
+use wasmtime_wasi::p3::bindings::LinkOptions;
 
-use self::bindings::wasi::sockets::types;
+use self::bindings::sockets::types;
 use crate::ctx::{Udp, UdpView};
-
-pub use self::bindings::UdpSocket;
 
 /// Adds all of WASI 0.3, UDP on the ring: takes the place of
 /// [`wasmtime_wasi::p3::add_to_linker`]. A linker, and a store, can have WASI 0.2 as well.
@@ -37,7 +36,20 @@ pub use self::bindings::UdpSocket;
 /// If the linker already has one of the interfaces, or its engine no
 /// [`concurrency_support`](wasmtime::Config::concurrency_support).
 pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
-    wasmtime_wasi::p3::add_to_linker(linker)?;
+    add_to_linker_with_options(linker, &LinkOptions::default())
+}
+
+/// As [`add_to_linker`], with WASI's unstable functions that the options name: takes the place of
+/// [`wasmtime_wasi::p3::add_to_linker_with_options`]. UDP has none.
+///
+/// # Errors
+///
+/// As [`add_to_linker`]'s.
+pub fn add_to_linker_with_options<T: WasiView + UdpView>(
+    linker: &mut Linker<T>,
+    options: &LinkOptions,
+) -> wasmtime::Result<()> {
+    wasmtime_wasi::p3::add_to_linker_with_options(linker, options)?;
     // UDP shares an interface with TCP, so this crate's shadows wasmtime-wasi's. Whether a linker
     // allows shadowing cannot be read. If it does not, it refuses, and is left as it was.
     if add_udp_to_linker(linker).is_err() {
@@ -51,7 +63,8 @@ pub fn add_to_linker<T: WasiView + UdpView>(linker: &mut Linker<T>) -> wasmtime:
 
 /// Adds only the resource `udp-socket` of `wasi:sockets/types`, for hosts that assemble their
 /// linker themselves. One that has wasmtime-wasi's already must
-/// [allow shadowing](Linker::allow_shadowing) for it.
+/// [allow shadowing](Linker::allow_shadowing) for it. Those whose store's data does not implement
+/// [`UdpView`] use the function of [`bindings`].
 ///
 /// # Errors
 ///

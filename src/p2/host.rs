@@ -15,7 +15,7 @@ use wasmtime_wasi::p2::bindings::sockets::network::{
 use wasmtime_wasi::p2::{SocketError, SocketResult};
 use wasmtime_wasi_io::poll::{DynPollable, Pollable, subscribe};
 
-use super::bindings::wasi::sockets::{udp, udp_create_socket};
+use super::bindings::sockets::{udp, udp_create_socket};
 use super::bindings::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};
 use crate::ctx::UdpCtxView;
 use crate::datagram::Family;

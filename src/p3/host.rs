@@ -10,7 +10,7 @@ use wasmtime_wasi::p3::bindings::sockets::types::{
 };
 
 use super::bindings::UdpSocket;
-use super::bindings::wasi::sockets::types;
+use super::bindings::sockets::types;
 use crate::ctx::{Udp, UdpCtxView};
 use crate::datagram::Family;
 use crate::error::ErrorCode;
