@@ -1,0 +1,123 @@
+//! Guests of each toolchain and both versions, through each host, all at once on a multi-thread
+//! runtime. wasmtime-wasi's own UDP is not allowed in these hosts, so what works is the ring's.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::Semaphore;
+use wasi_uring::Uring;
+use wasmtime::component::Component;
+use wasmtime_wasi::p2::pipe::MemoryOutputPipe;
+use wasmtime_wasi::{I32Exit, WasiCtx};
+
+use crate::common::{engine, eventually, uring_with, within};
+use crate::{generic_store, one_line};
+
+/// A command, and what it prints.
+struct Program {
+    component: Component,
+    args: &'static [&'static str],
+    expected: String,
+    /// How many run at once.
+    guests: usize,
+}
+
+/// Set by scripts/test where the Rust guest's compiler cannot be had.
+const WITHOUT_RUST: &str = "WASI_URING_WITHOUT_RUST_GUEST";
+
+/// More than any guest prints.
+const PRINTED_BYTES_MAX: usize = 1 << 20;
+
+/// The guests that `scripts/guests` builds.
+const BUILT: [&str; 4] = ["python-spin", "python-socket", "python-async", "rust"];
+
+/// Compiled once for all tests.
+fn programs() -> &'static [Program] {
+    static PROGRAMS: OnceLock<Vec<Program>> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
+        let cycle2 = include_str!("../../src/cli/guests/cycle2.wat");
+        let cycle3 = include_str!("../../src/cli/guests/cycle3.wat");
+        let mut programs = Vec::new();
+        for text in [cycle2, cycle3] {
+            let component = Component::new(engine(), text).unwrap();
+            let args: [&[&str]; 3] =
+                [&["cycle", "dns", "20"], &["cycle", "echo", "100"], &["cycle", "batch", "20"]];
+            programs.extend(args.map(|args| {
+                let component = component.clone();
+                Program { component, args, expected: String::new(), guests: 8 }
+            }));
+        }
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for name in BUILT {
+            if name == "rust" && std::env::var_os(WITHOUT_RUST).is_some() {
+                continue; // the command's tests say so
+            }
+            let file = root.join("target/guests").join(name).with_extension("wasm");
+            assert!(file.exists(), "there is no {}: run scripts/guests", file.display());
+            let component = Component::from_file(engine(), file).unwrap();
+            let expected = root.join("tests/guests").join(name).join("expected.txt");
+            let expected = std::fs::read_to_string(expected).unwrap();
+            programs.push(Program { component, args: &["guest"], expected, guests: 1 });
+        }
+        programs
+    })
+}
+
+/// Runs every program in a host, each with a ring handle of its own, so that what its guests open is told
+/// apart.
+fn all_run<F>(run: impl Fn(&'static Component, WasiCtx, Uring) -> F)
+where
+    F: Future<Output = wasmtime::Result<Result<(), ()>>> + Send + 'static,
+{
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let rings: Vec<_> = programs().iter().map(|_| uring_with(1024)).collect();
+        let mut guests = Vec::new();
+        for (program, uring) in programs().iter().zip(&rings) {
+            for _ in 0..program.guests {
+                let stdout = MemoryOutputPipe::new(PRINTED_BYTES_MAX);
+                let wasi = WasiCtx::builder().args(program.args).stdout(stdout.clone()).build();
+                let ran = tokio::spawn(run(&program.component, wasi, uring.clone()));
+                guests.push((program, stdout, ran));
+            }
+        }
+        for (program, stdout, ran) in guests {
+            let printed = || String::from_utf8(stdout.contents().to_vec()).unwrap();
+            match within(ran).await.unwrap() {
+                Ok(ended) => assert_eq!(ended, Ok(()), "{:?}: {}", program.args, printed()),
+                Err(error) => {
+                    let exited = matches!(error.downcast_ref(), Some(I32Exit(0)));
+                    assert!(exited, "{:?}: {error:?}; printed: {}", program.args, printed());
+                }
+            }
+            assert_eq!(printed(), program.expected);
+        }
+        for uring in &rings {
+            assert!(uring.stats().sockets_created > 0, "its guests had other sockets");
+            eventually("all are closed", || uring.stats().sockets_open == 0).await;
+        }
+    });
+}
+
+#[test]
+fn one_line_serves_guests_of_every_kind() {
+    let linker = Arc::new(one_line::linker(engine()).unwrap());
+    all_run(|component, wasi, uring| {
+        let linker = Arc::clone(&linker);
+        async move { one_line::run(&linker, component, one_line::Guest::new(wasi, &uring)).await }
+    });
+}
+
+#[test]
+fn generic_store_serves_guests_of_every_kind() {
+    let linker = Arc::new(generic_store::linker(engine()).unwrap());
+    let sockets = Arc::new(Semaphore::new(4096));
+    let limit = Arc::clone(&sockets);
+    all_run(|component, wasi, uring| {
+        let linker = Arc::clone(&linker);
+        let state = generic_store::State::new(48_u32, wasi, &uring, &sockets);
+        async move { generic_store::run(&linker, component, state).await }
+    });
+    assert_eq!(limit.available_permits(), 4096, "every permit is back");
+}
