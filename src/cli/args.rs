@@ -1,7 +1,10 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use wasi_uring::Recycle;
@@ -24,6 +27,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a WASI 0.2 or 0.3 component (one that exports wasi:cli/run)
     Run(RunArgs),
+    /// Serve HTTP with a WASI 0.2 or 0.3 component (one that exports wasi:http's handler)
+    Serve(ServeArgs),
     /// See both backends at work: a thousand guests that open, bind, use and close sockets
     Demo(DemoArgs),
     /// Measure both backends with the same guest, in alternation
@@ -136,6 +141,130 @@ pub(crate) struct RunArgs {
     /// Arguments for the guests
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<String>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  wasi-uring serve guest.wasm
+  wasi-uring serve --addr 0.0.0.0:80 --net all --env RESOLVER=192.0.2.53 resolver.wasm
+  wasi-uring serve --addr '[::1]:8080' --timeout 500ms --metrics-addr 127.0.0.1:9090 guest.wasm
+
+Each request has a guest of its own: an instance in a store that lives until the guest has returned and
+its answer is written, also when its client has gone. What becomes of a request that a guest does not answer:
+  400 it names no valid host           500 the guest failed; stderr says how
+  413 its body is longer than allowed  503 too many requests at once
+  504 the guest took too long
+A guest that fails or takes too long when it has begun to answer has its connection closed.
+
+Not offered: TLS and HTTP/2 (put a proxy in front), and outgoing HTTP: a guest's request is answered
+with HTTP-request-denied. Guests write to this process's stdout and stderr.
+
+SIGTERM and SIGINT end it: it stops listening, finishes what was asked for, and closes the ring.
+
+Exit code: 0 after such an end, 1 when guests had to be ended for it (--grace) or the server failed, 2
+for a wrong command line, a missing or invalid file, an address that cannot be had, or a component
+that does not export wasi:http/incoming-handler@0.2 or wasi:http/handler@0.3.")]
+pub(crate) struct ServeArgs {
+    /// Where to listen; with port 0 the kernel chooses one, which stderr tells
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:8080", value_parser = parse_addr)]
+    pub(crate) addr: SocketAddr,
+    /// Where UDP sockets come from
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    /// Threads that run guests [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Addresses guests may use
+    #[arg(long, value_enum, default_value_t = NetArg::Loopback)]
+    pub(crate) net: NetArg,
+    /// An environment variable for the guests; without a value, this process's
+    #[arg(long = "env", value_name = "NAME[=VALUE]", value_parser = parse_env)]
+    pub(crate) envs: Vec<(String, String)>,
+    /// Requests at once, and guests; one more is answered with 503
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) requests_max: u32,
+    /// How long a guest may take for a request, its answer's body included: 500ms, 30s, 5m
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(crate) timeout: Time,
+    /// Memory that a guest may have
+    #[arg(long = "memory-max", value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) memory_max_mib: u32,
+    /// Longest body of a request
+    #[arg(long = "body-max", value_name = "MIB", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) body_max_mib: u32,
+    /// UDP sockets that may be open at once on the ring; each guest may hold its share
+    /// [default: 4096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(SOCKETS_MAX)))]
+    pub(crate) sockets: Option<u32>,
+    #[command(flatten)]
+    pub(crate) recycle: RecycleArgs,
+    /// How long requests may still take when the server is told to end
+    #[arg(long, value_name = "TIME", default_value = "10s")]
+    pub(crate) grace: Time,
+    /// Where Prometheus may scrape counters (path /metrics) [default: nowhere]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse_addr)]
+    pub(crate) metrics_addr: Option<SocketAddr>,
+    /// End with one line of JSON on stderr: requests, and what went through the ring
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// The component, binary or text
+    pub(crate) file: PathBuf,
+}
+
+impl ServeArgs {
+    /// In bytes.
+    pub(crate) fn memory_max(&self) -> usize {
+        (self.memory_max_mib as usize) << 20
+    }
+
+    /// In bytes.
+    pub(crate) fn body_max(&self) -> usize {
+        (self.body_max_mib as usize) << 20
+    }
+}
+
+/// A span of time on the command line, with its unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Time(pub(crate) Duration);
+
+/// Longer ones would only overflow what is computed from them.
+const TIME_MAX: Duration = Duration::from_hours(24 * 365);
+
+impl FromStr for Time {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let unit = match unit {
+            "ms" => Some(Duration::from_millis(1)),
+            "s" => Some(Duration::from_secs(1)),
+            "m" => Some(Duration::from_mins(1)),
+            "h" => Some(Duration::from_hours(1)),
+            _ => None,
+        };
+        let number = number.parse::<u32>().ok();
+        let time = unit.zip(number).and_then(|(unit, number)| unit.checked_mul(number));
+        match time {
+            Some(time) if !time.is_zero() && time <= TIME_MAX => Ok(Self(time)),
+            _ => Err(format!(
+                "{text} is no time; write a whole number with ms, s, m or h: 500ms, 30s"
+            )),
+        }
+    }
+}
+
+impl std::fmt::Display for Time {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+fn parse_addr(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!("{text} is no IP address with a port; write it as 127.0.0.1:8080 or [::1]:8080")
+    })
 }
 
 #[derive(Args, Clone, Copy)]
@@ -259,5 +388,20 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
             Err(format!("this process has no variable {text}; give a value: --env {text}=VALUE"))
         }
         Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_needs_a_number_and_a_unit_and_must_not_overflow() {
+        let time = |text: &str| text.parse::<Time>().ok().map(|time| time.0);
+        assert_eq!(time("500ms"), Some(Duration::from_millis(500)));
+        assert_eq!(time("2m"), Some(Duration::from_secs(120)));
+        for wrong in ["", "5", "s", "0s", "-1s", "1.5s", "5 s", "4294967295h", "99999999999s"] {
+            assert_eq!(time(wrong), None, "{wrong:?}");
+        }
     }
 }

@@ -236,7 +236,7 @@ impl Net {
             });
     }
 
-    fn udp_ctx(&self, uring: &Uring, sockets_max: u32) -> UdpCtx {
+    pub(crate) fn udp_ctx(&self, uring: &Uring, sockets_max: u32) -> UdpCtx {
         let mut builder = UdpCtx::builder(uring).sockets_max(sockets_max);
         if self.allowed != NetArg::None {
             let net = self.clone();
@@ -275,6 +275,13 @@ pub(crate) fn choose(
 
 /// Reads and compiles a component, binary or text.
 pub(crate) fn load(path: &Path) -> wasmtime::Result<Compiled> {
+    let binary = read(path)?;
+    let compiled = Compiled::new(&binary);
+    compiled.with_context(|| format!("{} is not a valid component", path.display()))
+}
+
+/// Reads a component, binary or text; what it returns is binary, and no core module.
+pub(crate) fn read(path: &Path) -> wasmtime::Result<Vec<u8>> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(_) if path.is_dir() => bail!("{} is a directory, not a component", path.display()),
@@ -290,7 +297,6 @@ pub(crate) fn load(path: &Path) -> wasmtime::Result<Compiled> {
             path.display()
         ),
         // Layer 1 is a component; anything else Wasmtime can judge.
-        _ => Ok(Compiled::new(&binary)
-            .with_context(|| format!("{} is not a valid component", path.display()))?),
+        _ => Ok(binary.into_owned()),
     }
 }

@@ -12,6 +12,7 @@ mod open_files;
 mod report;
 mod run;
 mod seccomp;
+mod serve;
 mod terminal;
 
 use std::ffi::OsString;
@@ -41,6 +42,7 @@ pub fn main() -> ExitCode {
 fn run_command(args: Vec<OsString>) -> ExitCode {
     let ended = match Cli::parse_from(args).command {
         Command::Run(args) => run::run(&args),
+        Command::Serve(args) => serve::serve(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Report(args) => report::report(&args),

@@ -178,7 +178,7 @@ async fn run_guests(
     failures
 }
 
-fn stats_line(uring: Option<&Uring>) -> serde_json::Value {
+pub(crate) fn stats_line(uring: Option<&Uring>) -> serde_json::Value {
     let Some(stats) = uring.map(Uring::stats) else {
         return serde_json::json!({ "backend": Backend::Stock.name() });
     };
