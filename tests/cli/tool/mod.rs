@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses its own part of this")]
 
 pub(crate) mod guests;
+pub(crate) mod http;
 
 use std::ffi::OsStr;
 use std::io::{Read, Write};
