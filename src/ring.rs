@@ -386,9 +386,11 @@ impl Ring {
     }
 
     /// Cancels the sends that wait for send buffer although their guest has been gone for some time; when
-    /// there will be more of those, if any.
+    /// to do so again, if any are left.
     pub(crate) fn end_forsaken_sends(&mut self) -> Option<Duration> {
-        let (forsaken, next) = self.slots.forsaken(LINGER);
+        // Unless the cancels of the last time are still queued.
+        let again = self.queued() == self.submitted();
+        let (forsaken, next) = self.slots.forsaken(LINGER, again);
         if !forsaken.is_empty() {
             for key in self.ops.sends(&forsaken) {
                 self.cancel_op(key);

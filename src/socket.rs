@@ -74,6 +74,8 @@ struct State {
     /// The kernel's last answer, if no operation since then may have changed it.
     local: Option<Box<SocketAddr>>,
     remote: Option<Box<Remote>>,
+    /// A connect whose call was told that the kernel refuses enters. It is still queued.
+    unsettled: Option<Box<Unsettled>>,
     /// The receive's submission, if a guest has yet to wait for it.
     arming: Option<Box<Flush>>,
     /// What a `send` was answered for before the kernel has taken it: a batch for which there was no send
@@ -106,6 +108,12 @@ impl Remote {
     fn is_named_by(self, to: SocketAddr) -> bool {
         self.asked == to || self.peer == Some(to)
     }
+}
+
+/// A connect, or with no address a disconnect, that has yet to go well or not.
+struct Unsettled {
+    connect: InFlight,
+    to: Option<SocketAddr>,
 }
 
 /// How far a socket's bind is. The kernel has no socket before `Binding`.
@@ -162,6 +170,7 @@ impl UdpSocket {
                 options: Options::default(),
                 local: None,
                 remote: None,
+                unsettled: None,
                 arming: None,
                 blocked_send: None,
             }),
@@ -257,6 +266,7 @@ impl UdpSocket {
     /// The address of the socket's peer, as the kernel has it.
     pub(crate) async fn remote_address(&self) -> Result<SocketAddr, ErrorCode> {
         self.driver.check()?;
+        self.settled().await?;
         let remote = self.remote().ok_or(ErrorCode::InvalidState)?;
         match remote.peer {
             Some(peer) => Ok(peer),
@@ -300,10 +310,6 @@ impl UdpSocket {
             Ok(Output::Done | Output::Sent(_) | Output::Unsent(_)) => Err(Errno(libc::EINVAL)),
         }
     }
-
-    fn remote(&self) -> Option<Remote> {
-        self.lock().remote.as_deref().copied()
-    }
 }
 
 impl Receiver {
@@ -345,6 +351,7 @@ impl Drop for UdpSocket {
                 // a future of this one. The ring keeps their memory until they complete.
                 let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
                 state.bind = BindState::Unbound;
+                state.unsettled = None;
                 state.blocked_send = None;
                 let unread = self.receiver.get().map_or(0, |receiver| receiver.discard());
                 // The slot is the ring's from here, with the entries in table and quota.

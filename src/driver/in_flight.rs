@@ -84,6 +84,11 @@ impl InFlight {
         Poll::Pending
     }
 
+    /// Whether its result was taken: what was told before is why it is not in the kernel yet.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.is_taken
+    }
+
     /// The operation's result, if its last completion is in.
     pub(crate) fn try_result(&mut self) -> Option<OpResult> {
         let mut core = self.driver.lock()?;

@@ -136,26 +136,29 @@ impl SlotTable {
         (0..).map(SlotIndex).zip(&self.slots).filter_map(held_up).collect()
     }
 
-    /// Whose sends wait although their guest has been gone for so long; and after what time there are more,
-    /// if guests are gone whose sends wait.
-    pub(super) fn forsaken(&mut self, time: Duration) -> (Vec<SlotIndex>, Option<Duration>) {
+    /// Whose sends are to be cancelled, because they wait although their guest has been gone for so long; and
+    /// after what time to ask again, if guests are gone whose sends wait. With `again` also those that were
+    /// returned before: a chain that the kernel has cut takes more than one cancel.
+    pub(super) fn forsaken(
+        &mut self,
+        time: Duration,
+        again: bool,
+    ) -> (Vec<SlotIndex>, Option<Duration>) {
         let mut next = None;
         let mut forsaken = Vec::new();
         for (slot, state) in (0..).map(SlotIndex).zip(&mut self.slots) {
             let SlotState::Releasing(releasing) = &mut state.state else { continue };
             let gone_for = releasing.quota.as_ref().and_then(|quota| quota.forsaken_for());
-            match gone_for {
-                Some(_) if releasing.is_forsaken => {}
-                Some(gone_for) if gone_for >= time => {
-                    releasing.is_forsaken = true;
+            let Some(gone_for) = gone_for else { continue };
+            let mut left = time.saturating_sub(gone_for);
+            if left.is_zero() {
+                if again || !releasing.is_forsaken {
                     forsaken.push(slot);
                 }
-                Some(gone_for) => {
-                    let left = time.saturating_sub(gone_for);
-                    next = Some(next.map_or(left, |next: Duration| next.min(left)));
-                }
-                None => {}
+                releasing.is_forsaken = true;
+                left = time;
             }
+            next = Some(next.map_or(left, |next: Duration| next.min(left)));
         }
         (forsaken, next)
     }

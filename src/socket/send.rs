@@ -29,6 +29,7 @@ impl UdpSocket {
             None => return Ok(0),
             Some(result) => result?,
         }
+        self.settled().await?;
         let remote = self.remote();
         let mut refused = None;
         let mut accepted = Vec::with_capacity(datagrams.len());
@@ -160,6 +161,10 @@ impl UdpSocket {
         to: Option<SocketAddr>,
     ) -> Result<(), ErrorCode> {
         self.driver.check()?;
+        if self.lock().unsettled.is_some() {
+            // Boxed, because it hardly ever comes to this.
+            Box::pin(self.first_in_line(self.settled())).await?;
+        }
         let remote = self.remote();
         let effective = self.destination(&payload, to, remote)?;
         let (is_bound, is_binding) = {
