@@ -57,8 +57,9 @@ impl Wake for Watcher {
         let watcher = Arc::downgrade(&self);
         let named = thread::Builder::new().name("wasi-uring-due".to_owned());
         match named.spawn(move || watch(&watcher)) {
-            // Nobody else starts one meanwhile: the thread counts as awake.
-            Ok(started) => drop(self.thread.set(started.thread().clone())),
+            // Nobody else starts one meanwhile: it counts as awake until it sleeps, and says who it is
+            // before.
+            Ok(_started) => {}
             Err(error) => {
                 tracing::error!(%error, "no thread that gets on with what guests leave, for now");
                 self.has_not_started.store(true, Ordering::Relaxed);
@@ -159,6 +160,7 @@ fn watch(watcher: &Weak<Watcher>) {
         // Woken early only to end.
         thread::park_timeout(time);
         let Some(watcher) = watcher.upgrade() else { return };
+        watcher.thread.get_or_init(thread::current);
         if watcher.call_in() == Some(Duration::ZERO) {
             let Some(driver) = watcher.driver.upgrade() else { return };
             driver.on_time();
@@ -187,5 +189,50 @@ fn watch(watcher: &Weak<Watcher>) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Has nothing for the thread to do.
+    #[derive(Default)]
+    struct Idle {
+        sleeps: AtomicBool,
+    }
+
+    impl Watched for Idle {
+        fn enter_overdue(&self) -> bool {
+            false
+        }
+
+        fn on_time(&self) {}
+
+        fn may_sleep(&self) -> bool {
+            self.sleeps.store(true, Ordering::SeqCst);
+            true
+        }
+    }
+
+    /// Kills: a thread that goes to sleep before the one that has started it, and was held up, says who it
+    /// is: the next that wakes it starts a second one, and one of the two sleeps for ever.
+    #[test]
+    fn the_thread_is_known_before_it_first_sleeps() {
+        let idle = Arc::new(Idle::default());
+        let driver: Arc<dyn Watched> = idle.clone();
+        let overdue = Overdue::new(Arc::downgrade(&driver));
+        let watcher = Arc::downgrade(&overdue.watcher);
+        let thread = thread::spawn(move || watch(&watcher));
+        let begun = Instant::now();
+        while !idle.sleeps.load(Ordering::SeqCst) {
+            assert!(begun.elapsed() < Duration::from_mins(1), "it does not sleep");
+            thread::yield_now();
+        }
+        let known = overdue.watcher.thread.get().map(Thread::id);
+        drop(overdue);
+        thread.thread().unpark();
+        assert_eq!(known, Some(thread.thread().id()));
+        thread.join().unwrap();
     }
 }
