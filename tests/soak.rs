@@ -28,8 +28,13 @@ const GUESTS: usize = 8;
 /// Sockets of a guest.
 const SOCKETS_MAX: usize = 6;
 
-/// What the allocator may keep of one half more than of the other.
+/// What may be resident after one half more than after the other, for the allocator's sake.
 const GROWTH_MAX: u64 = 16 << 20;
+
+/// The same of what is allocated, for what threads keep to allocate from, and for each life beside: less than
+/// the smallest allocation, so that the longer a soak is the less a life can leave.
+const HEAP_GROWTH_MAX: u64 = 192 << 10;
+const HEAP_GROWTH_OF_LIFE: u64 = 16;
 
 /// Numbers by a seed: the test's, a life's, and how many before.
 struct Dice([u64; 3]);
@@ -157,6 +162,14 @@ fn memory() -> u64 {
     kibibytes << 10
 }
 
+/// Bytes that are allocated.
+#[expect(unsafe_code, reason = "mallinfo2(3)")]
+fn heap() -> u64 {
+    // SAFETY: the call takes nothing and returns a structure of numbers.
+    let info = unsafe { libc::mallinfo2() };
+    (info.uordblks + info.hblkhd) as u64
+}
+
 fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + BOUND / 2;
     while !is_so() {
@@ -204,12 +217,19 @@ fn guests_that_come_and_go_for_long_leave_nothing_behind() {
             });
             // A receive that another thread has armed lets go of its socket a moment after its completion.
             wait_until("no port is taken", || Held::now().ports == 0);
-            ends.push((Held::now(), memory()));
-            eprintln!("{} lives, {:?}", number.load(Ordering::Relaxed), ends.last().unwrap());
+            let lives = number.load(Ordering::Relaxed);
+            ends.push((Held::now(), memory(), heap(), lives));
+            eprintln!("{lives} lives, {:?}", ends.last().unwrap());
         }
-        let [_, (middle, before), (end, after)] = &ends[..] else { panic!("two halves") };
+        let [_, (middle, before, heap_before, lives_before), (end, after, heap_after, lives)] =
+            &ends[..]
+        else {
+            panic!("two halves")
+        };
         assert_eq!(end, middle);
         assert!(*after < before + GROWTH_MAX, "memory has grown from {before} to {after}");
+        let most = heap_before + HEAP_GROWTH_MAX + HEAP_GROWTH_OF_LIFE * (lives - lives_before);
+        assert!(*heap_after < most, "{heap_before} bytes were allocated, and now {heap_after}");
         drop(uring);
         // The kernel's last steps, and the ends of the ring's threads.
         wait_until("all is as before", || Held::now() == held);
