@@ -1086,7 +1086,13 @@ fn a_connect_that_was_told_of_an_outage_is_known_when_the_kernel_gets_to_it() {
     let _runtime = runtime.enter();
     clock::played::start();
     let policy = Policy::new(|_, _| true);
-    let ctx = Arc::new(GuestCtx::new(Arc::clone(&driver), policy, 1, usize::MAX, usize::MAX));
+    let ctx = Arc::new(GuestCtx::new(
+        Pool::of_one(&driver, sizes.sockets),
+        policy,
+        1,
+        usize::MAX,
+        usize::MAX,
+    ));
     let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
     let mut cx = Context::from_waker(Waker::noop());
     let [before, now] = [EXTERNAL[0].ip(), Ipv4Addr::new(192, 0, 2, 2).into()]

@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 
-use wasi_uring::{SocketAddrUse, UdpCtx, UdpCtxView, UdpView, Uring};
+use wasi_uring::{SetupError, SocketAddrUse, UdpCtx, UdpCtxView, UdpView, Uring};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Engine, Result, Store, bail};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView, p2, p3};
@@ -39,8 +39,8 @@ impl UdpView for Guest {
 pub(crate) struct Sockets(Option<Uring>);
 
 impl Sockets {
-    pub(crate) fn new() -> Self {
-        match Uring::builder().sockets(16_384).build() {
+    pub(crate) fn of(built: Result<Uring, SetupError>) -> Self {
+        match built {
             Ok(uring) => Self(Some(uring)),
             Err(error) => {
                 // It names what is missing, and what to change.
@@ -67,7 +67,7 @@ impl Sockets {
     }
 
     /// A store's data. The same rules for both: TCP and name look-up are wasmtime-wasi's anyway.
-    pub(crate) fn guest(&self, mut wasi: WasiCtxBuilder) -> Guest {
+    pub(crate) fn guest(&self, wasi: &mut WasiCtxBuilder) -> Guest {
         let check = |addr, use_| Box::pin(std::future::ready(is_local(addr, use_))) as _;
         let wasi = wasi.allow_udp(true).socket_addr_check(check).build();
         let udp = |uring| UdpCtx::builder(uring).socket_addr_check(check).build();
@@ -102,12 +102,12 @@ pub(crate) async fn run(
 #[tokio::main]
 async fn main() -> Result<()> {
     let Some(file) = std::env::args().nth(1) else { bail!("usage: fallback GUEST [ARGUMENT...]") };
-    let sockets = Sockets::new();
+    let sockets = Sockets::of(Uring::builder().sockets(16_384).build());
     let engine = Engine::default();
     let component = Component::from_file(&engine, file)?;
     let mut wasi = WasiCtx::builder();
     wasi.inherit_stdio().args(&std::env::args().skip(1).collect::<Vec<_>>());
-    let ended = run(&sockets.linker(&engine)?, &component, sockets.guest(wasi)).await?;
+    let ended = run(&sockets.linker(&engine)?, &component, sockets.guest(&mut wasi)).await?;
     println!("{ended:?}, on rings: {}", sockets.are_on_rings());
     Ok(())
 }

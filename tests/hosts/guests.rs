@@ -8,10 +8,11 @@ use tokio::sync::Semaphore;
 use wasi_uring::Uring;
 use wasmtime::component::Component;
 use wasmtime_wasi::p2::pipe::MemoryOutputPipe;
-use wasmtime_wasi::{I32Exit, WasiCtx};
+use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder};
 
-use crate::common::{engine, eventually, uring_with, within};
-use crate::{generic_store, one_line};
+use crate::common::filter::with_filter;
+use crate::common::{block_on, engine, eventually, uring_with, within};
+use crate::{fallback, generic_store, multi_thread, one_line};
 
 /// A command, and what it prints.
 struct Program {
@@ -65,7 +66,7 @@ fn programs() -> &'static [Program] {
 
 /// Runs every program in a host, each with a ring handle of its own, so that what its guests open is told
 /// apart.
-fn all_run<F>(run: impl Fn(&'static Component, WasiCtx, Uring) -> F)
+fn all_run<F>(run: impl Fn(&'static Component, WasiCtxBuilder, Uring) -> F)
 where
     F: Future<Output = wasmtime::Result<Result<(), ()>>> + Send + 'static,
 {
@@ -77,7 +78,8 @@ where
         for (program, uring) in programs().iter().zip(&rings) {
             for _ in 0..program.guests {
                 let stdout = MemoryOutputPipe::new(PRINTED_BYTES_MAX);
-                let wasi = WasiCtx::builder().args(program.args).stdout(stdout.clone()).build();
+                let mut wasi = WasiCtx::builder();
+                wasi.args(program.args).stdout(stdout.clone());
                 let ran = tokio::spawn(run(&program.component, wasi, uring.clone()));
                 guests.push((program, stdout, ran));
             }
@@ -103,9 +105,11 @@ where
 #[test]
 fn one_line_serves_guests_of_every_kind() {
     let linker = Arc::new(one_line::linker(engine()).unwrap());
-    all_run(|component, wasi, uring| {
+    all_run(|component, mut wasi, uring| {
         let linker = Arc::clone(&linker);
-        async move { one_line::run(&linker, component, one_line::Guest::new(wasi, &uring)).await }
+        async move {
+            one_line::run(&linker, component, one_line::Guest::new(wasi.build(), &uring)).await
+        }
     });
 }
 
@@ -114,10 +118,40 @@ fn generic_store_serves_guests_of_every_kind() {
     let linker = Arc::new(generic_store::linker(engine()).unwrap());
     let sockets = Arc::new(Semaphore::new(4096));
     let limit = Arc::clone(&sockets);
-    all_run(|component, wasi, uring| {
+    all_run(|component, mut wasi, uring| {
         let linker = Arc::clone(&linker);
-        let state = generic_store::State::new(48_u32, wasi, &uring, &sockets);
+        let state = generic_store::State::new(48_u32, wasi.build(), &uring, &sockets);
         async move { generic_store::run(&linker, component, state).await }
     });
     assert_eq!(limit.available_permits(), 4096, "every permit is back");
+}
+
+#[test]
+fn multi_thread_serves_guests_of_every_kind() {
+    all_run(|component, mut wasi, uring| {
+        multi_thread::Server::new(component, &uring).unwrap().run(wasi.build())
+    });
+}
+
+#[test]
+fn fallback_serves_guests_of_every_kind_where_there_are_rings() {
+    all_run(|component, mut wasi, uring| {
+        let sockets = fallback::Sockets::of(Ok(uring));
+        let (linker, guest) = (sockets.linker(engine()).unwrap(), sockets.guest(&mut wasi));
+        async move { fallback::run(&linker, component, guest).await }
+    });
+}
+
+#[test]
+fn fallback_serves_guests_without_rings_too() {
+    let sockets = with_filter(libc::SYS_io_uring_setup, libc::EPERM, || {
+        fallback::Sockets::of(Uring::builder().build())
+    });
+    assert!(!sockets.are_on_rings());
+    let linker = sockets.linker(engine()).unwrap();
+    for program in programs().iter().filter(|program| program.expected.is_empty()) {
+        let guest = sockets.guest(WasiCtx::builder().args(program.args));
+        let ended = block_on(fallback::run(&linker, &program.component, guest));
+        assert_eq!(ended.unwrap(), Ok(()), "{:?}", program.args);
+    }
 }

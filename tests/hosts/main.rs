@@ -7,8 +7,12 @@ mod common;
 mod rig;
 
 #[allow(dead_code, reason = "main, and what only it calls")]
+mod fallback;
+#[allow(dead_code, reason = "main, and what only it calls")]
 #[path = "generic_store/main.rs"]
 mod generic_store;
+#[allow(dead_code, reason = "main, and what only it calls")]
+mod multi_thread;
 #[allow(dead_code, reason = "main, and what only it calls")]
 mod one_line;
 

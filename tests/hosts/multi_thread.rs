@@ -44,7 +44,9 @@ impl Server {
         wasi_uring::p2::add_to_linker(&mut linker)?;
         wasi_uring::p3::add_to_linker(&mut linker)?;
         let udp = UdpCtx::builder(uring)
-            .allow(|addr, _use| addr.ip().to_canonical().is_loopback() || addr.ip().is_unspecified())
+            .allow(|addr, _use| {
+                addr.ip().to_canonical().is_loopback() || addr.ip().is_unspecified()
+            })
             .sockets_max(512);
         Ok(Self { guest: linker.instantiate_pre(component)?, udp })
     }
@@ -91,7 +93,10 @@ fn main() -> Result<()> {
             guest.await??.map_err(|()| format_err!("a guest has failed"))?;
         }
         let stats = uring.stats();
-        println!("{} sockets in {} rings, {} enters", stats.sockets_created, stats.rings, stats.enters);
+        println!(
+            "{} sockets in {} rings, {} enters",
+            stats.sockets_created, stats.rings, stats.enters
+        );
         Ok(())
     })
 }
