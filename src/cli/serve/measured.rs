@@ -46,7 +46,9 @@ impl Measured {
             let serving = connections::serve(stream, connections.watcher(), move |request| {
                 let answer = answer(&request, || {
                     set_gauge("wasi_uring_guests", server.guests() as u64);
-                    uring.iter().for_each(|uring| publish(&uring.stats()));
+                    if let Some(uring) = &uring {
+                        publish(&uring.stats());
+                    }
                     text.render()
                 });
                 async { answer }

@@ -44,7 +44,9 @@ impl ToldToEnd {
                         continue;
                     }
                     comes.store(true, Ordering::Relaxed);
-                    uring.iter().for_each(Uring::close);
+                    if let Some(uring) = &uring {
+                        uring.close();
+                    }
                     // It ends the process. If it cannot, the next signal tries.
                     if emulate_default_handler(signal).is_err() {
                         comes.store(false, Ordering::Relaxed);

@@ -47,8 +47,8 @@ fn made(
     let (lowerings, rest) = cut(&rest, "(import \"wasi\" \"get-arguments\"");
     let (program, rest) = cut(&rest, ")\n  (core instance $cycle");
     let (instance, rest) = cut(&rest, "(export \"get-arguments\"");
+    // With 0.3's alias of the callback.
     let (exports, _tail) = cut(&rest, "\n  (func $run");
-    // What 0.3 has between the instance and `run` is the callback's alias, which the new one needs too.
     let imports: Vec<_> = core
         .iter()
         .map(|(name, ty)| format!("(import \"wasi\" \"{name}\" (func ${name} {ty}))\n"))
