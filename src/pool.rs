@@ -189,9 +189,9 @@ impl Pool {
     fn acquire_after_closes<T>(&self, mut take: impl FnMut() -> Option<T>) -> Option<T> {
         for _ in quota_retries() {
             // All, because a guest's sockets may be in any.
-            let is_any_inside = self.built().fold(false, |any, ring| ring.enter_queued() || any);
+            let others_inside = self.built().filter(|ring| ring.enter_queued()).count();
             let taken = take();
-            if taken.is_some() || !is_any_inside {
+            if taken.is_some() || others_inside == 0 {
                 return taken;
             }
             clock::yield_now();

@@ -1049,29 +1049,29 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
         let (is, guest) = (AtomicBool::new(false), Arc::default());
         Arc::new(Woken { is, guest, driver: Weak::new() })
     };
-    let poll = |call: Pin<&mut dyn Future<Output = Result<(), ErrorCode>>>, woken: &Arc<Woken>| {
+    let polled = |call: Pin<&mut dyn Future<Output = Result<(), ErrorCode>>>, woken: &Arc<Woken>| {
         call.poll(&mut Context::from_waker(&Waker::from(Arc::clone(woken))))
     };
     let to = SocketAddr::new(Family::V4.loopback(), 9);
     let send = || Box::pin(socket.send_one(vec![0; 20], Some(to)));
-    assert_eq!(poll(send().as_mut(), &woken()), Poll::Ready(Ok(())));
+    assert_eq!(polled(send().as_mut(), &woken()), Poll::Ready(Ok(())));
     played.kernel().set_room(0, 0);
     // Left to another thread, which has come out without it.
     driver.set_entering(true);
-    assert_eq!(poll(send().as_mut(), &woken()), Poll::Ready(Ok(())));
+    assert_eq!(polled(send().as_mut(), &woken()), Poll::Ready(Ok(())));
     driver.set_entering(false);
 
     let (mut behind, mut connect) = (send(), Box::pin(socket.connect(to)));
     let (first, second) = (woken(), woken());
-    assert!(poll(behind.as_mut(), &first).is_pending());
-    assert!(poll(connect.as_mut(), &second).is_pending());
+    assert!(polled(behind.as_mut(), &first).is_pending());
+    assert!(polled(connect.as_mut(), &second).is_pending());
     played.kernel().make_room();
     played.kernel().tick();
     driver.reap();
     assert!(second.is.load(Ordering::Relaxed));
-    assert_eq!(poll(connect.as_mut(), &second), Poll::Ready(Ok(())));
+    assert_eq!(polled(connect.as_mut(), &second), Poll::Ready(Ok(())));
     assert!(first.is.load(Ordering::Relaxed), "it is not woken");
-    assert_eq!(poll(behind.as_mut(), &first), Poll::Ready(Ok(())));
+    assert_eq!(polled(behind.as_mut(), &first), Poll::Ready(Ok(())));
 }
 
 /// Kills: a connect that the kernel gets to after its call was told of refused enters, and that changes the

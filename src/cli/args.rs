@@ -399,7 +399,7 @@ mod tests {
     fn a_time_needs_a_number_and_a_unit_and_must_not_overflow() {
         let time = |text: &str| text.parse::<Time>().ok().map(|time| time.0);
         assert_eq!(time("500ms"), Some(Duration::from_millis(500)));
-        assert_eq!(time("2m"), Some(Duration::from_secs(120)));
+        assert_eq!(time("2m"), Some(Duration::from_mins(2)));
         for wrong in ["", "5", "s", "0s", "-1s", "1.5s", "5 s", "4294967295h", "99999999999s"] {
             assert_eq!(time(wrong), None, "{wrong:?}");
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
-/// How long a thread has run (pthread_getcpuclockid(3)).
+/// How long a thread has run (`pthread_getcpuclockid(3)`).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ThreadClock(libc::clockid_t);
 

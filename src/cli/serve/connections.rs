@@ -13,7 +13,7 @@ use hyper_util::server::graceful::Watcher;
 use tokio::net::{TcpListener, TcpStream};
 
 /// A connection that has not sent a request's head for so long is closed, idle ones included.
-const HEAD_WAITS: Duration = Duration::from_secs(60);
+const HEAD_WAITS: Duration = Duration::from_mins(1);
 /// After an error that is not of one connection: most often the process has no descriptor left, and others' ends
 /// bring some.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
