@@ -1049,7 +1049,8 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
         let (is, guest) = (AtomicBool::new(false), Arc::default());
         Arc::new(Woken { is, guest, driver: Weak::new() })
     };
-    let polled = |call: Pin<&mut dyn Future<Output = Result<(), ErrorCode>>>, woken: &Arc<Woken>| {
+    let polled = |call: Pin<&mut dyn Future<Output = Result<(), ErrorCode>>>,
+                  woken: &Arc<Woken>| {
         call.poll(&mut Context::from_waker(&Waker::from(Arc::clone(woken))))
     };
     let to = SocketAddr::new(Family::V4.loopback(), 9);

@@ -70,13 +70,13 @@ fn ring(recycles: bool) -> Uring {
     Uring::builder().sockets(1024).recycle(recycle).build().unwrap()
 }
 
-fn run(backend: Backend, uring: Uring, wasi: Wasi, mode: &str, count: usize, bytes: usize) -> Run {
+fn run(backend: Backend, uring: &Uring, wasi: Wasi, mode: &str, count: usize, bytes: usize) -> Run {
     let engine = Engine::new(Config::new().concurrency_support(wasi == Wasi::P3)).unwrap();
     let component = Component::new(&engine, wasi.guest()).unwrap();
     // None of these modes sends to the port.
     let numbers = [count, 0, bytes, BATCH].map(|number| number.to_string());
     let args = [mode.to_owned()].into_iter().chain(numbers).collect();
-    let setup = Setup { args, ..Setup::of(&uring) };
+    let setup = Setup { args, ..Setup::of(uring) };
     let (_, mut linker, mut store) = host(&engine, backend, setup);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut suspensions = 0;
@@ -133,7 +133,7 @@ const MANY: usize = 612;
 
 #[expect(clippy::cast_precision_loss, reason = "thousands")]
 fn cost(backend: Backend, recycles: bool, wasi: Wasi, mode: &str, bytes: usize) -> Cost {
-    let run = |count| run(backend, ring(recycles), wasi, mode, count, bytes);
+    let run = |count| run(backend, &ring(recycles), wasi, mode, count, bytes);
     let (few, many) = (run(FEW), run(MANY));
     let per_operation = |few: u64, many: u64| (many as f64 - few as f64) / (MANY - FEW) as f64;
     let cost = Cost {
