@@ -28,10 +28,11 @@
 //!
 //! # To delegate to
 //!
-//! [`UdpCtxView`](crate::UdpCtxView) implements every trait that these functions require. A host that does
-//! something of its own on some calls (takes a permit, logs, serves an older WIT) implements them for a type of its own
-//! and calls the view's. [`Udp`](crate::Udp) is the [`HasData`](wasmtime::component::HasData) of the view, the
-//! host's own type needs one as well. The example `generic_store` delegates each function.
+//! [`UdpCtxView`](crate::UdpCtxView) implements every trait that these functions require, and
+//! [`Udp`](crate::Udp) is its [`HasData`](wasmtime::component::HasData). A host that does something of its
+//! own on some calls (takes a permit, logs, serves an older WIT) implements the traits for a type of its own,
+//! with a `HasData` of its own, and calls the view's functions. The example `generic_store` delegates
+//! each.
 //!
 //! Which functions are async is a promise of this version: a change of it is a breaking one. (It is not
 //! wasmtime-wasi's choice, which makes `create-udp-socket`, `start-bind`, `stream` and the drop of an

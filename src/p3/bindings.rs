@@ -29,11 +29,12 @@
 //!
 //! [`UdpCtxView`](crate::UdpCtxView) implements [`types::Host`](sockets::types::Host) and
 //! [`types::HostUdpSocket`](sockets::types::HostUdpSocket), and [`Udp`](crate::Udp), its
-//! [`HasData`](wasmtime::component::HasData), [`types::HostUdpSocketWithStore`](sockets::types::HostUdpSocketWithStore)
-//! for stores of any data. A host that does something of its own on some calls implements them for
-//! types of its own and calls these; it comes by `Udp`'s accessor by
-//! [`Accessor::with_getter`](wasmtime::component::Accessor::with_getter). The example `generic_store`
-//! delegates each function.
+//! [`HasData`](wasmtime::component::HasData),
+//! [`types::HostUdpSocketWithStore`](sockets::types::HostUdpSocketWithStore) for stores of any data. A host
+//! that does something of its own on some calls implements them for types of its own and calls these.
+//! What it needs to call the last is an accessor for `Udp`, which
+//! [`Accessor::with_getter`](wasmtime::component::Accessor::with_getter) makes of its own. The example
+//! `generic_store` delegates each function.
 //!
 //! Which functions are async is a promise of this version: a change of it is a breaking one. (It is not
 //! wasmtime-wasi's choice, which makes `create`, `bind` and `connect` async, and beside them what WIT does.)

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! - here: the store's data, its getters, the limit;
-//! - `p2`, `p3`: wasi-uring's UDP with the limit around it. A wrapper has to pass on every function of a trait, so
-//!   these two also are the list of what there is, and of what is async;
+//! - `p2`, `p3`: wasi-uring's UDP with the limit around it. A wrapper has to pass on every function of a
+//!   trait, so these two also are the list of what there is, and of what is async;
 //! - `stock`: the rest of WASI, which stays wasmtime-wasi's.
 
 mod p2;

@@ -1,4 +1,5 @@
-//! WASI 0.2: a socket takes a permit when it is created and gives it back when it is dropped; the rest is passed on.
+//! WASI 0.2: a socket takes a permit when it is created and gives it back when it is dropped; the rest
+//! is passed on.
 
 use wasi_uring::p2::bindings::sockets::{udp, udp_create_socket};
 use wasi_uring::p2::bindings::{IncomingDatagramStream, OutgoingDatagramStream, UdpSocket};

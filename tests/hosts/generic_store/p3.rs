@@ -1,4 +1,5 @@
-//! WASI 0.3: a socket takes a permit when it is created and gives it back when it is dropped; the rest is passed on.
+//! WASI 0.3: a socket takes a permit when it is created and gives it back when it is dropped; the rest
+//! is passed on.
 
 use wasi_uring::Udp;
 use wasi_uring::p3::bindings::UdpSocket;
