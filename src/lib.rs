@@ -47,7 +47,8 @@
 //!
 //! A host that assembles its linker itself, or whose store has a type that implements no foreign trait, adds
 //! UDP with a getter ([`p2::bindings`], [`p3::bindings`]). The Cargo examples are whole hosts: `one_line` is
-//! wasmtime-wasi's usual program, `generic_store` has a store and a limit of its own.
+//! wasmtime-wasi's usual program, `generic_store` has a store and a limit of its own, `multi_thread` serves
+//! many guests, and `fallback` goes on without a ring.
 //!
 //! Guests run as before, with Wasmtime's async calls on any tokio runtime that has I/O enabled.
 //!
