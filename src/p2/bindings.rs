@@ -38,10 +38,10 @@
 //! wasmtime-wasi's choice, which makes `create-udp-socket`, `start-bind`, `stream` and the drop of an
 //! outgoing stream async.)
 //!
-//! | trait | async: may wait for the ring | answer from memory |
+//! | trait | async: may wait for the ring, or for the host's policy | answer from memory |
 //! |---|---|---|
 //! | [`udp_create_socket::Host`](sockets::udp_create_socket::Host) | | `create_udp_socket` |
-//! | [`udp::HostUdpSocket`](sockets::udp::HostUdpSocket) | `finish_bind`, `stream`, `local_address`, `remote_address`, `set_unicast_hop_limit`, `set_receive_buffer_size`, `set_send_buffer_size` | `start_bind`, `address_family`, `unicast_hop_limit`, `receive_buffer_size`, `send_buffer_size`, `subscribe`, `drop` |
+//! | [`udp::HostUdpSocket`](sockets::udp::HostUdpSocket) | `start_bind`, `finish_bind`, `stream`, `local_address`, `remote_address`, `set_unicast_hop_limit`, `set_receive_buffer_size`, `set_send_buffer_size` | `address_family`, `unicast_hop_limit`, `receive_buffer_size`, `send_buffer_size`, `subscribe`, `drop` |
 //! | [`udp::HostIncomingDatagramStream`](sockets::udp::HostIncomingDatagramStream) | `receive` | `subscribe`, `drop` |
 //! | [`udp::HostOutgoingDatagramStream`](sockets::udp::HostOutgoingDatagramStream) | `send` | `check_send`, `subscribe`, `drop` |
 //! | [`network::Host`](wasmtime_wasi::p2::bindings::sockets::network::Host), required because errors are its | | `convert_error_code`, `network_error_code` |
@@ -76,7 +76,9 @@ mod generated {
         path: "src/p2/udp.wit",
         interfaces: "import wasi:sockets/udp@0.2.12; import wasi:sockets/udp-create-socket@0.2.12;",
         imports: {
-            // What may wait for the ring; all else answers from memory. Hosts rely on it: see above.
+            // What may wait for the ring, or for the host's policy; all else answers from memory. Hosts
+            // rely on it: see above.
+            "wasi:sockets/udp.[method]udp-socket.start-bind": async | trappable,
             "wasi:sockets/udp.[method]udp-socket.finish-bind": async | trappable,
             "wasi:sockets/udp.[method]udp-socket.stream": async | trappable,
             "wasi:sockets/udp.[method]udp-socket.local-address": async | trappable,

@@ -42,7 +42,7 @@ impl udp_create_socket::Host for UdpCtxView<'_> {
 impl udp::Host for UdpCtxView<'_> {}
 
 impl udp::HostUdpSocket for UdpCtxView<'_> {
-    fn start_bind(
+    async fn start_bind(
         &mut self,
         this: Resource<UdpSocket>,
         network: Resource<Network>,

@@ -39,7 +39,7 @@
 //! Which functions are async is a promise of this version: a change of it is a breaking one. (It is not
 //! wasmtime-wasi's choice, which makes `create`, `bind` and `connect` async, and beside them what WIT does.)
 //!
-//! | trait | async: may wait for the ring | answer from memory |
+//! | trait | async: may wait for the ring, or for the host's policy | answer from memory |
 //! |---|---|---|
 //! | [`types::HostUdpSocket`](sockets::types::HostUdpSocket) | `bind`, `connect`, `disconnect`, `get_local_address`, `get_remote_address`, `set_unicast_hop_limit`, `set_receive_buffer_size`, `set_send_buffer_size` | `create`, `get_address_family`, `get_unicast_hop_limit`, `get_receive_buffer_size`, `get_send_buffer_size`, `drop` |
 //! | [`types::HostUdpSocketWithStore`](sockets::types::HostUdpSocketWithStore): other calls go on meanwhile | `send`, `receive` | |

@@ -187,7 +187,8 @@ impl older::udp::HostUdpSocket for UdpCtxView<'_> {
         local_address: IpSocketAddress,
     ) -> Answer<()> {
         let socket = of(self, &this)?.socket;
-        answer(HostUdpSocket::start_bind(self, socket, network, local_address.into()))
+        let bound = HostUdpSocket::start_bind(self, socket, network, local_address.into()).await;
+        answer(bound)
     }
 
     async fn finish_bind(&mut self, this: Resource<OlderSocket>) -> Answer<()> {

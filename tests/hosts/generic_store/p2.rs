@@ -33,13 +33,13 @@ impl udp::HostUdpSocket for LimitedView<'_> {
         udp::HostUdpSocket::drop(&mut self.udp, this)
     }
 
-    fn start_bind(
+    async fn start_bind(
         &mut self,
         this: Socket,
         network: Resource<Network>,
         local_address: IpSocketAddress,
     ) -> SocketResult<()> {
-        self.udp.start_bind(this, network, local_address)
+        self.udp.start_bind(this, network, local_address).await
     }
     async fn finish_bind(&mut self, this: Socket) -> SocketResult<()> {
         self.udp.finish_bind(this).await
