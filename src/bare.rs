@@ -11,9 +11,9 @@ use std::task::Waker;
 
 use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::error::Errno;
+use crate::ring::account::Account;
 use crate::ring::op::{BindOp, Op, Output, SocketOption};
 use crate::ring::queues::{Enter, OpKey, SlotIndex};
-use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::{QueueLimits, ReceiveQueue};
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::send::SendOp;
@@ -27,7 +27,7 @@ pub struct Bare {
     /// All of them: there is no other ring.
     share: Arc<Share>,
     /// That of the one owner of all sockets.
-    quota: Arc<Quota>,
+    account: Arc<Account>,
 }
 
 /// A socket in the ring's table.
@@ -73,7 +73,7 @@ impl Bare {
         share.gain(&Share::new(known.slots), |all| all);
         // The only thread sleeps in io_uring_enter, so the kernel need not notify an eventfd.
         ring.disable_notifications();
-        Ok(Self { kernel: ring.kernel(), ring, share, quota: Quota::new(sockets) })
+        Ok(Self { kernel: ring.kernel(), ring, share, account: Account::of_sockets(sockets) })
     }
 
     /// `io_uring_enter` calls so far.
@@ -150,7 +150,7 @@ impl Bare {
     ///
     /// If the table is full.
     pub fn bind(&mut self, addr: SocketAddr) -> io::Result<(Socket, Queued)> {
-        if !(self.quota.take() && self.share.take()) {
+        if self.account.sockets.take_exclusive().is_err() || !self.share.take() {
             return Err(io::Error::other("the table is full"));
         }
         let (family, options) = match addr {
@@ -166,7 +166,7 @@ impl Bare {
     #[must_use]
     pub fn receive(&mut self, Socket(slot): Socket) -> Incoming {
         let unlimited = QueueLimits { datagrams: usize::MAX, bytes: usize::MAX };
-        let queue = Arc::new(ReceiveQueue::new(unlimited, ByteQuota::new(usize::MAX)));
+        let queue = Arc::new(ReceiveQueue::new(unlimited, Arc::clone(&self.account)));
         self.ring.arm(slot, &queue);
         Incoming(queue)
     }
@@ -204,6 +204,6 @@ impl Bare {
 
     /// Queues a close, or recycles the socket.
     pub fn close(&mut self, Socket(slot): Socket) {
-        self.ring.close(slot, &self.quota, 0);
+        self.ring.close(slot, &self.account, 0);
     }
 }

@@ -2,16 +2,20 @@
 //! the linker functions find it in a store.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 
 use wasmtime::component::{HasData, ResourceTable};
 
 use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::limits::{GUEST_QUEUE_BYTES_DEFAULT, GUEST_SEND_BYTES_DEFAULT, GUEST_SOCKETS_DEFAULT};
+use crate::ring::account::{Account, GuestLimits};
+use crate::ring::quota::Quota;
 use crate::socket::UdpSocket;
 use crate::socket::guest::GuestCtx;
-use crate::socket::policy::{Policy, SocketAddrUse};
+use crate::socket::policy::{Checks, Policy, SocketAddrUse};
+use crate::stats::GuestStats;
 use crate::uring::Uring;
 
 /// What a store's data must provide: its guest's [`UdpCtx`] and resource table.
@@ -40,38 +44,80 @@ impl HasData for Udp {
 
 /// The UDP configuration of one guest. Make one per store, as one makes a
 /// [`WasiCtx`](wasmtime_wasi::WasiCtx).
+///
+/// A store that opens no socket pays for no more than a clone of its configuration: make a
+/// [`UdpCtxBuilder`] once, and [`build`](UdpCtxBuilder::build) a clone of it for each store. That neither
+/// allocates nor takes a lock, and nor does dropping it. What a guest's sockets share is made with the first.
 #[derive(Debug)]
-pub struct UdpCtx(Arc<GuestCtx>);
+pub struct UdpCtx {
+    template: UdpCtxBuilder,
+    /// Made when it is first needed.
+    guest: OnceLock<Arc<GuestCtx>>,
+}
 
 impl UdpCtx {
     /// Starts configuring a guest of this ring.
     ///
-    /// Without [`allow`](UdpCtxBuilder::allow) the guest has no UDP: `access-denied` is the answer
-    /// to its creating a socket.
+    /// Without [`allow`](UdpCtxBuilder::allow), [`socket_addr_check`](UdpCtxBuilder::socket_addr_check) or
+    /// [`policy`](UdpCtxBuilder::policy) the guest has no UDP: `access-denied` is the answer to its creating
+    /// a socket.
     pub fn builder(uring: &Uring) -> UdpCtxBuilder {
         UdpCtxBuilder {
             uring: uring.clone(),
-            policy: Policy::default(),
-            sockets_max: GUEST_SOCKETS_DEFAULT,
-            queue_bytes_max: GUEST_QUEUE_BYTES_DEFAULT,
-            send_bytes_max: GUEST_SEND_BYTES_DEFAULT,
+            checks: Checks::default(),
+            limits: GuestLimits {
+                sockets: GUEST_SOCKETS_DEFAULT,
+                quota: None,
+                queue_bytes: GUEST_QUEUE_BYTES_DEFAULT,
+                send_bytes: GUEST_SEND_BYTES_DEFAULT,
+            },
         }
     }
 
-    pub(crate) fn new_socket(&self, family: Family) -> Result<UdpSocket, ErrorCode> {
-        UdpSocket::new(&self.0, family)
+    /// The guest's counters so far.
+    #[must_use]
+    pub fn stats(&self) -> GuestStats {
+        self.guest.get().map_or_else(GuestStats::default, |guest| guest.account.stats())
+    }
+
+    /// A handle of the guest's counters, which can be read also when its store is gone. (The guest of a store
+    /// that has one costs two allocations, with a socket or without.)
+    #[must_use]
+    pub fn counters(&self) -> GuestCounters {
+        GuestCounters(Arc::clone(&self.guest().account))
+    }
+
+    fn guest(&self) -> &Arc<GuestCtx> {
+        self.guest.get_or_init(|| {
+            let UdpCtxBuilder { uring, checks, limits } = self.template.clone();
+            Arc::new(GuestCtx::new(Arc::clone(uring.pool()), checks, limits))
+        })
+    }
+
+    pub(crate) fn new_socket(&mut self, family: Family) -> Result<UdpSocket, ErrorCode> {
+        UdpSocket::new(self.guest(), family)
     }
 }
 
-/// Configures a [`UdpCtx`].
-#[derive(Debug)]
+/// The counters of one guest; [`UdpCtx::counters`]. Clones are of the same guest.
+#[derive(Clone, Debug)]
+pub struct GuestCounters(Arc<Account>);
+
+impl GuestCounters {
+    /// The counters so far.
+    #[must_use]
+    pub fn stats(&self) -> GuestStats {
+        self.0.stats()
+    }
+}
+
+/// Configures a [`UdpCtx`], or those of many stores: to clone it allocates nothing.
+#[derive(Clone, Debug)]
 #[must_use]
 pub struct UdpCtxBuilder {
     uring: Uring,
-    policy: Policy,
-    sockets_max: u32,
-    queue_bytes_max: usize,
-    send_bytes_max: usize,
+    checks: Checks,
+    limits: GuestLimits,
 }
 
 impl UdpCtxBuilder {
@@ -84,11 +130,45 @@ impl UdpCtxBuilder {
     /// `UdpReceive` with the peer to connect to, `UdpSend` with every datagram's destination, and
     /// `UdpReceive` with every datagram's sender. It runs inside the guest's call, on the guest's
     /// thread, so it should decide and not wait. No lock of the ring is held meanwhile.
+    ///
+    /// Of this, [`socket_addr_check`](Self::socket_addr_check) and [`policy`](Self::policy) the last counts.
     pub fn allow(
         mut self,
         allow: impl Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync + 'static,
     ) -> Self {
-        self.policy = Policy::new(allow);
+        self.checks = Checks::allow(allow);
+        self
+    }
+
+    /// As [`allow`](Self::allow), with a check that may have to be waited for: the very closure that
+    /// wasmtime-wasi's [`socket_addr_check`](wasmtime_wasi::WasiCtxBuilder::socket_addr_check) takes (without
+    /// its uses for TCP).
+    ///
+    /// Its future is polled at once, and costs no suspension if it is ready then. [`Verdict::ask`](crate::Verdict::ask) says what
+    /// happens to datagrams whose sender it is asked about for longer.
+    pub fn socket_addr_check<F>(mut self, check: F) -> Self
+    where
+        F: Fn(SocketAddr, SocketAddrUse) -> Pin<Box<dyn Future<Output = bool> + Send + Sync>>
+            + Send
+            + Sync
+            + 'static,
+    {
+        self.checks = Checks::addr_check(check);
+        self
+    }
+
+    /// Lets the guest have UDP sockets, as far as a [`Policy`] allows: one that is told which socket an address
+    /// is used by, gives reasons, and hears when sockets come and go.
+    pub fn policy(mut self, policy: impl Policy + 'static) -> Self {
+        self.checks = Checks::Policy(Arc::new(policy));
+        self
+    }
+
+    /// A quota that the guest's sockets are counted in beside its own ([`sockets_max`](Self::sockets_max)), with
+    /// those of all other guests that have a clone of it: of a tenant, an app, the host. When it is used
+    /// up, or one that it is [within](Quota::within), the next socket is refused as beyond the guest's own.
+    pub fn quota(mut self, quota: &Quota) -> Self {
+        self.limits.quota = Some(quota.clone());
         self
     }
 
@@ -99,7 +179,7 @@ impl UdpCtxBuilder {
     /// The sockets of all guests of a ring together are bounded by its table
     /// ([`UringBuilder::sockets`](crate::UringBuilder::sockets)), whatever the sum of these.
     pub fn sockets_max(mut self, sockets_max: u32) -> Self {
-        self.sockets_max = sockets_max;
+        self.limits.sockets = sockets_max;
         self
     }
 
@@ -114,7 +194,7 @@ impl UdpCtxBuilder {
     /// socket it may have one message and one that `poll` has found. One socket's own bound is
     /// [`UringBuilder::queue_bytes`](crate::UringBuilder::queue_bytes).
     pub fn queue_bytes_max(mut self, queue_bytes_max: usize) -> Self {
-        self.queue_bytes_max = queue_bytes_max;
+        self.limits.queue_bytes = queue_bytes_max;
         self
     }
 
@@ -131,19 +211,40 @@ impl UdpCtxBuilder {
     /// ([`ResourceTable::set_max_capacity`] does not). Once so many bytes wait, none is left to another
     /// thread to submit.
     pub fn send_bytes_max(mut self, send_bytes_max: usize) -> Self {
-        self.send_bytes_max = send_bytes_max;
+        self.limits.send_bytes = send_bytes_max;
         self
     }
 
     /// The finished configuration.
     #[must_use]
     pub fn build(self) -> UdpCtx {
-        UdpCtx(Arc::new(GuestCtx::new(
-            Arc::clone(self.uring.pool()),
-            self.policy,
-            self.sockets_max,
-            self.queue_bytes_max,
-            self.send_bytes_max,
-        )))
+        UdpCtx { template: self, guest: OnceLock::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Kills: a guest that is made, or forsaken, without a socket.
+    #[test]
+    fn a_context_that_creates_no_socket_takes_no_lock() {
+        let uring = Uring::builder().sockets(1).build().unwrap();
+        let template = UdpCtx::builder(&uring).allow(|_, _| true).quota(&Quota::new(1));
+        uring.pool().while_locked(|| {
+            let (done, is_done) = channel();
+            thread::spawn(move || {
+                let ctx = template.clone().build();
+                let stats = ctx.stats();
+                drop(ctx);
+                done.send(stats)
+            });
+            let stats = is_done.recv_timeout(Duration::from_mins(1));
+            assert_eq!(stats, Ok(GuestStats::default()), "it waits for a lock");
+        });
     }
 }

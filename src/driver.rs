@@ -9,10 +9,12 @@
 //!
 //! The locks:
 //! 1. A thread takes them in this order: a socket's state; the driver's; a receive queue's. (What a
-//!    receiver has admitted has a lock of its own, under which no other is taken.)
+//!    receiver has in front of its queue has a lock of its own, and so have a guest's reasons for denials:
+//!    under them no other is taken.)
 //! 2. It holds at most one of each kind, and while it enters none.
 //! 3. Under the driver's and a queue's it wakes, clones and drops no waker,
-//! 4. and runs no other code of the host's: neither a policy nor a tracing subscriber.
+//! 4. and runs no other code of the host's: neither a policy, nor a verdict that it is to find, nor a tracing
+//!    subscriber.
 //! 5. What 3 and 4 forbid it leaves in the `Locked`, which runs it after the unlock.
 //! 6. A panic there, or of a thread inside, stops no other thread: `lock` and `enter` contain it.
 
@@ -45,12 +47,12 @@ pub(crate) use self::send_now::{Given, SendNow};
 use crate::clock;
 use crate::error::Errno;
 use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, CLOSE_PATIENCE_MAX, LINGER};
+use crate::ring::account::Account;
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
 use crate::ring::op::{BindOp, Op};
 use crate::ring::port_order::CloseId;
 use crate::ring::queues::SlotIndex;
-use crate::ring::quota::{ByteQuota, Quota};
 use crate::ring::receive_queue::ReceiveQueue;
 use crate::ring::share::Share;
 use crate::stats::Stats;
@@ -129,9 +131,9 @@ impl Driver {
         &self,
         guest: Guest,
         slot: SlotIndex,
-        quota: &Arc<ByteQuota>,
+        account: &Arc<Account>,
     ) -> Result<(Arc<ReceiveQueue>, Flush), Errno> {
-        let queue = Arc::new(ReceiveQueue::new(self.queue_limits, Arc::clone(quota)));
+        let queue = Arc::new(ReceiveQueue::new(self.queue_limits, Arc::clone(account)));
         let mut core = self.lock_to_queue()?;
         core.ring.arm(slot, &queue);
         core.batching.queue(guest);
@@ -153,12 +155,12 @@ impl Driver {
         self: &Arc<Self>,
         guest: Guest,
         slot: SlotIndex,
-        quota: &Arc<Quota>,
+        account: &Arc<Account>,
         unread: u64,
     ) {
         let Some(mut core) = self.lock() else { return };
         let before = core.ring.queued();
-        let named = core.ring.close(slot, quota, unread);
+        let named = core.ring.close(slot, account, unread);
         if let Some(close) = named {
             core.batching.queue(guest);
             return self.enter_until_closed(core, close);
@@ -218,13 +220,13 @@ impl Driver {
 
     /// A guest and all its sockets are dropped. Enters with what they have left queued: the runtime may be
     /// gone, too. Sends that still wait for send buffer keep a unit of its quota, and have some time left.
-    pub(crate) fn forsake(&self, quota: &Quota) {
+    pub(crate) fn forsake(&self, account: &Account) {
         let Some(mut core) = self.lock() else { return };
         if core.has_queued() {
             core = self.combine(core);
         }
-        if quota.in_use() > 0 {
-            quota.forsake();
+        if account.sockets.in_use() > 0 {
+            account.forsake();
             core.call_after(LINGER);
         }
     }

@@ -63,8 +63,8 @@
 //!
 //! To a guest: the kernel fills one of `ring::buffers` and posts a completion. `ring::receive` copies
 //! each payload into memory of its own size, queues it in the socket's `ring::receive_queue` and gives
-//! the buffer back. `socket::receive` checks the policy for the sender when the guest takes it, and
-//! Wasmtime copies it into the guest. The kernel hands a socket that was seen to receive in bursts equal
+//! the buffer back. `socket::receive` asks the policy about the sender when the guest takes it (while a policy
+//! ponders, the datagram stays in front of its queue), and Wasmtime copies it into the guest. The kernel hands a socket that was seen to receive in bursts equal
 //! datagrams of one sender in one message (GRO, `UDP_GRO`), which is split before it is queued.
 //!
 //! A bind: `socket::bind` → `driver` → `ring` (a slot) → `ring::op_table` → `ring::op` (`write`) →
@@ -112,8 +112,10 @@
 //! - *recycled*: a socket that had another owner; *cached*: one between two owners; *taint*: what the
 //!   last owner has left in it;
 //! - *refusal*: an `io_uring_enter` that fails; *forsaken*: what a guest that is gone has left in flight;
-//! - *budget*: datagrams that a guest may take before it yields; *quota*: sockets that a guest may have open
-//!   at once, or bytes that may wait for it; *held up*: datagrams whose receive a computing thread has armed.
+//! - *budget*: datagrams that a guest may take before it yields; *quota*: sockets that a guest, or all guests
+//!   of a tenant, may have open at once, or bytes that may wait for a guest; *account*: a guest's quotas and
+//!   counters; *asked*: about what a host's policy has yet to decide; *held up*: datagrams whose receive a
+//!   computing thread has armed.
 //!
 //! # The map
 //!
@@ -125,14 +127,15 @@
 //! | `p2::host`, `p3::host` | one thin function per WIT method |
 //! | [`p2::bindings`], [`p3::bindings`] | what `bindgen!` makes of the WIT, and the resources' types |
 //! | [`doctor`] | what this kernel and these limits allow |
+//! | `metrics` | feature `metrics`: the rings' counters for the facade of that name |
 //! | `bare` | feature `bare`: a ring without WASI, the floor of the benches |
 //! | `fuzzed::{calls, datagram}` | what fuzz targets (`tests/fuzz`) and tests do with any bytes |
-//! | `ctx` | what a host configures per guest ([`UdpCtx`]) and provides per store ([`UdpView`]) |
+//! | `ctx` | what a host configures per guest ([`UdpCtx`]), provides per store ([`UdpView`]) and reads |
 //! | `resource` | the socket in a resource table |
 //! | `socket::{bind, connect, options, send, receive}` | what guests do with a socket |
 //! | `socket` | a guest's socket: its state, create, addresses, drop |
-//! | `socket::guest` | what a guest's sockets share: rings, policy, quota, budget |
-//! | `socket::policy` | address checks, before any operation |
+//! | `socket::guest` | what a guest's sockets share: rings, policy, account, budget |
+//! | `socket::policy` | whom sockets ask, and what they are told ([`Policy`]), before any operation |
 //! | `uring` | what a host holds: [`Uring`] and its builder |
 //! | `pool` | the rings behind it: which a new socket goes to, and how many each may have |
 //! | `driver` | what sockets call; the order of the locks |
@@ -159,7 +162,8 @@
 //! | `ring::port_order` | closes on their way, and binds that wait for their ports |
 //! | `ring::queues` | the submission and the completion queue |
 //! | `ring::buffers`, `ring::receive_queue` | datagrams on their way to the guest |
-//! | `ring::kernel_defaults`, `ring::eventfd`, `ring::quota` | options' defaults; notifications; counts of sockets and bytes |
+//! | `ring::kernel_defaults`, `ring::eventfd` | options' defaults; notifications |
+//! | `ring::account`, `ring::quota` | what a guest has and has done; counts of sockets, nested ([`Quota`]), and of bytes |
 //! | `ring::share` | how many of the host's sockets a ring may have |
 //! | `ring::gro_key` | one socket for all rings, so that `UDP_GRO` stays on in the kernel |
 //! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
@@ -183,6 +187,8 @@ pub mod doctor;
 #[cfg(test)]
 pub mod fuzzed;
 pub mod limits;
+#[cfg(feature = "metrics")]
+mod metrics;
 #[cfg(feature = "p2")]
 pub mod p2;
 #[cfg(feature = "p3")]
@@ -202,11 +208,12 @@ mod socket;
 mod stats;
 mod uring;
 
-pub use ctx::{Udp, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
+pub use ctx::{GuestCounters, Udp, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
 pub use error::{KERNEL_MIN, RingGone, SetupError};
+pub use ring::quota::Quota;
 pub use ring::recycle::pool::Recycle;
-pub use socket::policy::SocketAddrUse;
-pub use stats::{ClosedInstead, Stats};
+pub use socket::policy::{AddrEvent, Policy, Reason, SocketAddrUse, SocketId, Verdict};
+pub use stats::{ClosedInstead, Denials, GuestStats, Stats};
 pub use uring::{Uring, UringBuilder};
 
 /// The README's example is compiled with the tests.

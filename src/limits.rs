@@ -92,6 +92,12 @@ pub const GUEST_QUEUE_BYTES_DEFAULT: usize = 16 << 20;
 /// [`UdpCtxBuilder`](crate::UdpCtxBuilder) says otherwise.
 pub const GUEST_SEND_BYTES_DEFAULT: usize = 4 << 20;
 
+/// Reasons of a guest's policy that [`GuestStats::denials`](crate::GuestStats::denials) tells apart.
+pub const DENIAL_REASONS_MAX: usize = 16;
+
+/// What the others are counted as there.
+pub const OTHER_REASONS: &str = "other reasons";
+
 /// What a queued datagram counts beside its payload: its place in the queue, whose memory grows by
 /// doubling, and what the allocator needs.
 pub const QUEUED_DATAGRAM_BYTES: usize = 128;

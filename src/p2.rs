@@ -12,6 +12,7 @@
 //! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's send buffer is full | `send` waits for the ring's completion |
 //! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |
 //! | `send` | checks the policy for each datagram just before it is sent | checks it for the whole batch first | one chain goes to the kernel |
+//! | `send`, while an address check is not ready | accepted; the verdict is the next call's | waits for the verdict | the answer is that of the datagrams it is about |
 //! | `drop` of an outgoing stream | waits for a send in the background | does not wait; the next `stream` and `check-send` do | what was accepted outlives the stream, and its socket |
 //! | `start-bind` after a failed one | can be called again at once | `concurrency-conflict` until `finish-bind` has returned the error | it is an error of `finish-bind` |
 //! | datagrams that made `poll` ready and were not received | the first is lost when the streams are dropped | they wait for the next streams | nothing that arrived is lost |

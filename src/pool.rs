@@ -18,7 +18,7 @@ use crate::driver::batching::quota_retries;
 use crate::driver::held_up::HeldUp;
 use crate::error::{RingGone, SetupError};
 use crate::limits::{RING_RETRY, RINGS_MAX, UNITS_GAINED_MAX};
-use crate::ring::quota::Quota;
+use crate::ring::account::Account;
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::rlimits::soft_limit;
@@ -128,6 +128,13 @@ impl Pool {
 
     fn built(&self) -> impl Iterator<Item = &Arc<Driver>> {
         self.rings.iter().filter_map(OnceLock::get)
+    }
+
+    /// Runs that while this thread has all locks of the pool and its first ring.
+    #[cfg(test)]
+    pub(crate) fn while_locked(&self, run: impl FnOnce()) {
+        let _changing = self.lock();
+        self.first().while_locked(run);
     }
 
     // ---- which ring -------------------------------------------------------------------------
@@ -241,12 +248,12 @@ impl Pool {
     // ---- all --------------------------------------------------------------------------------
 
     /// A guest that has had sockets in these rings is gone, and so are all its sockets.
-    pub(crate) fn forsake(&self, rings: u64, quota: &Quota) {
+    pub(crate) fn forsake(&self, rings: u64, account: &Account) {
         for (at, ring) in self.rings.iter().enumerate() {
             if rings & RingIndex(at).bit() != 0
                 && let Some(ring) = ring.get()
             {
-                ring.forsake(quota);
+                ring.forsake(account);
             }
         }
     }

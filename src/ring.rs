@@ -6,6 +6,7 @@
 //! an operation's result to the table. The wakers of the tasks concerned are collected and not
 //! called here, and what must be logged is collected too.
 
+pub(crate) mod account;
 pub(crate) mod buffers;
 pub(crate) mod eventfd;
 mod gro_key;
@@ -38,6 +39,7 @@ use std::time::Duration;
 
 use io_uring::squeue::Entry;
 
+use self::account::Account;
 use self::buffers::BufferRing;
 use self::gro_key::GroKey;
 use self::op::{
@@ -47,7 +49,6 @@ use self::op_table::{Ended, Leftover, OpTable, Registered};
 use self::port_order::{CloseId, PortOrder};
 use self::process::Process;
 use self::queues::{Completion, EMPTY_BATCH, Enter, OpKey, Queues, SlotIndex};
-use self::quota::{ByteQuota, Quota};
 use self::receive::{Delivered, Receives};
 use self::receive_queue::ReceiveQueue;
 use self::recycle::taint::Reason;
@@ -198,10 +199,11 @@ impl Ring {
     }
 
     /// A send that goes on waits for send buffer, and counts from here on.
-    pub(crate) fn charge(&mut self, key: OpKey, quota: &Arc<ByteQuota>) {
-        if let Some((_, Op::Send(send))) = self.ops.find(key) {
-            send.charge(quota);
-        }
+    /// `false` if it has ended.
+    pub(crate) fn charge(&mut self, key: OpKey, account: &Arc<Account>) -> bool {
+        let Some((_, Op::Send(send))) = self.ops.find(key) else { return false };
+        send.charge(account);
+        true
     }
 
     /// Ends an operation of one entry whose caller is gone, if it still waits.
@@ -323,7 +325,7 @@ impl Ring {
     pub(crate) fn close(
         &mut self,
         slot: SlotIndex,
-        quota: &Arc<Quota>,
+        account: &Arc<Account>,
         unread: u64,
     ) -> Option<CloseId> {
         self.stats.dropped_at_close += unread;
@@ -341,12 +343,12 @@ impl Ring {
         let close = releasing.close;
         if let Some(unbind) = self.recycler.release(slot, taint, is_busy) {
             releasing.is_submitted = true;
-            quota.put_back();
+            account.sockets.put_back();
             self.slots.get(slot).state = SlotState::Releasing(releasing);
             self.submit_detached(slot, unbind);
         } else {
             // A unit of the guest's quota is the slot's until no send waits any more.
-            releasing.quota = Some(Arc::clone(quota));
+            releasing.account = Some(Arc::clone(account));
             self.slots.get(slot).state = SlotState::Releasing(releasing);
             self.submit_close_once_idle(slot);
         }
@@ -357,7 +359,7 @@ impl Ring {
     fn begin_release(&mut self, slot: SlotIndex) -> Releasing {
         self.cancel_receive(slot);
         let close = self.ports.begin_close(self.slots.port(slot), clock::now());
-        Releasing { close, is_submitted: false, quota: None, is_forsaken: false }
+        Releasing { close, is_submitted: false, account: None, is_forsaken: false }
     }
 
     /// The closes on their way.
@@ -412,9 +414,9 @@ impl Ring {
         let in_flight = self.ops.in_flight(slot);
         let SlotState::Releasing(releasing) = &mut self.slots.get(slot).state else { return };
         if in_flight.sends == 0
-            && let Some(quota) = releasing.quota.take()
+            && let Some(account) = releasing.account.take()
         {
-            quota.put_back();
+            account.sockets.put_back();
         }
         if in_flight.all > 0 {
             return;

@@ -16,8 +16,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -28,15 +28,16 @@ use crate::datagram::Family;
 use crate::driver::Driver;
 use crate::error::ErrorCode;
 use crate::pool::Pool;
+use crate::ring::account::{Account, GuestLimits};
 use crate::ring::queues::played::{Dice, Faults, Played, PlayedPanic, Sizes, Stamp};
-use crate::ring::quota::{ByteQuota, Quota};
+use crate::ring::quota::Quota;
 use crate::ring::receive_queue::{Datagram, QueueLimits};
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::recycle::rcu::played::PlayedThread;
 use crate::socket::UdpSocket;
 use crate::socket::guest::GuestCtx;
 use crate::socket::options::OptionValue;
-use crate::socket::policy::Policy;
+use crate::socket::policy::{AddrEvent, Checks, Policy, Reason, SocketAddrUse, SocketId, Verdict};
 
 thread_local! {
     static WORLD: RefCell<Option<Rc<World>>> = const { RefCell::new(None) };
@@ -50,6 +51,10 @@ struct World {
     runtime: Rc<Runtime>,
     dice: RefCell<Dice>,
     guests: RefCell<Vec<Guest>>,
+    /// What hosts have yet to decide.
+    asked: Asked,
+    /// All guests' sockets.
+    host: Quota,
     tasks: RefCell<Vec<Task>>,
     next_task: Cell<u64>,
     /// Threads inside each other's enters.
@@ -68,9 +73,7 @@ struct Guest {
     ctx: Option<Arc<GuestCtx>>,
     /// Calls as of WASI 0.3, else 0.2.
     is_new: bool,
-    quota: Arc<Quota>,
-    queued: Arc<ByteQuota>,
-    sending: Arc<ByteQuota>,
+    account: Arc<Account>,
     sockets: Vec<Rc<Socket>>,
     /// It is at work: its thread is the one that is inside.
     is_busy: bool,
@@ -83,6 +86,100 @@ struct Socket {
     seen: Cell<u64>,
     /// Its guest has its streams, which the calls of WASI 0.2 that send and receive are of.
     has_streams: Cell<bool>,
+}
+
+/// What is to be decided.
+type Asked = Arc<Mutex<Vec<Arc<Mutex<Question>>>>>;
+
+#[derive(Default)]
+struct Question {
+    is_answered: bool,
+    waker: Option<Waker>,
+}
+
+fn is_allowed(addr: SocketAddr, _: SocketAddrUse) -> bool {
+    addr.port() != 13
+}
+
+/// A policy that decides at once, or after its first poll, or when the world has it.
+struct Undecided {
+    asked: Asked,
+    driver: Weak<Driver>,
+    dice: Mutex<Dice>,
+    sockets: AtomicUsize,
+}
+
+/// Ready when it is answered.
+struct Pondering {
+    question: Arc<Mutex<Question>>,
+    driver: Weak<Driver>,
+    is_allowed: bool,
+}
+
+fn assert_unlocked(driver: &Weak<Driver>) {
+    let is_free = driver.upgrade().is_none_or(|driver| driver.is_free());
+    assert!(is_free || std::thread::panicking(), "the host's code runs under the lock");
+}
+
+impl Policy for Undecided {
+    fn check(&self, event: &AddrEvent) -> Verdict {
+        assert_unlocked(&self.driver);
+        let is_allowed = is_allowed(event.addr, event.addr_use);
+        let verdict = if is_allowed { Verdict::Allow } else { Verdict::deny("port 13") };
+        let what = self.dice.lock().unwrap().below(3);
+        if what == 0 {
+            return verdict;
+        }
+        if what == 1 {
+            return Verdict::ask(std::future::ready(verdict));
+        }
+        let question = Arc::<Mutex<Question>>::default();
+        self.asked.lock().unwrap().push(Arc::clone(&question));
+        Verdict::ask(Pondering { question, driver: Weak::clone(&self.driver), is_allowed })
+    }
+
+    fn socket_created(&self, _: SocketId) -> Result<(), Reason> {
+        assert_unlocked(&self.driver);
+        if self.dice.lock().unwrap().once_in(8) {
+            return Err("not now".into());
+        }
+        self.sockets.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn socket_dropped(&self, _: SocketId) {
+        assert_unlocked(&self.driver);
+        self.sockets.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Undecided {
+    fn drop(&mut self) {
+        let left = self.sockets.load(Ordering::Relaxed);
+        assert!(left == 0 || std::thread::panicking(), "{left} sockets are never dropped");
+    }
+}
+
+impl Future for Pondering {
+    type Output = Verdict;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Verdict> {
+        assert_unlocked(&self.driver);
+        let mut question = self.question.lock().unwrap();
+        if !question.is_answered {
+            question.waker = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        Poll::Ready(if self.is_allowed { Verdict::Allow } else { Verdict::deny("port 13") })
+    }
+}
+
+impl Drop for Pondering {
+    fn drop(&mut self) {
+        assert_unlocked(&self.driver);
+        // Nobody waits for it any more.
+        self.question.lock().unwrap().waker = None;
+    }
 }
 
 enum Answer {
@@ -177,6 +274,7 @@ impl World {
         };
         let panics = often(&[0, 0, 30]);
         played.kernel().faults = faults;
+        let host = Quota::new(u32::try_from(pick(&mut dice, &[3, 100])).unwrap());
         let traces = std::env::var_os("WASI_URING_TRACE").is_some();
         if traces {
             eprintln!("seed {seed}: {sizes:?} {limits:?} {faults:?} panics {panics}");
@@ -189,6 +287,8 @@ impl World {
             runtime: Rc::clone(runtime),
             dice: RefCell::new(dice),
             guests: RefCell::default(),
+            asked: Asked::default(),
+            host,
             tasks: RefCell::default(),
             next_task: Cell::new(0),
             depth: Cell::new(0),
@@ -228,7 +328,9 @@ impl World {
         match self.below(16) {
             0..8 => self.call(),
             8..11 => self.poll_one(true),
-            11 => self.poll_one(false),
+            11 if self.once_in(2) => self.poll_one(false),
+            11 if self.played.kernel().faults.outage.is_none() => _ = self.answer(),
+            11 => {}
             12 => self.cancel(),
             13 => self.arrive(),
             14 => self.with_panics(0, || _ = self.driver.snapshot()),
@@ -269,6 +371,25 @@ impl World {
         }
     }
 
+    /// A host decides; whether one had to.
+    fn answer(&self) -> bool {
+        let question = {
+            let mut asked = self.asked.lock().unwrap();
+            if asked.is_empty() {
+                return false;
+            }
+            let at = self.below(asked.len());
+            asked.swap_remove(at)
+        };
+        let waker = {
+            let mut question = question.lock().unwrap();
+            question.is_answered = true;
+            question.waker.take()
+        };
+        waker.into_iter().for_each(Waker::wake);
+        true
+    }
+
     fn leave_or_come(&self) {
         let alive = self.guests.borrow().iter().filter(|guest| guest.ctx.is_some()).count();
         if alive < 2 || (alive < 4 && self.once_in(2)) {
@@ -284,20 +405,28 @@ impl World {
     fn come(&self) {
         let sockets_max = 1 + u32::try_from(self.below(4)).unwrap();
         let bytes_max = [2000, 100_000][self.below(2)];
-        let policy = Policy::new(|addr, _| addr.port() != 13);
+        let checks = if self.once_in(2) {
+            Checks::allow(is_allowed)
+        } else {
+            Checks::Policy(Arc::new(Undecided {
+                asked: Arc::clone(&self.asked),
+                driver: Arc::downgrade(&self.driver),
+                dice: Mutex::new(Dice::new(self.below(1 << 20) as u64)),
+                sockets: AtomicUsize::new(0),
+            }))
+        };
         let send_max = [3000, 100_000][self.below(2)];
-        let ctx = GuestCtx::new(Arc::clone(&self.pool), policy, sockets_max, bytes_max, send_max);
-        let quota = Arc::clone(&ctx.quota);
-        let (queued, sending) = (Arc::clone(&ctx.queued), Arc::clone(&ctx.sending));
+        let mut limits = guest_limits(sockets_max, bytes_max, send_max);
+        limits.quota = self.once_in(2).then(|| Quota::within(&self.host, 2));
+        let ctx = GuestCtx::new(Arc::clone(&self.pool), checks, limits);
+        let account = Arc::clone(&ctx.account);
         let number = self.guests.borrow().len() as u64;
         self.trace(|| format!("guest {number} comes"));
         self.guests.borrow_mut().push(Guest {
             number,
             ctx: Some(Arc::new(ctx)),
             is_new: self.once_in(2),
-            quota,
-            queued,
-            sending,
+            account,
             sockets: Vec::new(),
             is_busy: false,
             is_woken: Arc::default(),
@@ -487,11 +616,14 @@ impl World {
                     self.begin(guest, "bind", true, &socket, async move {
                         this.udp.bind(to).await.into()
                     });
-                } else if self.with_panics(0, || socket.udp.start_bind(to)).is_ok()
-                    && !self.once_in(4)
-                {
-                    self.begin(guest, "finish-bind", true, &socket, async move {
-                        this.udp.finish_bind().await.into()
+                } else {
+                    let finishes = !self.once_in(4);
+                    self.begin(guest, "start-bind", true, &socket, async move {
+                        let begun = this.udp.start_bind(to).await;
+                        if finishes && begun.is_ok() {
+                            return this.udp.finish_bind().await.into();
+                        }
+                        begun.into()
                     });
                 }
             }
@@ -749,11 +881,16 @@ impl World {
         }
         let guests = self.guests.borrow();
         for guest in &*guests {
-            let sockets = guest.quota.in_use();
+            let sockets = guest.account.sockets.in_use();
             assert!(sockets >= guest.sockets.len() as u64, "a quota that was put back twice");
             let message = 65_507 + 64 * 128;
-            let bound = 100_000 + message * (usize::try_from(guest.quota.in_use()).unwrap() + 1);
-            assert!(guest.queued.used() <= bound, "{} bytes are queued", guest.queued.used());
+            let bound =
+                100_000 + message * (usize::try_from(guest.account.sockets.in_use()).unwrap() + 1);
+            assert!(
+                guest.account.queued.used() <= bound,
+                "{} bytes are queued",
+                guest.account.queued.used()
+            );
         }
         let owned: u64 = guests.iter().map(|guest| guest.sockets.len() as u64).sum();
         assert!(audit.table_in_use >= owned, "the table's quota was put back twice");
@@ -763,7 +900,9 @@ impl World {
     fn have_an_outage(&self) {
         self.trace(|| "an outage".to_owned());
         self.played.kernel().faults.outage = Some(libc::ENOMEM);
-        for _ in 0..10 {
+        for round in 0..16 {
+            // Later no call is to begin to wait for the kernel.
+            while round < 10 && self.answer() {}
             self.play_thread(Duration::from_millis(60));
             self.run_runtime();
             self.poll_woken();
@@ -808,10 +947,12 @@ impl World {
             assert!(round < 400, "it never comes to rest");
             self.played.kernel().tick();
             self.run_runtime();
+            while self.answer() {}
             let is_busy = self.poll_woken();
             let is_at_work = self.play_thread(Duration::from_millis(100)) | self.play_rcu();
             self.check();
-            let is_quiet = !(is_busy || is_at_work) && self.played.kernel().is_still();
+            let is_asked = !self.asked.lock().unwrap().is_empty();
+            let is_quiet = !(is_busy || is_at_work || is_asked) && self.played.kernel().is_still();
             quiet = if is_quiet { quiet + 1 } else { 0 };
             if quiet == 2 {
                 return;
@@ -961,8 +1102,13 @@ impl World {
         assert_eq!(audit.unfree_slots as u64, cached, "slots");
         assert!(!audit.is_closing && !audit.has_waiting_binds, "ports");
         for guest in self.guests.borrow().iter().filter(|_| !self.is_shut_down.get()) {
-            let used = (guest.quota.in_use(), guest.queued.used(), guest.sending.used());
+            let used = (
+                guest.account.sockets.in_use(),
+                guest.account.queued.used(),
+                guest.account.sending.used(),
+            );
             assert_eq!(used, (0, 0, 0), "quotas");
+            assert_eq!(self.host.in_use(), 0, "the host's quota");
         }
         assert!(!self.driver.has_queued(), "entries are counted that the kernel never gets");
         // The rest of a chain that was cut is sent, whatever became of what was before.
@@ -996,6 +1142,10 @@ fn live(seed: u64, runtime: &Rc<Runtime>) {
     WORLD.set(None);
     drop(world);
     clock::played::end();
+}
+
+fn guest_limits(sockets: u32, queue_bytes: usize, send_bytes: usize) -> GuestLimits {
+    GuestLimits { sockets, quota: None, queue_bytes, send_bytes }
 }
 
 fn number(variable: &str, otherwise: u64) -> u64 {
@@ -1041,9 +1191,9 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
     let (driver, played, _rcu) = Driver::played(1, sizes, limits, || ());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     let _runtime = runtime.enter();
-    let policy = Policy::new(|_, _| true);
+    let checks = Checks::allow(|_, _| true);
     let pool = Pool::of_one(&driver, sizes.sockets);
-    let ctx = Arc::new(GuestCtx::new(pool, policy, 1, usize::MAX, usize::MAX));
+    let ctx = Arc::new(GuestCtx::new(pool, checks, guest_limits(1, usize::MAX, usize::MAX)));
     let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
     let woken = || {
         let (is, guest) = (AtomicBool::new(false), Arc::default());
@@ -1086,14 +1236,9 @@ fn a_connect_that_was_told_of_an_outage_is_known_when_the_kernel_gets_to_it() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     let _runtime = runtime.enter();
     clock::played::start();
-    let policy = Policy::new(|_, _| true);
-    let ctx = Arc::new(GuestCtx::new(
-        Pool::of_one(&driver, sizes.sockets),
-        policy,
-        1,
-        usize::MAX,
-        usize::MAX,
-    ));
+    let checks = Checks::allow(|_, _| true);
+    let pool = Pool::of_one(&driver, sizes.sockets);
+    let ctx = Arc::new(GuestCtx::new(pool, checks, guest_limits(1, usize::MAX, usize::MAX)));
     let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
     let mut cx = Context::from_waker(Waker::noop());
     let [before, now] = [EXTERNAL[0].ip(), Ipv4Addr::new(192, 0, 2, 2).into()]

@@ -11,7 +11,7 @@
 //! # Locks
 //!
 //! The order is the socket's state, then the driver. Under the state's lock no waker is woken,
-//! cloned or dropped, and no code of the host runs (policy, tracing subscriber). The driver wakes
+//! cloned or dropped, and no code of the host runs (policy and its verdicts, tracing subscriber). The driver wakes
 //! tasks whenever it enters the kernel, so a future of the driver's that the state holds is taken out
 //! of it to be polled, and put back while it is pending.
 
@@ -26,20 +26,26 @@ mod send;
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use crate::datagram::Family;
 use crate::driver::{Driver, Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
+use crate::ring::account::Account;
 use crate::ring::op::{Op, OpResult, Output, SocketName, Whose};
 use crate::ring::queues::SlotIndex;
+use crate::ring::quota::Level;
 use crate::ring::receive_queue::{Datagram, ReceiveQueue};
 use crate::socket::guest::GuestCtx;
+use crate::socket::policy::{AddrEvent, Judged, Question, SocketAddrUse};
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
 pub(crate) struct UdpSocket {
     ctx: Arc<GuestCtx>,
+    /// Among those of the guest.
+    number: u64,
     /// Of the ring that it stays in.
     driver: Arc<Driver>,
     family: Family,
@@ -60,8 +66,22 @@ struct Receiver {
     queue: Arc<ReceiveQueue>,
     /// Calls of `receive_one`, in their order; the first waits for the next arrival.
     line: tokio::sync::Mutex<()>,
-    /// A datagram that was admitted and that no call has taken yet. A leaf lock.
-    admitted: Mutex<Option<Datagram>>,
+    /// The first datagram, if it was taken from the queue and no call has it yet. A leaf lock.
+    front: Mutex<Option<Front>>,
+}
+
+/// How far the first datagram is.
+enum Front {
+    /// The guest may have it.
+    Admitted(Datagram),
+    /// The host is asked whether it may. Those behind it wait.
+    Asked(Box<Asked>),
+}
+
+/// A datagram whose sender the host is asked about.
+struct Asked {
+    datagram: Datagram,
+    question: Question,
 }
 
 /// Boxed where most sockets have nothing: a ring has thousands of them.
@@ -141,26 +161,40 @@ struct Options {
 }
 
 impl UdpSocket {
-    /// Takes an entry of the guest's quota and of the pool's, in this thread's ring. No system call: an unbound
-    /// socket is "effectively an in-memory configuration object" (wasi:sockets, create-udp-socket).
+    /// Takes an entry of the guest's quotas and of the pool's, in this thread's ring. No system call: an unbound
+    /// socket is "effectively an in-memory configuration object" (wasi:sockets, create-udp-socket). The
+    /// policy is called last, so that it knows of no socket that there is no room for.
     pub(crate) fn new(ctx: &Arc<GuestCtx>, family: Family) -> Result<Self, ErrorCode> {
         let pool = &ctx.pool;
         pool.check()?;
-        ctx.policy.udp()?;
+        ctx.checks.udp().map_err(|reason| ctx.deny(reason))?;
         if pool.first().defaults().of(family).is_none() {
             return Err(ErrorCode::NotSupported);
         }
-        if pool.acquire(|| ctx.quota.take_exclusive().then_some(())).is_none() {
+        let Account { sockets, counters, .. } = &*ctx.account;
+        let mut full = None;
+        let taken = pool.acquire(|| sockets.take_exclusive().map_err(|it| full = Some(it)).ok());
+        if taken.is_none() {
+            full.into_iter().for_each(Level::refuse);
+            counters.sockets_beyond_quota.add_exclusive(1);
             return Err(ErrorCode::NewSocketLimit);
         }
         let Some(ring) = pool.take_socket() else {
-            ctx.quota.put_back();
+            sockets.put_back();
+            counters.sockets_beyond_table.add_exclusive(1);
             return Err(ErrorCode::NewSocketLimit);
         };
+        let driver = pool.ring(ring);
+        let place = Place { account: &ctx.account, driver };
+        let number = ctx.number_socket();
+        ctx.checks.socket_created(ctx.socket_id(number)).map_err(|reason| ctx.deny(reason))?;
+        std::mem::forget(place);
         ctx.use_ring(ring);
+        counters.sockets_created.add_exclusive(1);
         Ok(Self {
             ctx: Arc::clone(ctx),
-            driver: Arc::clone(pool.ring(ring)),
+            number,
+            driver: Arc::clone(driver),
             family,
             slot: OnceLock::new(),
             receiver: OnceLock::new(),
@@ -204,6 +238,29 @@ impl UdpSocket {
     #[cfg(test)]
     pub(crate) fn slot(&self) -> Option<SlotIndex> {
         self.slot.get().copied()
+    }
+
+    // ---- policy -----------------------------------------------------------------------------
+
+    /// Asks the host whether the guest may use an address. No lock is held.
+    #[inline]
+    fn judge(&self, addr: SocketAddr, addr_use: SocketAddrUse, is_implicit: bool) -> Judged {
+        self.ctx.checks.judge(addr, addr_use, || AddrEvent {
+            socket: self.ctx.socket_id(self.number),
+            addr_use,
+            addr,
+            is_implicit,
+            local_addr: self.lock().local.as_deref().copied(),
+        })
+    }
+
+    /// Ready when the guest may use an address, or may not. In WASI 0.3 other calls may come between.
+    fn may_use(&self, addr: SocketAddr, addr_use: SocketAddrUse, is_implicit: bool) -> May<'_> {
+        let ctx = &*self.ctx;
+        match self.judge(addr, addr_use, is_implicit) {
+            Judged::Now(answer) => May::Now(answer.map_err(|reason| ctx.deny(reason))),
+            Judged::Asked(question) => May::Asked(Box::new((ctx, question))),
+        }
     }
 
     // ---- state ------------------------------------------------------------------------------
@@ -313,14 +370,49 @@ impl UdpSocket {
 }
 
 impl Receiver {
-    fn take_admitted(&self) -> Option<Datagram> {
-        self.admitted.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// To be polled or dropped with the lock released: it may have code of the host's.
+    fn take_front(&self) -> Option<Front> {
+        self.front.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The socket is gone: datagrams that no call will take.
     fn discard(&self) -> u64 {
-        let admitted = u64::from(self.take_admitted().is_some());
-        admitted + self.queue.discard()
+        let front = u64::from(self.take_front().is_some());
+        front + self.queue.discard()
+    }
+}
+
+/// A socket's entries in the guest's quotas and in a ring's share, until a slot has them.
+struct Place<'socket> {
+    account: &'socket Account,
+    driver: &'socket Driver,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.account.sockets.put_back();
+        self.driver.share().put_back();
+    }
+}
+
+/// Whether the guest may. A call that waits for it has it in its future, so it is small.
+enum May<'ctx> {
+    Now(Result<(), ErrorCode>),
+    Asked(Box<(&'ctx GuestCtx, Question)>),
+}
+
+impl Future for May<'_> {
+    type Output = Result<(), ErrorCode>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Self::Now(answer) => Poll::Ready(*answer),
+            Self::Asked(asked) => {
+                let (ctx, question) = &mut **asked;
+                let answer = ready!(Pin::new(question).poll(cx));
+                Poll::Ready(answer.map_err(|reason| ctx.deny(reason)))
+            }
+        }
     }
 }
 
@@ -336,16 +428,13 @@ impl State {
 
 impl Drop for UdpSocket {
     fn drop(&mut self) {
-        let GuestCtx { guest, quota, .. } = &*self.ctx;
+        let GuestCtx { guest, account, checks, .. } = &*self.ctx;
         let driver = &self.driver;
         if driver.check() == Err(RingGone::Forked) {
             return;
         }
         match self.slot.get() {
-            None => {
-                quota.put_back();
-                driver.share().put_back();
-            }
+            None => drop(Place { account, driver }),
             Some(slot) => {
                 // The operations in flight are detached first: the slot's next owner must not meet
                 // a future of this one. The ring keeps their memory until they complete.
@@ -354,9 +443,11 @@ impl Drop for UdpSocket {
                 state.unsettled = None;
                 state.blocked_send = None;
                 let unread = self.receiver.get().map_or(0, |receiver| receiver.discard());
-                // The slot is the ring's from here, with the entries in table and quota.
-                driver.close(*guest, *slot, quota, unread);
+                account.counters.dropped_at_close.add(unread);
+                // The slot is the ring's from here, with the entries in table and quotas.
+                driver.close(*guest, *slot, account, unread);
             }
         }
+        checks.socket_dropped(self.ctx.socket_id(self.number));
     }
 }

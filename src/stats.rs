@@ -1,4 +1,6 @@
-//! Counters of rings: what went through them since they were built.
+//! Counters: of rings, what went through them since they were built; and of one guest.
+
+use std::borrow::Cow;
 
 /// A snapshot of the counters of a host's rings together, by [`Uring::stats`](crate::Uring::stats).
 ///
@@ -169,4 +171,52 @@ impl std::ops::AddAssign for ClosedInstead {
         self.unclean += unclean;
         self.idle += idle;
     }
+}
+
+/// A snapshot of a guest's counters, by [`UdpCtx::stats`](crate::UdpCtx::stats) or
+/// [`GuestCounters::stats`](crate::GuestCounters::stats).
+///
+/// All are totals, except `sockets_open`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GuestStats {
+    /// Sockets it was given.
+    pub sockets_created: u64,
+    /// Those it has now, those still closing included.
+    pub sockets_open: u64,
+    /// Sockets it was refused because it has as many as it may, or its tenants' quotas
+    /// ([`Quota`](crate::Quota)) are used up.
+    pub sockets_beyond_quota: u64,
+    /// Sockets it was refused because all guests together have as many as they may.
+    pub sockets_beyond_table: u64,
+    /// Datagrams the kernel took from it. (What it took in calls that were given up may be missing.)
+    pub datagrams_sent: u64,
+    /// The bytes of their payloads.
+    pub bytes_sent: u64,
+    /// Datagrams moved to its sockets' queues.
+    pub datagrams_received: u64,
+    /// The bytes of their payloads.
+    pub bytes_received: u64,
+    /// Datagrams withheld because the policy refused their sender.
+    pub dropped_by_policy: u64,
+    /// Datagrams withheld because a connected socket's peer did not send them.
+    pub dropped_not_from_peer: u64,
+    /// Datagrams still queued when their socket was closed.
+    pub dropped_at_close: u64,
+    /// Datagrams dropped because a queue, or all of the guest's together, were full.
+    pub dropped_by_queue: u64,
+    /// What its policy has denied, by reason, in the order of their first time: sockets, addresses, and
+    /// the senders of datagrams. [`DENIAL_REASONS_MAX`](crate::limits::DENIAL_REASONS_MAX) are told apart,
+    /// the rest is counted as [`OTHER_REASONS`](crate::limits::OTHER_REASONS).
+    pub denials: Vec<Denials>,
+}
+
+/// What a policy has denied for one reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Denials {
+    /// As the policy has it.
+    pub reason: Cow<'static, str>,
+    /// How often.
+    pub count: u64,
 }

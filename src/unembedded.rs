@@ -51,11 +51,12 @@ mod socket;
 mod stats;
 mod uring;
 
-pub use ctx::{UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
+pub use ctx::{GuestCounters, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};
 pub use error::{KERNEL_MIN, RingGone, SetupError};
+pub use ring::quota::Quota;
 pub use ring::recycle::pool::Recycle;
-pub use socket::policy::SocketAddrUse;
-pub use stats::{ClosedInstead, Stats};
+pub use socket::policy::{AddrEvent, Policy, Reason, SocketAddrUse, SocketId, Verdict};
+pub use stats::{ClosedInstead, Denials, GuestStats, Stats};
 pub use uring::{Uring, UringBuilder};
 
 #[cfg(test)]

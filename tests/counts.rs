@@ -9,11 +9,11 @@ use std::pin::pin;
 use std::time::Duration;
 
 use allocation_counter::{AllocationInfo, measure};
-use common::{Backend, Setup, host, within};
-use wasi_uring::{Recycle, Stats, Uring};
-use wasmtime::component::{Component, Linker};
+use common::{Backend, Check, Setup, host, within};
+use wasi_uring::{Quota, Recycle, Stats, UdpCtx, Uring};
+use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Config, Engine, Store};
-use wasmtime_wasi::{p2, p3};
+use wasmtime_wasi::{WasiCtx, p2, p3};
 
 /// The version of WASI that the guest is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,14 +70,13 @@ fn ring(recycles: bool) -> Uring {
     Uring::builder().sockets(1024).recycle(recycle).build().unwrap()
 }
 
-fn run(backend: Backend, uring: &Uring, wasi: Wasi, mode: &str, count: usize, bytes: usize) -> Run {
+fn run(backend: Backend, setup: Setup, wasi: Wasi, mode: &str, count: usize, bytes: usize) -> Run {
     let engine = Engine::new(Config::new().concurrency_support(wasi == Wasi::P3)).unwrap();
     let component = Component::new(&engine, wasi.guest()).unwrap();
     // None of these modes sends to the port.
     let numbers = [count, 0, bytes, BATCH].map(|number| number.to_string());
     let args = [mode.to_owned()].into_iter().chain(numbers).collect();
-    let setup = Setup { args, ..Setup::of(uring) };
-    let (_, mut linker, mut store) = host(&engine, backend, setup);
+    let (uring, mut linker, mut store) = host(&engine, backend, Setup { args, ..setup });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut suspensions = 0;
     let memory = match wasi {
@@ -128,12 +127,31 @@ async fn suspensions_of(guest: impl Future<Output = wasmtime::Result<Result<(), 
     suspensions
 }
 
+/// Most stores of a host that has one for each request never open a socket.
+///
+/// Kills: a guest that is made with its configuration.
+#[test]
+fn a_store_that_opens_no_socket_allocates_nothing_for_udp() {
+    let engine = Engine::default();
+    let uring = Uring::builder().sockets(1).build().unwrap();
+    let template = UdpCtx::builder(&uring).allow(|_, _| true).quota(&Quota::new(1));
+    let without = || drop(Store::new(&engine, (WasiCtx::default(), ResourceTable::new())));
+    let with = || {
+        let udp = template.clone().build();
+        drop(Store::new(&engine, (WasiCtx::default(), ResourceTable::new(), udp)));
+    };
+    with();
+    let [without, with] = [measure(without), measure(with)].map(|memory| memory.count_total);
+    assert_eq!(with, without);
+    assert_eq!(measure(|| drop(template.clone().build())).count_total, 0);
+}
+
 const FEW: usize = 100;
 const MANY: usize = 612;
 
 #[expect(clippy::cast_precision_loss, reason = "thousands")]
 fn cost(backend: Backend, recycles: bool, wasi: Wasi, mode: &str, bytes: usize) -> Cost {
-    let run = |count| run(backend, &ring(recycles), wasi, mode, count, bytes);
+    let run = |count| run(backend, Setup::of(&ring(recycles)), wasi, mode, count, bytes);
     let (few, many) = (run(FEW), run(MANY));
     let per_operation = |few: u64, many: u64| (many as f64 - few as f64) / (MANY - FEW) as f64;
     let cost = Cost {
@@ -247,6 +265,27 @@ fn a_batch_is_one_enter_where_a_call_takes_many_datagrams() {
         submissions: 16.1,
     };
     costs_at_most("batch", Wasi::P3, each);
+}
+
+/// Kills: a verdict that is not polled before the call suspends.
+#[test]
+fn a_check_whose_future_is_ready_costs_no_suspension() {
+    for wasi in Wasi::ALL {
+        for mode in ["bind", "echo", "dns"] {
+            let suspensions = Check::ALL.map(|check| {
+                let of = |count| {
+                    let setup = Setup { check, ..Setup::of(&ring(true)) };
+                    run(Backend::Uring, setup, wasi, mode, count, BYTES).suspensions
+                };
+                of(MANY).saturating_sub(of(FEW))
+            });
+            eprintln!("{mode} of {wasi:?}: {suspensions:?} suspensions");
+            let [allow, ready, late] = suspensions;
+            let few = (MANY - FEW) as u64 / 10;
+            assert!(ready <= allow + few, "{ready}, and {allow} without futures");
+            assert!(late > ready + few, "what waits is seen");
+        }
+    }
 }
 
 /// Between a guest's memory and the kernel a payload lies in one allocation on its way out, and in

@@ -6,6 +6,7 @@
 //! so many bytes to send that they would push those of others out of the cache, and one of so many
 //! that it would find its own cache cold after the yield.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -14,8 +15,14 @@ use crate::limits::{
 };
 
 /// Names a guest among those of all rings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Guest(u64);
+
+impl fmt::Display for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 impl Guest {
     pub(crate) fn new() -> Self {

@@ -9,9 +9,9 @@ use tokio::task::coop;
 use super::batching::Guest;
 use super::enter::{Core, Driver};
 use super::flush::Flush;
+use crate::ring::account::Account;
 use crate::ring::op::OpResult;
 use crate::ring::queues::OpKey;
-use crate::ring::quota::ByteQuota;
 
 /// An operation on its way, and the guest that waits for it. Its memory is the operation table's
 /// until its last completion. To drop this before detaches the operation: the kernel finishes it,
@@ -22,6 +22,7 @@ pub(crate) struct InFlight {
     flush: Flush,
     pub(super) is_taken: bool,
     ends_with_caller: bool,
+    is_charged: bool,
 }
 
 impl InFlight {
@@ -33,6 +34,7 @@ impl InFlight {
             flush: Flush::new(core, guest),
             is_taken: false,
             ends_with_caller: false,
+            is_charged: false,
         }
     }
 
@@ -125,10 +127,15 @@ impl InFlight {
     }
 
     /// For a send that waits: it counts from now on, for as long as the ring holds its datagrams.
-    pub(crate) fn charge(&self, quota: &Arc<ByteQuota>) {
+    pub(crate) fn charge(&mut self, account: &Arc<Account>) {
         if let Some(mut core) = self.driver.lock() {
-            core.ring.charge(self.key, quota);
+            self.is_charged = core.ring.charge(self.key, account);
         }
+    }
+
+    /// Whether the ring counts what the kernel takes of it.
+    pub(crate) fn is_charged(&self) -> bool {
+        self.is_charged
     }
 
     /// Whether its guest has yielded before it entered.

@@ -23,6 +23,12 @@ impl Driver {
         (driver, played, thread)
     }
 
+    /// Runs that while this thread has the lock.
+    pub(crate) fn while_locked(&self, run: impl FnOnce()) {
+        let _core = self.core.lock();
+        run();
+    }
+
     /// Whether no thread holds the lock.
     pub(crate) fn is_free(&self) -> bool {
         self.core.is_free()

@@ -19,9 +19,9 @@ use super::in_flight::InFlight;
 use crate::datagram::Family;
 use crate::error::Errno;
 use crate::limits::{REFUSAL_PATIENCE, SQ_ENTRIES};
+use crate::ring::account::Account;
 use crate::ring::op::{BindOp, Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
-use crate::ring::quota::ByteQuota;
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::share::Share;
@@ -125,7 +125,7 @@ impl Panics {
 fn left_waiting(driver: &Arc<Driver>, waker: &Waker) -> (SlotIndex, Flush) {
     let guest = Guest::new();
     let slot = socket(driver, guest);
-    let (_queue, mut flush) = driver.arm(guest, slot, &ByteQuota::new(usize::MAX)).unwrap();
+    let (_queue, mut flush) = driver.arm(guest, slot, &Account::of_sockets(1)).unwrap();
     driver.lock().unwrap().entering = true;
     assert!(flush.poll(driver, &mut Context::from_waker(waker)).is_pending());
     driver.lock().unwrap().entering = false;

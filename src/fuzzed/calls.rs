@@ -149,7 +149,7 @@ impl Guest {
         match what {
             3..6 => {
                 let addr = SocketAddr::new(ip(family), 0);
-                let _may_be_bound = socket.start_bind(addr);
+                bounded(socket.start_bind(addr)).await;
                 if which % 3 > 0 {
                     bounded(socket.finish_bind()).await;
                 }

@@ -50,7 +50,7 @@ impl udp::HostUdpSocket for UdpCtxView<'_> {
     ) -> SocketResult<()> {
         // The handle is the capability; it has no content.
         self.table.get(&network)?;
-        Ok(self.table.get(&this)?.0.socket().start_bind(local_address.into())?)
+        Ok(self.table.get(&this)?.0.socket().start_bind(local_address.into()).await?)
     }
 
     async fn finish_bind(&mut self, this: Resource<UdpSocket>) -> SocketResult<()> {

@@ -108,6 +108,8 @@ pub(crate) enum Output {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sent {
     pub(crate) datagrams: u64,
+    /// Of their payloads.
+    pub(crate) bytes: u64,
     /// Why the kernel refused the next one.
     pub(crate) error: Option<Errno>,
 }
@@ -263,12 +265,15 @@ impl Op {
                 record.stats.datagrams_sent += send.sent();
                 record.stats.datagrams_coalesced += send.coalesced();
                 record.stats.bytes_sent += outcome.sum;
+                send.count_if_charged(outcome.sum);
                 if error.is_some() {
                     record.taint.mark(Reason::Error);
                 }
                 return Completed::Ended(match (send.sent(), error) {
                     (0, Some(errno)) => Err(errno),
-                    (datagrams, error) => Ok(Output::Sent(Sent { datagrams, error })),
+                    (datagrams, error) => {
+                        Ok(Output::Sent(Sent { datagrams, bytes: outcome.sum, error }))
+                    }
                 });
             }
             Self::SendNow(datagram) => match error {

@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
+use super::account::Account;
 use super::quota::ByteQuota;
 use crate::error::Errno;
 use crate::limits::{QUEUE_DATAGRAMS_DEFAULT, QUEUE_SLACK_BYTES, QUEUED_DATAGRAM_BYTES};
@@ -64,8 +65,8 @@ pub(crate) struct QueueLimits {
 #[derive(Debug)]
 pub(crate) struct ReceiveQueue {
     limits: QueueLimits,
-    /// Of all queues of its guest.
-    quota: Arc<ByteQuota>,
+    /// The guest's.
+    account: Arc<Account>,
     state: Mutex<State>,
 }
 
@@ -82,8 +83,13 @@ struct State {
 }
 
 impl ReceiveQueue {
-    pub(crate) fn new(limits: QueueLimits, quota: Arc<ByteQuota>) -> Self {
-        Self { limits, quota, state: Mutex::default() }
+    pub(crate) fn new(limits: QueueLimits, account: Arc<Account>) -> Self {
+        Self { limits, account, state: Mutex::default() }
+    }
+
+    /// Bytes that wait in all queues of the guest.
+    fn quota(&self) -> &ByteQuota {
+        &self.account.queued
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -93,18 +99,24 @@ impl ReceiveQueue {
     /// Queues the datagrams of a message. A full queue has some slack, for what the kernel delivers
     /// before the cancel of the receive takes effect; beyond that the message is dropped. An empty
     /// queue takes one in any case: what waits in others must not keep a guest from hearing of it.
-    pub(crate) fn push(&self, datagrams: impl Iterator<Item = Datagram>) -> Pushed {
+    pub(crate) fn push(&self, datagrams: impl ExactSizeIterator<Item = Datagram>) -> Pushed {
         let mut state = self.lock();
         let is_dropped = !state.datagrams.is_empty()
             && (state.bytes >= self.limits.bytes.saturating_add(QUEUE_SLACK_BYTES)
-                || self.quota.is_used_up());
-        if !is_dropped {
+                || self.quota().is_used_up());
+        let count = datagrams.len();
+        let counters = &self.account.counters;
+        if is_dropped {
+            counters.dropped_by_queue.add(count as u64);
+        } else {
             let before = state.bytes;
             for datagram in datagrams {
                 state.bytes += datagram.bytes();
                 state.datagrams.push_back(datagram);
             }
-            self.quota.take(state.bytes - before);
+            let bytes = state.bytes - before;
+            self.quota().take(bytes);
+            counters.received.count(count as u64, (bytes - count * QUEUED_DATAGRAM_BYTES) as u64);
         }
         self.pushed(&mut state, is_dropped)
     }
@@ -131,7 +143,7 @@ impl ReceiveQueue {
         let mut state = self.lock();
         for datagram in datagrams.into_iter().rev() {
             state.bytes += datagram.bytes();
-            self.quota.take(datagram.bytes());
+            self.quota().take(datagram.bytes());
             state.datagrams.push_front(datagram);
         }
     }
@@ -147,7 +159,7 @@ impl ReceiveQueue {
             return Taken { arrivals: Some(Err(errno)), resumes: false };
         }
         let arrivals = state.pop();
-        self.quota.put_back(arrivals.as_ref().map_or(0, Datagram::bytes));
+        self.quota().put_back(arrivals.as_ref().map_or(0, Datagram::bytes));
         let resumes = self.resume_if_drained(&mut state);
         Taken { arrivals: arrivals.map(Ok), resumes }
     }
@@ -177,7 +189,7 @@ impl ReceiveQueue {
             bytes += weight(&datagram);
             datagrams.push(datagram);
         }
-        self.quota.put_back(before - state.bytes);
+        self.quota().put_back(before - state.bytes);
         let resumes = self.resume_if_drained(&mut state);
         Ok(Taken { arrivals: datagrams, resumes })
     }
@@ -199,7 +211,7 @@ impl ReceiveQueue {
         let closed = State { is_paused: true, ..State::default() };
         // Dropped, with its waker, outside of the lock.
         let state = std::mem::replace(&mut *self.lock(), closed);
-        self.quota.put_back(state.bytes);
+        self.quota().put_back(state.bytes);
         state.datagrams.len() as u64
     }
 
@@ -211,7 +223,7 @@ impl ReceiveQueue {
 
     /// Whether no more should come.
     fn is_full(&self, state: &State) -> bool {
-        state.is_full(self.limits) || self.quota.is_half_used()
+        state.is_full(self.limits) || self.quota().is_half_used()
     }
 
     /// Ends a pause once the guest has left less than half, and its other sockets no more than that
@@ -221,7 +233,7 @@ impl ReceiveQueue {
             datagrams: self.limits.datagrams.div_ceil(2),
             bytes: self.limits.bytes.div_ceil(2),
         };
-        let has_room = !state.is_full(half) && !self.quota.is_half_used();
+        let has_room = !state.is_full(half) && !self.quota().is_half_used();
         let resumes = state.is_paused && (has_room || state.datagrams.is_empty());
         state.is_paused &= !resumes;
         resumes
@@ -252,8 +264,7 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
-
+    use super::super::account::GuestLimits;
     use super::*;
 
     fn datagram(port: u16, bytes: usize) -> Datagram {
@@ -261,7 +272,7 @@ mod tests {
     }
 
     fn queue(datagrams: usize, bytes: usize) -> ReceiveQueue {
-        ReceiveQueue::new(QueueLimits { datagrams, bytes }, ByteQuota::new(usize::MAX))
+        ReceiveQueue::new(QueueLimits { datagrams, bytes }, Account::of_sockets(1))
     }
 
     fn push(queue: &ReceiveQueue, datagram: Datagram) -> bool {
@@ -307,17 +318,17 @@ mod tests {
     /// Kills: a queue whose bound is only asked for.
     #[test]
     fn a_full_queue_drops_what_comes_beyond_its_slack_and_one_message() {
-        let quota = ByteQuota::new(usize::MAX);
-        let queue = ReceiveQueue::new(QueueLimits { datagrams: 4, bytes: 1 }, Arc::clone(&quota));
+        let account = Account::of_sockets(1);
+        let queue = ReceiveQueue::new(QueueLimits { datagrams: 4, bytes: 1 }, Arc::clone(&account));
         // Empty ones count, too.
         for bytes in [0, 1000] {
             let each = bytes + PLACE;
             let bound = 1 + QUEUE_SLACK_BYTES;
             let is_dropped = |_: &usize| queue.push(std::iter::once(datagram(1, bytes))).is_dropped;
             assert_eq!((0..=bound).find(is_dropped), Some(bound.div_ceil(each)));
-            assert!(quota.used.load(Ordering::Relaxed) < bound + each);
+            assert!(account.queued.used() < bound + each);
             assert_eq!(queue.discard(), bound.div_ceil(each) as u64);
-            assert_eq!(quota.used.load(Ordering::Relaxed), 0);
+            assert_eq!(account.queued.used(), 0);
         }
     }
 
@@ -325,10 +336,12 @@ mod tests {
     #[test]
     fn the_queues_of_a_guest_pause_at_half_its_quota_and_drop_beyond_it_all_but_one() {
         let each = 100 + PLACE;
-        let quota = ByteQuota::new(4 * each);
+        let (queue_bytes, send_bytes) = (4 * each, 0);
+        let account =
+            Account::new(GuestLimits { sockets: 1, quota: None, queue_bytes, send_bytes });
         let new = || {
             let limits = QueueLimits { datagrams: 100, bytes: 1 << 20 };
-            ReceiveQueue::new(limits, Arc::clone(&quota))
+            ReceiveQueue::new(limits, Arc::clone(&account))
         };
         let push = |queue: &ReceiveQueue| queue.push(std::iter::once(datagram(1, 100)));
         let (a, b) = (new(), new());
@@ -345,7 +358,7 @@ mod tests {
         assert!(a.take_first().resumes);
         a.put_back(vec![datagram(1, 100)]);
         assert_eq!(take(&a, 9).unwrap().arrivals.len(), 2);
-        assert_eq!(quota.used.load(Ordering::Relaxed), 0);
+        assert_eq!(account.queued.used(), 0);
     }
 
     /// Kills: an error for each question that was refused.

@@ -9,7 +9,7 @@ use io_uring::types::Fixed;
 use crate::datagram::{GsoMessage, Outgoing, front_run};
 use crate::error::Errno;
 use crate::limits::{GSO_REFUSAL_SENDS, SEND_ATTEMPTS_MAX};
-use crate::ring::quota::{ByteQuota, Charge};
+use crate::ring::account::{Account, Charge};
 
 /// One `send` of a guest: its datagrams in order, as one linked chain of messages.
 pub(crate) struct SendOp {
@@ -80,8 +80,15 @@ impl SendOp {
     }
 
     /// It waits: from here on it counts.
-    pub(crate) fn charge(&mut self, quota: &Arc<ByteQuota>) {
-        self.charge = Some(Charge::new(quota, self.bytes()));
+    pub(crate) fn charge(&mut self, account: &Arc<Account>) {
+        self.charge = Some(Charge::new(account, self.bytes()));
+    }
+
+    /// Counts what the kernel has taken for the guest, if nobody else will.
+    pub(crate) fn count_if_charged(&self, bytes: u64) {
+        if let Some(charge) = &self.charge {
+            charge.count_sent(self.sent as u64, bytes);
+        }
     }
 
     /// Payload bytes in all.

@@ -4,9 +4,9 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::account::Account;
 use super::port_order::{CloseId, Port};
 use super::queues::{OpKey, SlotIndex};
-use super::quota::Quota;
 use super::recycle::taint::Taint;
 use super::send::SegmentLimit;
 use crate::datagram::Family;
@@ -30,9 +30,9 @@ pub(super) struct Releasing {
     pub(super) close: CloseId,
     /// The socket's CLOSE, or its unbinding, has been submitted. What else is in flight holds a CLOSE up.
     pub(super) is_submitted: bool,
-    /// The guest's quota, while such sends keep a unit of it: else a guest could pile up any number
+    /// The guest's, while such sends keep a unit of its quota: else a guest could pile up any number
     /// of them.
-    pub(super) quota: Option<Arc<Quota>>,
+    pub(super) account: Option<Arc<Account>>,
     /// Its sends are cancelled: their guest is gone.
     pub(super) is_forsaken: bool,
 }
@@ -148,7 +148,7 @@ impl SlotTable {
         let mut forsaken = Vec::new();
         for (slot, state) in (0..).map(SlotIndex).zip(&mut self.slots) {
             let SlotState::Releasing(releasing) = &mut state.state else { continue };
-            let gone_for = releasing.quota.as_ref().and_then(|quota| quota.forsaken_for());
+            let gone_for = releasing.account.as_ref().and_then(|account| account.forsaken_for());
             let Some(gone_for) = gone_for else { continue };
             let mut left = time.saturating_sub(gone_for);
             if left.is_zero() {

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use super::account::Account;
 use super::buffers::BufferId;
 use super::op::Sent;
-use super::quota::ByteQuota;
 use super::receive_queue::QueueLimits;
 use super::recycle::pool::Recycle;
 use super::send::SendOp;
@@ -30,7 +30,7 @@ struct Rig {
     /// The ring's.
     table: Arc<Share>,
     /// One guest's, for all.
-    quota: Arc<Quota>,
+    account: Arc<Account>,
     sockets: Vec<Socket>,
     next_buffer: u16,
 }
@@ -54,13 +54,13 @@ impl Rig {
     fn new() -> Self {
         let setup::Built { ring, share: table, .. } = setup::build(16, Recycle::OFF).unwrap();
         table.gain(&Share::new(16), |all| all);
-        Self { ring, table, quota: Quota::new(16), sockets: Vec::new(), next_buffer: 0 }
+        Self { ring, table, account: Account::of_sockets(16), sockets: Vec::new(), next_buffer: 0 }
     }
 
     fn open(&mut self) {
         assert!(self.table.take());
         let slot = self.ring.slots.take_free(Family::V4).unwrap();
-        let queue = Arc::new(ReceiveQueue::new(LIMITS, ByteQuota::new(usize::MAX)));
+        let queue = Arc::new(ReceiveQueue::new(LIMITS, Account::of_sockets(1)));
         self.ring.arm(slot, &queue);
         self.sockets.push(Socket { slot, queue, expected: VecDeque::new() });
     }
@@ -122,7 +122,7 @@ impl Rig {
     /// Closes everything: a ring that is dropped waits for the kernel, which has none of these operations.
     fn finish(mut self) {
         for socket in std::mem::take(&mut self.sockets) {
-            self.ring.close(socket.slot, &self.quota, 0);
+            self.ring.close(socket.slot, &self.account, 0);
         }
         // First what holds the CLOSEs up.
         for _ in 0..2 {
@@ -180,7 +180,7 @@ proptest! {
                 (6, receive) => {
                     let taken = rig.table.in_use();
                     let socket = rig.sockets.swap_remove(at);
-                    rig.ring.close(slot, &rig.quota, socket.queue.discard());
+                    rig.ring.close(slot, &rig.account, socket.queue.discard());
                     if let Some(key) = receive {
                         let close = rig.in_kernel(slot, |op| matches!(op, Op::Close));
                         prop_assert!(close.is_none(), "the kernel has yet to end the receive");
@@ -249,7 +249,7 @@ fn a_bind_that_is_refused_a_port_is_tried_once_more_after_the_close_that_may_hol
     let mut rig = Rig::new();
     for second_answer in [0, IN_USE] {
         let old = bound(&mut rig, 5000);
-        rig.ring.close(old, &rig.quota, 0);
+        rig.ring.close(old, &rig.account, 0);
         let close = rig.close_in_kernel(old);
         let (new, key) = refused(&mut rig, 5000);
         assert!(rig.ring.take_result(key).is_none(), "it waits for the close");
@@ -260,7 +260,7 @@ fn a_bind_that_is_refused_a_port_is_tried_once_more_after_the_close_that_may_hol
             Some(Err(Errno(errno))) => assert_eq!(-errno, second_answer),
             None => panic!("no third attempt"),
         }
-        rig.ring.close(new, &rig.quota, 0);
+        rig.ring.close(new, &rig.account, 0);
         let close = rig.close_in_kernel(new);
         rig.complete(close, 0, 0);
     }
@@ -280,14 +280,14 @@ fn a_bind_that_is_refused_a_port_is_told_at_once_where_no_close_may_hold_it() {
 fn a_bind_is_tried_again_although_the_close_has_ended_before_the_refusal_came() {
     let mut rig = Rig::new();
     let old = bound(&mut rig, 5000);
-    rig.ring.close(old, &rig.quota, 0);
+    rig.ring.close(old, &rig.account, 0);
     let (new, key) = begun(&mut rig, 5000);
     let close = rig.close_in_kernel(old);
     rig.complete(close, 0, 0);
     assert_eq!(rig.queued_by(|rig| rig.complete(key.user_data(), IN_USE, 0)), 1, "BIND");
     rig.complete(key.user_data(), 0, 0);
     assert!(matches!(rig.ring.take_result(key), Some(Ok(_))));
-    rig.ring.close(new, &rig.quota, 0);
+    rig.ring.close(new, &rig.account, 0);
     rig.finish();
 }
 
@@ -296,11 +296,11 @@ fn a_bind_waits_for_a_close_that_began_after_it() {
     let mut rig = Rig::new();
     let old = bound(&mut rig, 5000);
     let (new, key) = begun(&mut rig, 5000);
-    rig.ring.close(old, &rig.quota, 0);
+    rig.ring.close(old, &rig.account, 0);
     rig.complete(key.user_data(), IN_USE, 0);
     let close = rig.close_in_kernel(old);
     assert_eq!(rig.queued_by(|rig| rig.complete(close, 0, 0)), 1, "BIND");
-    rig.ring.close(new, &rig.quota, 0);
+    rig.ring.close(new, &rig.account, 0);
     rig.finish();
 }
 
@@ -319,7 +319,7 @@ fn a_bind_whose_chain_is_cut_keeps_its_memory_until_the_rest_is_submitted() {
     rig.ring.reap();
     assert!(rig.ring.cut.is_empty());
     rig.complete(key.user_data(), -libc::EBADF, 0);
-    rig.ring.close(slot, &rig.quota, 0);
+    rig.ring.close(slot, &rig.account, 0);
     rig.finish();
 }
 
@@ -327,12 +327,12 @@ fn a_bind_whose_chain_is_cut_keeps_its_memory_until_the_rest_is_submitted() {
 fn a_bind_does_not_wait_for_the_close_of_another_port() {
     let mut rig = Rig::new();
     let old = bound(&mut rig, 5001);
-    rig.ring.close(old, &rig.quota, 0);
+    rig.ring.close(old, &rig.account, 0);
     let (new, key) = refused(&mut rig, 5000);
     // It was queued behind a close, so that it is tried twice all the same.
     rig.complete(key.user_data(), IN_USE, 0);
     assert!(matches!(rig.ring.take_result(key), Some(Err(Errno(libc::EADDRINUSE)))));
-    rig.ring.close(new, &rig.quota, 0);
+    rig.ring.close(new, &rig.account, 0);
     rig.finish();
 }
 
@@ -340,11 +340,11 @@ fn a_bind_does_not_wait_for_the_close_of_another_port() {
 fn a_bind_whose_guest_drops_it_while_it_waits_is_not_tried_again() {
     let mut rig = Rig::new();
     let old = bound(&mut rig, 5000);
-    rig.ring.close(old, &rig.quota, 0);
+    rig.ring.close(old, &rig.account, 0);
     let close = rig.close_in_kernel(old);
     let (new, key) = refused(&mut rig, 5000);
     drop(rig.ring.detach(key));
-    rig.ring.close(new, &rig.quota, 0);
+    rig.ring.close(new, &rig.account, 0);
     assert_eq!(rig.queued_by(|rig| rig.complete(close, 0, 0)), 0);
     rig.finish();
 }
@@ -354,28 +354,28 @@ fn a_bind_whose_guest_drops_it_while_it_waits_is_not_tried_again() {
 #[test]
 fn a_send_that_waits_keeps_its_guests_quota_and_the_file_but_holds_up_no_bind() {
     let mut rig = Rig::new();
-    rig.quota = Quota::new(1);
-    assert!(rig.quota.take());
+    rig.account = Account::of_sockets(1);
+    assert!(rig.account.sockets.take_exclusive().is_ok());
     let slot = rig.opened();
     let receive = rig.receive_in_kernel(slot).unwrap();
     let send = rig.ring.submit(slot, send_op(&[10]));
     let socket = rig.sockets.pop().unwrap();
     drop(rig.ring.detach(send));
-    rig.ring.close(slot, &rig.quota, socket.queue.discard());
+    rig.ring.close(slot, &rig.account, socket.queue.discard());
 
     let (new, bind) = refused(&mut rig, 5000);
     assert!(rig.ring.take_result(bind).is_none(), "it waits: a receive is still being cancelled");
     let complete_receive = |rig: &mut Rig| rig.complete(receive, -libc::ECANCELED, 0);
     assert_eq!(rig.queued_by(complete_receive), 0, "the send may be on its way to the kernel");
     assert_eq!(rig.queued_by(|rig| rig.ring.give_up_on_sends()), 1, "BIND");
-    assert!(!rig.quota.take(), "the send keeps it");
+    assert!(rig.account.sockets.take_exclusive().is_err(), "the send keeps it");
     assert_eq!(rig.queued_by(|rig| rig.complete_send(send, &[10])), 1, "the CLOSE");
-    assert!(rig.quota.take());
+    assert!(rig.account.sockets.take_exclusive().is_ok());
     assert_eq!(rig.table.in_use(), 2);
     let close = rig.close_in_kernel(slot);
     rig.complete(close, 0, 0);
     assert_eq!(rig.table.in_use(), 1);
-    rig.ring.close(new, &rig.quota, 0);
+    rig.ring.close(new, &rig.account, 0);
     rig.finish();
 }
 
@@ -409,7 +409,7 @@ fn a_cancel_that_misses_its_receive_is_sent_again() {
     let slot = rig.sockets[0].slot;
     let receive = rig.receive_in_kernel(slot).unwrap();
     let socket = rig.sockets.pop().unwrap();
-    rig.ring.close(slot, &rig.quota, socket.queue.discard());
+    rig.ring.close(slot, &rig.account, socket.queue.discard());
     let cancel = receive | 1 << 31;
     for missed in [-libc::ENOENT, -libc::EALREADY] {
         let queued = rig.ring.queued();
@@ -449,7 +449,7 @@ fn only_a_socket_that_receives_in_bursts_gets_gro_and_its_drops_counted() {
 
     for (slot, unread, counts) in [(slow, 3, false), (bursty, 5, true)] {
         let receive = rig.receive_in_kernel(slot).unwrap();
-        rig.ring.close(slot, &rig.quota, unread);
+        rig.ring.close(slot, &rig.account, unread);
         rig.complete(receive, -libc::ECANCELED, 0);
         assert_eq!(rig.in_kernel(slot, is_count).is_some(), counts);
     }
@@ -461,7 +461,7 @@ fn only_a_socket_that_receives_in_bursts_gets_gro_and_its_drops_counted() {
 /// Datagrams that a send got into the kernel, and the error that ended it.
 fn sent(result: &OpResult) -> (u64, Option<Errno>) {
     match result {
-        Ok(Output::Sent(Sent { datagrams, error })) => (*datagrams, *error),
+        Ok(Output::Sent(Sent { datagrams, error, .. })) => (*datagrams, *error),
         Err(errno) => (0, Some(*errno)),
         Ok(output) => panic!("of no send: {output:?}"),
     }
@@ -573,14 +573,14 @@ fn refusals_and_bursts_of_a_former_owner_are_not_the_next_ones() {
     rig.complete_send(key, &[-libc::EIO, 100, 100]);
     drop(rig.ring.detach(key));
     let socket = rig.sockets.pop().unwrap();
-    rig.ring.close(slot, &rig.quota, socket.queue.discard());
+    rig.ring.close(slot, &rig.account, socket.queue.discard());
     while let Some(key) = rig.in_kernel(slot, |_| true) {
         rig.complete(key, -libc::ECANCELED, 0);
     }
 
     assert_eq!(rig.opened(), slot, "the next has the same");
     assert_eq!(rig.send_all(slot, &[100; 2]), 1);
-    rig.ring.close(slot, &rig.quota, 0);
+    rig.ring.close(slot, &rig.account, 0);
     assert!(rig.in_kernel(slot, |op| matches!(op, Op::CountDrops(_))).is_none());
     rig.finish();
 }
@@ -595,7 +595,7 @@ fn a_send_of_a_closing_slot_is_finished_before_its_close() {
         let key = rig.ring.submit(slot, send_op(&[10, 10, 20, 20]));
         let socket = rig.sockets.pop().unwrap();
         drop(rig.ring.detach(key));
-        rig.ring.close(slot, &rig.quota, socket.queue.discard());
+        rig.ring.close(slot, &rig.account, socket.queue.discard());
         rig.complete(receive, -libc::ECANCELED, 0);
         assert!(rig.in_kernel(slot, |op| matches!(op, Op::Close)).is_none());
         assert_eq!(rig.queued_by(|rig| rig.complete_send(key, &[20, -errno])), left);
@@ -642,7 +642,7 @@ fn a_failing_socket_operation_completes_its_bind_once() {
         assert_eq!(ring.stats.completions, 1, "{error:?}");
         let result = ring.take_result(key).expect("the one completion was the last");
         assert_eq!(result.err(), error);
-        ring.close(slot, &Quota::new(1), 0);
+        ring.close(slot, &Account::of_sockets(1), 0);
         enter(&mut ring);
         assert_eq!((ring.stats.completions, table.in_use()), (2, 0), "{error:?}");
     }
@@ -661,7 +661,7 @@ fn a_failing_socket_operation_completes_its_bind_once() {
     assert_eq!(ring.stats.completions, 1);
     assert_eq!(ring.take_result(key).unwrap().err(), Some(Errno(libc::EBADF)));
     for slot in [first, beyond] {
-        ring.close(slot, &Quota::new(1), 0);
+        ring.close(slot, &Account::of_sockets(1), 0);
     }
     enter(&mut ring);
 }
@@ -728,7 +728,7 @@ impl Recycling {
     }
 
     fn close(&mut self, slot: SlotIndex) {
-        self.ring.close(slot, &Quota::new(1), 0);
+        self.ring.close(slot, &Account::of_sockets(1), 0);
         enter(&mut self.ring);
     }
 
@@ -841,7 +841,7 @@ fn a_tainted_socket_is_closed_for_its_reason() {
             "a refusal that was received",
             |rig| {
                 let slot = rig.bound(LOOPBACK);
-                let queue = Arc::new(ReceiveQueue::new(LIMITS, ByteQuota::new(usize::MAX)));
+                let queue = Arc::new(ReceiveQueue::new(LIMITS, Account::of_sockets(1)));
                 rig.ring.arm(slot, &queue);
                 rig.run(slot, connect_op((Ipv4Addr::LOCALHOST, 9).into()));
                 rig.run(slot, a_send());
@@ -902,7 +902,7 @@ fn an_untainted_socket_is_the_next_owners() {
             rig.run(slot, a_send());
         }),
         (LOOPBACK, |rig, slot| {
-            let queue = Arc::new(ReceiveQueue::new(LIMITS, ByteQuota::new(usize::MAX)));
+            let queue = Arc::new(ReceiveQueue::new(LIMITS, Account::of_sockets(1)));
             rig.ring.arm(slot, &queue);
             let peer = UdpSocket::bind(LOOPBACK).unwrap();
             peer.send_to(b"unread", (Ipv4Addr::LOCALHOST, rig.port(slot))).unwrap();

@@ -10,23 +10,27 @@ use crate::datagram::Family;
 use crate::error::{Errno, ErrorCode};
 use crate::ring::op::BindOp;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
-use crate::socket::{BindState, UdpSocket};
+use crate::socket::{BindState, May, UdpSocket};
 
 impl UdpSocket {
-    /// Validates the address, checks the policy and submits the bind.
-    pub(crate) fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
-        match self.lock().bind {
-            BindState::Unbound => {}
-            BindState::Binding(_) | BindState::Settled(_) => {
-                return Err(ErrorCode::ConcurrencyConflict);
-            }
-            BindState::Bound => return Err(ErrorCode::InvalidState),
-        }
+    /// Validates the address, asks the policy and submits the bind.
+    pub(crate) async fn start_bind(&self, addr: SocketAddr) -> Result<(), ErrorCode> {
+        self.can_begin_bind()?;
         if !is_of_family(addr, self.family) {
             return Err(ErrorCode::InvalidArgument);
         }
-        self.ctx.policy.check(addr, SocketAddrUse::UdpBind)?;
+        self.may_use(addr, SocketAddrUse::UdpBind, false).await?;
+        // A call that came between may have begun one.
+        self.can_begin_bind()?;
         Ok(self.submit_bind(addr)?)
+    }
+
+    fn can_begin_bind(&self) -> Result<(), ErrorCode> {
+        match self.lock().bind {
+            BindState::Unbound => Ok(()),
+            BindState::Binding(_) | BindState::Settled(_) => Err(ErrorCode::ConcurrencyConflict),
+            BindState::Bound => Err(ErrorCode::InvalidState),
+        }
     }
 
     pub(crate) async fn finish_bind(&self) -> Result<(), ErrorCode> {
@@ -39,7 +43,7 @@ impl UdpSocket {
             return Err(ErrorCode::InvalidState);
         }
         self.discard_failed_bind().await;
-        self.start_bind(addr)?;
+        self.start_bind(addr).await?;
         self.finish_bind().await
     }
 
@@ -47,9 +51,13 @@ impl UdpSocket {
     /// bind, of which there may be several; `is_allowed`: the caller has checked it for the first.
     pub(super) async fn bind_anywhere(&self, mut is_allowed: bool) -> Result<(), ErrorCode> {
         while !self.is_bound().await {
-            if !std::mem::take(&mut is_allowed) {
-                self.may_bind_anywhere()?;
+            if !is_allowed {
+                self.may_bind_anywhere().await?;
+                is_allowed = true;
+                // A call that came between may have bound it.
+                continue;
             }
+            is_allowed = false;
             self.discard_failed_bind().await;
             self.submit_bind(anywhere(self.family))?;
             match self.finish_bind().await {
@@ -62,8 +70,8 @@ impl UdpSocket {
     }
 
     /// Checks the policy for the bind to any address and port that the kernel would do by itself.
-    pub(super) fn may_bind_anywhere(&self) -> Result<(), ErrorCode> {
-        self.ctx.policy.check(anywhere(self.family), SocketAddrUse::UdpBind)
+    pub(super) fn may_bind_anywhere(&self) -> May<'_> {
+        self.may_use(anywhere(self.family), SocketAddrUse::UdpBind, true)
     }
 
     /// Submits SOCKET, the options and BIND as one chain, whose memory is the ring's from here. The

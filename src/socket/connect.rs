@@ -24,7 +24,7 @@ impl UdpSocket {
         }
         match remote {
             Some(remote) => {
-                self.check_peer(remote, false)?;
+                self.check_peer(remote, false).await?;
                 self.associate(remote).await
             }
             None if self.remote().is_some() => self.dissolve().await,
@@ -35,7 +35,7 @@ impl UdpSocket {
     /// `connect` of WASI 0.3, which binds what is not bound.
     pub(crate) async fn connect(&self, remote: SocketAddr) -> Result<(), ErrorCode> {
         let is_bound = self.is_bound().await;
-        self.check_peer(remote, !is_bound)?;
+        self.check_peer(remote, !is_bound).await?;
         self.bind_anywhere(!is_bound).await?;
         self.settled().await?;
         // For the present peer, as in `stream`.
@@ -50,15 +50,16 @@ impl UdpSocket {
         self.dissolve().await
     }
 
-    fn check_peer(&self, remote: SocketAddr, binds: bool) -> Result<(), ErrorCode> {
+    /// A peer is one to send to and to receive from, so the policy must allow both.
+    async fn check_peer(&self, remote: SocketAddr, binds: bool) -> Result<(), ErrorCode> {
         if !is_of_family(remote, self.family) || !is_remote(remote) {
             return Err(ErrorCode::InvalidArgument);
         }
         if binds {
-            self.may_bind_anywhere()?;
+            self.may_bind_anywhere().await?;
         }
-        self.ctx.policy.check(remote, SocketAddrUse::UdpSend)?;
-        self.ctx.policy.check(remote, SocketAddrUse::UdpReceive)
+        self.may_use(remote, SocketAddrUse::UdpSend, false).await?;
+        self.may_use(remote, SocketAddrUse::UdpReceive, false).await
     }
 
     async fn associate(&self, remote: SocketAddr) -> Result<(), ErrorCode> {

@@ -1,5 +1,5 @@
 //! What all sockets of one guest share: the host's rings, its name in their batching, its policy, its
-//! quotas of sockets and of bytes that wait, and its budget of datagrams.
+//! account with its quotas and counters, and its budget of datagrams. It is made at the guest's first socket.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,9 +8,10 @@ use tokio::task::yield_now;
 
 use crate::driver::batching::Budget;
 use crate::driver::{Guest, first_poll};
+use crate::error::ErrorCode;
 use crate::pool::{Pool, RingIndex};
-use crate::ring::quota::{ByteQuota, Quota};
-use crate::socket::policy::Policy;
+use crate::ring::account::{Account, GuestLimits};
+use crate::socket::policy::{Checks, Reason, SocketId};
 
 /// One guest's share of the rings. The host's `UdpCtx` and each of the guest's sockets hold it.
 #[derive(Debug)]
@@ -19,36 +20,43 @@ pub(crate) struct GuestCtx {
     /// Those that it has had sockets in: one bit each, or for several.
     rings: AtomicU64,
     pub(crate) guest: Guest,
-    pub(crate) policy: Policy,
-    pub(crate) quota: Arc<Quota>,
-    pub(crate) queued: Arc<ByteQuota>,
-    /// Bytes of sends that wait for send buffer.
-    pub(crate) sending: Arc<ByteQuota>,
+    /// Sockets that have numbers.
+    numbered: AtomicU64,
+    pub(crate) checks: Checks,
+    pub(crate) account: Arc<Account>,
     pub(crate) budget: Budget,
 }
 
 impl GuestCtx {
-    pub(crate) fn new(
-        pool: Arc<Pool>,
-        policy: Policy,
-        sockets_max: u32,
-        queue_bytes_max: usize,
-        send_bytes_max: usize,
-    ) -> Self {
+    pub(crate) fn new(pool: Arc<Pool>, checks: Checks, limits: GuestLimits) -> Self {
         Self {
             pool,
             rings: AtomicU64::new(0),
             guest: Guest::new(),
-            policy,
-            quota: Quota::new(sockets_max),
-            queued: ByteQuota::new(queue_bytes_max),
-            sending: ByteQuota::new(send_bytes_max),
+            numbered: AtomicU64::new(0),
+            checks,
+            account: Account::new(limits),
             budget: Budget::default(),
         }
     }
-}
 
-impl GuestCtx {
+    /// The number of the next socket. (A guest's calls that create sockets come one after the other.)
+    pub(crate) fn number_socket(&self) -> u64 {
+        let number = self.numbered.load(Ordering::Relaxed);
+        self.numbered.store(number + 1, Ordering::Relaxed);
+        number
+    }
+
+    pub(crate) fn socket_id(&self, number: u64) -> SocketId {
+        SocketId::new(self.guest, number)
+    }
+
+    /// The guest hears of a denial, and its counters why.
+    pub(crate) fn deny(&self, reason: Reason) -> ErrorCode {
+        self.account.counters.deny(reason);
+        ErrorCode::AccessDenied
+    }
+
     /// It has a socket in this ring.
     pub(crate) fn use_ring(&self, ring: RingIndex) {
         let rings = self.rings.load(Ordering::Relaxed);
@@ -74,6 +82,6 @@ impl Drop for GuestCtx {
     /// The store and all the guest's sockets are dropped. The runtime whose flusher would submit
     /// their closes may be shut down, so this thread submits them.
     fn drop(&mut self) {
-        self.pool.forsake(self.rings.load(Ordering::Relaxed), &self.quota);
+        self.pool.forsake(self.rings.load(Ordering::Relaxed), &self.account);
     }
 }

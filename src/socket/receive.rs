@@ -1,13 +1,16 @@
 //! To the guest: what has arrived, past the policy and the peer filter.
 //!
-//! The one place where a datagram is admitted is `admits`: the policy decides about its sender when
+//! The one place where a datagram is admitted is `admit`: the policy decides about its sender when
 //! the guest's call, or its wait, takes it from the queue. A datagram that a wait has found, and no
-//! call has taken yet, is kept admitted, and judged again only if the guest connects meanwhile.
+//! call has taken yet, is kept in front of the queue, and judged again only if the guest connects meanwhile.
+//! So is one while the host has to be waited for: whoever takes the next datagram polls its verdict. Only the
+//! first is ever asked about, so that the order holds; the others are the queue's, and so are its bounds.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use tokio::task::coop::consume_budget;
 
@@ -16,17 +19,18 @@ use crate::error::{Errno, ErrorCode, RingGone};
 use crate::limits::{BATCH_DATAGRAMS_MAX, BUDGET_BATCHED, BUDGET_DATAGRAMS, RECEIVE_BYTES_MAX};
 use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, Taken};
 use crate::socket::guest::GuestCtx;
-use crate::socket::policy::SocketAddrUse;
-use crate::socket::{Receiver, Remote, UdpSocket};
+use crate::socket::policy::{Judged, Question, Reason, SocketAddrUse};
+use crate::socket::{Asked, Front, Receiver, Remote, UdpSocket};
 
 impl Receiver {
     fn new(queue: Arc<ReceiveQueue>) -> Self {
         let line = tokio::sync::Mutex::const_new(());
-        Self { queue, line, admitted: Mutex::new(None) }
+        Self { queue, line, front: Mutex::new(None) }
     }
 
-    fn keep_admitted(&self, datagram: Datagram) {
-        *self.admitted.lock().unwrap_or_else(PoisonError::into_inner) = Some(datagram);
+    fn keep_front(&self, front: Front) {
+        // Empty: it was taken before.
+        *self.front.lock().unwrap_or_else(PoisonError::into_inner) = Some(front);
     }
 }
 
@@ -43,6 +47,8 @@ enum Batch {
     /// Nothing of it is for the guest.
     Withheld,
     Empty,
+    /// The host is asked about the first.
+    Asked,
     UnknownPeer,
 }
 
@@ -56,18 +62,33 @@ enum Next {
     UnknownPeer,
 }
 
+/// What is there for a call that waits.
+enum Found {
+    Next(Next),
+    Nothing,
+    /// The host is asked about the first datagram, and wakes the task.
+    Asked,
+}
+
+/// Whether the guest may see a datagram.
+enum Admission {
+    Given,
+    Withheld,
+    Asked(Question),
+}
+
 impl UdpSocket {
     /// Arms the receive, unless that was done; afterwards what waited in the kernel is in the queue.
     async fn receiver(&self) -> Result<&Receiver, Errno> {
         poll_fn(|cx| {
-            let GuestCtx { guest, queued, .. } = &*self.ctx;
+            let GuestCtx { guest, account, .. } = &*self.ctx;
             let driver = &self.driver;
             // In a fork the lock of an armed receive's queue may be held for ever.
             driver.check()?;
             let receiver: &Receiver = if let Some(armed) = self.receiver.get() {
                 armed
             } else {
-                let (queue, flush) = driver.arm(*guest, self.bound_slot(), queued)?;
+                let (queue, flush) = driver.arm(*guest, self.bound_slot(), account)?;
                 self.lock().arming = Some(Box::new(flush));
                 self.receiver.get_or_init(|| Box::new(Receiver::new(queue)))
             };
@@ -100,8 +121,11 @@ impl UdpSocket {
         loop {
             self.ctx.yield_if_spent(BUDGET_BATCHED).await;
             // What it takes is not to lie in this future while that waits.
-            let is_peer_known = match self.take_batch(receiver, most)? {
+            let batch = poll_fn(|cx| Poll::Ready(self.take_batch(receiver, most, cx))).await?;
+            let is_peer_known = match batch {
                 Batch::Admitted(datagrams) => return Ok(datagrams),
+                // WIT: `receive` does not wait.
+                Batch::Asked => return Ok(Vec::new()),
                 Batch::Withheld => true,
                 Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
                 Batch::Empty => match self.driver.reap() {
@@ -118,30 +142,65 @@ impl UdpSocket {
     }
 
     /// Takes a batch from the queue, as far as the guest may see it.
-    fn take_batch(&self, receiver: &Receiver, most: QueueLimits) -> Result<Batch, Errno> {
-        let first = receiver.take_admitted();
+    fn take_batch(
+        &self,
+        receiver: &Receiver,
+        most: QueueLimits,
+        cx: &mut Context<'_>,
+    ) -> Result<Batch, Errno> {
+        let mut withheld = Withheld::default();
+        let Poll::Ready(first) = self.poll_front(receiver, cx, &mut withheld) else {
+            return receiver.queue.take_error().map_or(Ok(Batch::Asked), Err);
+        };
         let mut is_admitted = first.is_some();
         let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
         if resumes {
             self.resume(receiver);
         }
         if datagrams.is_empty() {
-            return Ok(Batch::Empty);
+            let is_withheld = self.count(&withheld);
+            return Ok(if is_withheld { Batch::Withheld } else { Batch::Empty });
         }
         let remote = self.remote();
         if let Some(remote) = remote
             && datagrams.iter().any(|datagram| remote.is_unknown_by(datagram.from))
         {
+            self.count(&withheld);
             receiver.queue.put_back(datagrams);
             return Ok(Batch::UnknownPeer);
         }
-        self.ctx.budget.spend(datagrams.len());
-        let mut withheld = Withheld::default();
-        datagrams.retain(|datagram| {
-            std::mem::take(&mut is_admitted) || self.admits(datagram.from, remote, &mut withheld)
-        });
+        let (mut admitted, mut judged) = (0, 0);
+        let mut is_asked = false;
+        while let Some(datagram) = datagrams.get(judged) {
+            let is_next = match std::mem::take(&mut is_admitted) {
+                true => Admission::Given,
+                false => self.admit(datagram.from, remote, cx, &mut withheld),
+            };
+            match is_next {
+                Admission::Given => {
+                    datagrams.swap(admitted, judged);
+                    admitted += 1;
+                }
+                Admission::Withheld => {}
+                Admission::Asked(question) => {
+                    let mut rest = datagrams.drain(judged..);
+                    let datagram = rest.next().expect("it was there");
+                    receiver.queue.put_back(rest.collect());
+                    receiver.keep_front(Front::Asked(Box::new(Asked { datagram, question })));
+                    is_asked = true;
+                    break;
+                }
+            }
+            judged += 1;
+        }
+        datagrams.truncate(admitted);
+        self.ctx.budget.spend(judged);
         self.count(&withheld);
-        Ok(if datagrams.is_empty() { Batch::Withheld } else { Batch::Admitted(datagrams) })
+        Ok(match (admitted, is_asked) {
+            (0, true) => Batch::Asked,
+            (0, false) => Batch::Withheld,
+            _ => Batch::Admitted(datagrams),
+        })
     }
 
     /// Who the peer is, by the kernel.
@@ -174,7 +233,7 @@ impl UdpSocket {
         // What a ring that is gone answers the guest hears from its next call.
         let Ok(receiver) = self.receiver().await else { return };
         match self.next_arrival(receiver).await {
-            Ok(Ok(datagram)) => receiver.keep_admitted(datagram),
+            Ok(Ok(datagram)) => receiver.keep_front(Front::Admitted(datagram)),
             Ok(Err(errno)) => receiver.queue.put_back_error(errno),
             // No error of the socket's: its next call asks again.
             Err(_) => {}
@@ -207,24 +266,28 @@ impl UdpSocket {
         if let Err(gone) = check() {
             return gone;
         }
-        if let Some(datagram) = receiver.take_admitted() {
-            return Poll::Ready(Next::Arrival(Ok(datagram)));
+        let mut refusal = None;
+        let mut found = self.take_arrival(receiver, cx);
+        if matches!(found, Found::Nothing) {
+            // The task is not registered yet: what this reaps would wake the very task that reaps.
+            refusal = self.driver.start_reaping();
+            found = self.take_arrival(receiver, cx);
         }
-        if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
-            return taken;
-        }
-        // The task is not registered yet: what this reaps would wake the very task that reaps.
-        let refusal = self.driver.start_reaping();
-        if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
-            return taken;
+        if let Found::Next(next) = found {
+            return Poll::Ready(next);
         }
         drop(receiver.queue.register(cx.waker().clone()));
         // Another thread may have reaped something in between, or closed the ring.
         if let Err(gone) = check() {
             return gone;
         }
-        if let taken @ Poll::Ready(_) = self.take_arrival(receiver) {
-            return taken;
+        if matches!(found, Found::Asked) {
+            // Nothing but an error comes before the datagram that the host is asked about.
+            if let Some(errno) = receiver.queue.take_error() {
+                return Poll::Ready(Next::Arrival(Err(errno)));
+            }
+        } else if let Found::Next(next) = self.take_arrival(receiver, cx) {
+            return Poll::Ready(next);
         }
         if let Some(refusal) = refusal {
             return Poll::Ready(Next::Refused(refusal));
@@ -235,17 +298,32 @@ impl UdpSocket {
         Poll::Pending
     }
 
-    /// Takes arrivals from the queue until the guest may see one; the others are dropped, and after a
-    /// budget of them the task is to yield. Errors always pass. Pending if the queue is empty.
-    fn take_arrival(&self, receiver: &Receiver) -> Poll<Next> {
+    /// Takes arrivals, the one in front of the queue first, until the guest may see one; the others are dropped,
+    /// and after a budget of them the task is to yield. Errors always pass.
+    fn take_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Found {
         let mut withheld = Withheld::default();
+        let found = match self.poll_front(receiver, cx, &mut withheld) {
+            Poll::Pending => Found::Asked,
+            Poll::Ready(Some(datagram)) => Found::Next(Next::Arrival(Ok(datagram))),
+            Poll::Ready(None) => self.take_queued(receiver, cx, &mut withheld),
+        };
+        self.count(&withheld);
+        found
+    }
+
+    fn take_queued(
+        &self,
+        receiver: &Receiver,
+        cx: &mut Context<'_>,
+        withheld: &mut Withheld,
+    ) -> Found {
         let mut has_resumed = false;
-        let taken = loop {
+        let found = loop {
             let Taken { arrivals: arrival, resumes } = receiver.queue.take_first();
             has_resumed |= resumes;
             let datagram = match arrival {
-                None => break Poll::Pending,
-                Some(Err(errno)) => break Poll::Ready(Next::Arrival(Err(errno))),
+                None => break Found::Nothing,
+                Some(Err(errno)) => break Found::Next(Next::Arrival(Err(errno))),
                 Some(Ok(datagram)) => datagram,
             };
             let remote = self.remote();
@@ -253,41 +331,102 @@ impl UdpSocket {
                 && remote.is_unknown_by(datagram.from)
             {
                 receiver.queue.put_back(vec![datagram]);
-                break Poll::Ready(Next::UnknownPeer);
+                break Found::Next(Next::UnknownPeer);
             }
-            if self.admits(datagram.from, remote, &mut withheld) {
-                break Poll::Ready(Next::Arrival(Ok(datagram)));
+            match self.admit(datagram.from, remote, cx, withheld) {
+                Admission::Given => break Found::Next(Next::Arrival(Ok(datagram))),
+                Admission::Withheld => {}
+                Admission::Asked(question) => {
+                    receiver.keep_front(Front::Asked(Box::new(Asked { datagram, question })));
+                    break Found::Asked;
+                }
             }
             self.ctx.budget.spend(1);
             if self.ctx.budget.is_spent(BUDGET_DATAGRAMS) {
-                break Poll::Ready(Next::BudgetIsSpent);
+                break Found::Next(Next::BudgetIsSpent);
             }
         };
-        self.count(&withheld);
         // Not in the loop, which would go on for as long as datagrams arrive.
         if has_resumed {
             self.resume(receiver);
         }
-        taken
+        found
+    }
+
+    /// Ready with the datagram in front of the queue, unless the guest may not see it; pending while the host
+    /// is asked. Only one task takes a socket's datagrams, so none misses the front while it is polled.
+    fn poll_front(
+        &self,
+        receiver: &Receiver,
+        cx: &mut Context<'_>,
+        withheld: &mut Withheld,
+    ) -> Poll<Option<Datagram>> {
+        let mut asked = match receiver.take_front() {
+            None => return Poll::Ready(None),
+            Some(Front::Admitted(datagram)) => return Poll::Ready(Some(datagram)),
+            Some(Front::Asked(asked)) => asked,
+        };
+        let Poll::Ready(answer) = Pin::new(&mut asked.question).poll(cx) else {
+            receiver.keep_front(Front::Asked(asked));
+            return Poll::Pending;
+        };
+        let datagram = asked.datagram;
+        let is_admitted = self.is_admitted(answer, datagram.from, self.remote(), withheld);
+        Poll::Ready(is_admitted.then_some(datagram))
     }
 
     /// Whether the guest may see a datagram of this sender. The policy is the host's code: no lock is
     /// held.
-    fn admits(&self, from: SocketAddr, remote: Option<Remote>, withheld: &mut Withheld) -> bool {
-        let is_allowed = self.ctx.policy.check(from, SocketAddrUse::UdpReceive).is_ok();
-        // The kernel filters what arrives after the connect, not what was queued before.
-        let is_peer = remote.is_none_or(|remote| remote.known() == from);
-        withheld.by_policy += u64::from(!is_allowed);
-        withheld.not_from_peer += u64::from(is_allowed && !is_peer);
-        is_allowed && is_peer
+    fn admit(
+        &self,
+        from: SocketAddr,
+        remote: Option<Remote>,
+        cx: &mut Context<'_>,
+        withheld: &mut Withheld,
+    ) -> Admission {
+        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false) {
+            Judged::Now(answer) => answer,
+            Judged::Asked(mut question) => match Pin::new(&mut question).poll(cx) {
+                Poll::Ready(answer) => answer,
+                Poll::Pending => return Admission::Asked(question),
+            },
+        };
+        if self.is_admitted(answer, from, remote, withheld) {
+            Admission::Given
+        } else {
+            Admission::Withheld
+        }
     }
 
-    /// The socket has another peer: what was admitted before is judged again.
+    fn is_admitted(
+        &self,
+        answer: Result<(), Reason>,
+        from: SocketAddr,
+        remote: Option<Remote>,
+        withheld: &mut Withheld,
+    ) -> bool {
+        if let Err(reason) = answer {
+            withheld.by_policy += 1;
+            self.ctx.deny(reason);
+            return false;
+        }
+        // The kernel filters what arrives after the connect, not what was queued before.
+        let is_peer = remote.is_none_or(|remote| remote.known() == from);
+        withheld.not_from_peer += u64::from(!is_peer);
+        is_peer
+    }
+
+    /// The socket has another peer: what was judged before is judged again.
     pub(super) fn readmit(&self) {
         let Some(receiver) = self.receiver.get() else { return };
-        if let Some(datagram) = receiver.take_admitted() {
-            receiver.queue.put_back(vec![datagram]);
-        }
+        let datagram = match receiver.take_front() {
+            None => return,
+            Some(Front::Admitted(datagram)) => datagram,
+            Some(Front::Asked(asked)) => asked.datagram,
+        };
+        receiver.queue.put_back(vec![datagram]);
+        // The call that waited for the host's answer is to ask anew.
+        receiver.queue.take_waker().into_iter().for_each(Waker::wake);
     }
 
     /// The socket's pending error, which a call that sends is told if it comes before one that
@@ -297,13 +436,19 @@ impl UdpSocket {
         error.map_or(Ok(()), |errno| Err(errno.into()))
     }
 
-    fn count(&self, Withheld { by_policy, not_from_peer }: &Withheld) {
-        if by_policy + not_from_peer > 0 {
+    /// Whether there was something to count.
+    fn count(&self, Withheld { by_policy, not_from_peer }: &Withheld) -> bool {
+        let is_any = by_policy + not_from_peer > 0;
+        if is_any {
+            let counters = &self.ctx.account.counters;
+            counters.dropped_by_policy.add(*by_policy);
+            counters.dropped_not_from_peer.add(*not_from_peer);
             self.driver.count(|stats| {
                 stats.dropped_by_policy += by_policy;
                 stats.dropped_not_from_peer += not_from_peer;
             });
         }
+        is_any
     }
 
     fn resume(&self, receiver: &Receiver) {
@@ -321,7 +466,7 @@ mod tests {
     #[test]
     fn futures_of_calls_that_take_what_is_there_are_moved_in_registers() {
         let uring = Uring::builder().sockets(1).build().unwrap();
-        let ctx = UdpCtx::builder(&uring).allow(|_, _| true).build();
+        let mut ctx = UdpCtx::builder(&uring).allow(|_, _| true).build();
         let socket = ctx.new_socket(Family::V4).unwrap();
         assert!(size_of_val(&socket.receive(16)) <= 128);
         assert!(size_of_val(&socket.receivable()) <= 128);

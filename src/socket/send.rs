@@ -11,7 +11,7 @@ use crate::error::{Errno, ErrorCode};
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::ring::op::{Op, Output, Sent};
 use crate::ring::send::SendOp;
-use crate::socket::policy::{SocketAddrUse, is_of_family, is_remote};
+use crate::socket::policy::{Judged, Question, SocketAddrUse, is_of_family, is_remote};
 use crate::socket::{Reached, Remote, UdpSocket};
 
 impl UdpSocket {
@@ -22,7 +22,7 @@ impl UdpSocket {
     /// error." What waits for send buffer and then fails is the next `send`'s error.
     pub(crate) async fn send(
         &self,
-        datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
+        mut datagrams: impl ExactSizeIterator<Item = (Vec<u8>, Option<SocketAddr>)>,
     ) -> Result<u64, ErrorCode> {
         self.driver.check()?;
         match self.take_blocked() {
@@ -31,22 +31,17 @@ impl UdpSocket {
         }
         self.settled().await?;
         let remote = self.remote();
-        let mut refused = None;
-        let mut accepted = Vec::with_capacity(datagrams.len());
-        for (payload, to) in datagrams {
-            match self.check_outgoing(&payload, to, remote) {
-                Ok(to) => accepted.push(Outgoing { payload, to }),
-                Err(error) => {
-                    refused = Some(error);
-                    break;
-                }
-            }
+        let mut batch = Checked { accepted: Vec::with_capacity(datagrams.len()), refused: None };
+        if let Some(asked) = self.check_batch(&mut datagrams, remote, &mut batch) {
+            // Boxed, because few hosts have to be waited for.
+            batch = Box::pin(self.check_asked(asked, datagrams, remote, batch)).await;
         }
+        let Checked { accepted, refused } = batch;
         if accepted.is_empty() {
             return refused.map_or(Ok(0), Err);
         }
         self.take_error()?;
-        if self.ctx.sending.is_used_up() {
+        if self.ctx.account.sending.is_used_up() {
             // Boxed, because few guests have so much waiting.
             return Box::pin(self.send_while_taken(accepted)).await;
         }
@@ -58,11 +53,14 @@ impl UdpSocket {
             self.ctx.budget.renew();
         }
         match result {
-            Some(Ok(Output::Sent(Sent { datagrams, .. }))) => Ok(datagrams),
+            Some(Ok(Output::Sent(sent))) => {
+                self.count_sent(sent);
+                Ok(sent.datagrams)
+            }
             Some(Ok(_)) => Ok(0),
             Some(Err(errno)) => Err(errno.into()),
             None => {
-                in_flight.charge(&self.ctx.sending);
+                in_flight.charge(&self.ctx.account);
                 self.set_blocked(Box::new(in_flight));
                 Ok(accepted_len)
             }
@@ -76,11 +74,13 @@ impl UdpSocket {
         let (driver, guest) = (&self.driver, self.ctx.guest);
         let mut taken = 0;
         for datagram in datagrams {
+            let bytes = datagram.payload.len() as u64;
             let (slot, datagram) = (self.bound_slot(), Box::new(datagram));
             let given = SendNow::new(driver, guest, slot, datagram, false).given().await;
             let ended = match given {
                 Ok(Given::Answered(Ok(Output::Unsent(_)))) => self.wait_for_room().await,
                 Ok(Given::Answered(Ok(_))) => {
+                    self.ctx.account.counters.sent.count(1, bytes);
                     taken += 1;
                     continue;
                 }
@@ -110,7 +110,13 @@ impl UdpSocket {
     /// What has come of it; `None` while it is on its way.
     fn take_blocked(&self) -> Option<Result<(), ErrorCode>> {
         let Some(mut blocked) = self.lock().blocked_send.take() else { return Some(Ok(())) };
-        match blocked.try_result() {
+        let result = blocked.try_result();
+        if let Some(Ok(Output::Sent(sent))) = result
+            && !blocked.is_charged()
+        {
+            self.count_sent(sent);
+        }
+        match result {
             None => {
                 self.set_blocked(blocked);
                 None
@@ -173,9 +179,9 @@ impl UdpSocket {
         };
         let is_to_bind = !is_bound && !is_binding;
         if is_to_bind {
-            self.may_bind_anywhere()?;
+            self.may_bind_anywhere().await?;
         }
-        self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
+        self.may_use(effective, SocketAddrUse::UdpSend, false).await?;
         if !is_bound {
             self.first_in_line(self.bind_anywhere(is_to_bind)).await?;
         }
@@ -187,20 +193,21 @@ impl UdpSocket {
         let bytes = payload.len();
         let mut datagram = Box::new(Outgoing { payload, to: named(effective, remote) });
         // What went well lately will again: it may be another thread's to submit.
-        let may_queue = !self.ctx.sending.is_used_up()
+        let may_queue = !self.ctx.account.sending.is_used_up()
             && reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);
         loop {
             self.take_error()?;
             let (guest, slot) = (self.ctx.guest, self.bound_slot());
             let send = SendNow::new(&self.driver, guest, slot, datagram, may_queue);
             match send.given().await? {
-                Given::Queued(queued) => {
-                    queued.charge(&self.ctx.sending);
+                Given::Queued(mut queued) => {
+                    queued.charge(&self.ctx.account);
                     self.set_blocked(Box::new(queued));
                     return Ok(());
                 }
                 Given::Answered(Ok(Output::Unsent(unsent))) => datagram = unsent,
                 Given::Answered(Ok(_)) => {
+                    self.ctx.account.counters.sent.count(1, bytes as u64);
                     let last = Reached { to: effective, bytes };
                     match &mut *reached {
                         Some(reached) => **reached = last,
@@ -218,16 +225,60 @@ impl UdpSocket {
         }
     }
 
-    /// Checks one datagram; the address to send it to, or none for a connected socket's peer.
-    fn check_outgoing(
+    /// Counts what the kernel took for the guest.
+    fn count_sent(&self, sent: Sent) {
+        self.ctx.account.counters.sent.count(sent.datagrams, sent.bytes);
+    }
+
+    /// Checks the datagrams of a batch up to the first that is refused, or that the host has yet to decide about,
+    /// which is returned.
+    fn check_batch(
         &self,
-        payload: &[u8],
-        to: Option<SocketAddr>,
+        datagrams: &mut impl Iterator<Item = (Vec<u8>, Option<SocketAddr>)>,
         remote: Option<Remote>,
-    ) -> Result<Option<RawAddr>, ErrorCode> {
-        let effective = self.destination(payload, to, remote)?;
-        self.ctx.policy.check(effective, SocketAddrUse::UdpSend)?;
-        Ok(named(effective, remote))
+        batch: &mut Checked,
+    ) -> Option<(Outgoing, Question)> {
+        for (payload, to) in datagrams {
+            let effective = match self.destination(&payload, to, remote) {
+                Ok(effective) => effective,
+                Err(error) => {
+                    batch.refused = Some(error);
+                    break;
+                }
+            };
+            let datagram = Outgoing { payload, to: named(effective, remote) };
+            match self.judge(effective, SocketAddrUse::UdpSend, false) {
+                Judged::Now(Ok(())) => batch.accepted.push(datagram),
+                Judged::Now(Err(reason)) => {
+                    batch.refused = Some(self.ctx.deny(reason));
+                    break;
+                }
+                Judged::Asked(question) => return Some((datagram, question)),
+            }
+        }
+        None
+    }
+
+    /// Goes on with it, waiting for the host's verdicts.
+    async fn check_asked(
+        &self,
+        mut asked: (Outgoing, Question),
+        mut datagrams: impl Iterator<Item = (Vec<u8>, Option<SocketAddr>)>,
+        remote: Option<Remote>,
+        mut batch: Checked,
+    ) -> Checked {
+        loop {
+            let (datagram, question) = asked;
+            if let Err(reason) = question.await {
+                batch.refused = Some(self.ctx.deny(reason));
+                return batch;
+            }
+            batch.accepted.push(datagram);
+            match self.check_batch(&mut datagrams, remote, &mut batch) {
+                Some(next) => asked = next,
+                None => return batch,
+            }
+        }
     }
 
     /// The peer of a well-formed datagram.
@@ -253,6 +304,12 @@ impl UdpSocket {
             (None, None) => Err(ErrorCode::InvalidArgument),
         }
     }
+}
+
+/// What the checks have left of a batch, and why it ends there.
+struct Checked {
+    accepted: Vec<Outgoing>,
+    refused: Option<ErrorCode>,
 }
 
 /// The address that a datagram's entry names: none for a connected socket's, whose peer the kernel knows

@@ -11,8 +11,8 @@ use std::fmt::Debug;
 use std::net::{SocketAddr, UdpSocket};
 
 use crate::common::{
-    Backend, Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on,
-    on_each, same, sender, yield_to_others,
+    Backend, Check, Endpoint, ErrorCode, IpAddressFamily, LOOPBACK, LOOPBACK_6, Rig, Setup,
+    block_on, on_each, same, sender, yield_to_others,
 };
 use crate::rig::{self, Call, Rig3, Status};
 
@@ -118,6 +118,15 @@ pub(crate) trait Guest: Sized {
 /// Runs a scenario on wasmtime-wasi's sockets and on the ring, each in a runtime of its own.
 pub(crate) fn on_both<G: Guest>(setup: Setup, scenario: impl AsyncFn(&mut G)) {
     on_each(|backend| on::<G, ()>(backend, setup.clone(), &scenario));
+}
+
+/// As `on_both`, and once more for each other way to give the ring the policy.
+pub(crate) fn on_both_by_each_check<G: Guest>(setup: Setup, scenario: impl AsyncFn(&mut G)) {
+    on_both(setup.clone(), &scenario);
+    for check in Check::ALL {
+        eprintln!("{check:?}:");
+        on::<G, ()>(Backend::Uring, Setup { check, ..setup.clone() }, &scenario);
+    }
 }
 
 /// Runs a scenario on both backends, which must return the same.

@@ -9,6 +9,8 @@ mod guest;
 #[path = "../common/rig3.rs"]
 mod rig;
 
+mod asking;
+mod counters;
 mod datagrams;
 mod life;
 mod options;

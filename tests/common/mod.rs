@@ -24,11 +24,14 @@ pub mod target;
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use wasi_uring::{Recycle, SocketAddrUse, Stats, UdpCtx, UdpCtxView, UdpView, Uring};
+use wasi_uring::{
+    GuestCounters, Policy, Recycle, SocketAddrUse, Stats, UdpCtx, UdpCtxBuilder, UdpCtxView,
+    UdpView, Uring,
+};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Engine, Store};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -75,6 +78,24 @@ impl UdpView for Host {
 
 pub type Allow = Arc<dyn Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync>;
 
+/// What else a guest of the ring is to have.
+pub type Configure = Arc<dyn Fn(UdpCtxBuilder) -> UdpCtxBuilder + Send + Sync>;
+
+/// How the ring is given the address policy. (wasmtime-wasi takes it as a closure whose future is ready.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// As a function.
+    Allow,
+    /// As wasmtime-wasi.
+    Ready,
+    /// As wasmtime-wasi, with a future that is not ready at once.
+    Late,
+}
+
+impl Check {
+    pub const ALL: [Self; 3] = [Self::Allow, Self::Ready, Self::Late];
+}
+
 /// How a rig is set up; start from `Setup::default()`.
 #[derive(Clone)]
 pub struct Setup {
@@ -82,6 +103,8 @@ pub struct Setup {
     pub version: &'static str,
     /// The address policy; `None` refuses UDP.
     pub allow: Option<Allow>,
+    pub check: Check,
+    pub configure: Option<Configure>,
     pub sockets_max: u32,
     /// Bytes that may wait for send buffer.
     pub send_bytes_max: usize,
@@ -98,6 +121,8 @@ impl Default for Setup {
         Self {
             version: "0.2.0",
             allow: Some(Arc::new(|_, _| true)),
+            check: Check::Allow,
+            configure: None,
             sockets_max: 1024,
             send_bytes_max: wasi_uring::limits::GUEST_SEND_BYTES_DEFAULT,
             uring: None,
@@ -111,6 +136,11 @@ impl Setup {
     /// A guest of this ring.
     pub fn of(uring: &Uring) -> Self {
         Self { uring: Some(uring.clone()), ..Self::default() }
+    }
+
+    /// A guest of the ring with this policy.
+    pub fn policy(policy: impl Policy + Clone + 'static) -> Self {
+        Self { configure: Some(Arc::new(move |udp| udp.policy(policy.clone()))), ..Self::default() }
     }
 
     pub fn allow(
@@ -198,7 +228,26 @@ pub fn host(engine: &Engine, backend: Backend, setup: Setup) -> (Uring, Linker<H
             let allowed = same(addr, use_);
             Box::pin(async move { allowed })
         });
-        udp = udp.allow(move |addr, use_| allow(addr, use_));
+        udp = match setup.check {
+            Check::Allow => udp.allow(move |addr, use_| allow(addr, use_)),
+            Check::Ready => udp.socket_addr_check(move |addr, use_| {
+                let allowed = allow(addr, use_);
+                Box::pin(async move { allowed })
+            }),
+            Check::Late => udp.socket_addr_check(move |addr, use_| {
+                let allow = Arc::clone(&allow);
+                Box::pin(async move {
+                    // Twice: Wasmtime polls a concurrent call twice at once.
+                    for _ in 0..2 {
+                        tokio::task::yield_now().await;
+                    }
+                    allow(addr, use_)
+                })
+            }),
+        };
+    }
+    if let Some(configure) = setup.configure {
+        udp = configure(udp);
     }
     let mut table = ResourceTable::new();
     table.set_max_capacity(setup.resources_max);
@@ -236,6 +285,11 @@ impl Rig {
 
     pub fn stats(&self) -> Stats {
         self.uring.stats()
+    }
+
+    /// The guest's counters on the ring.
+    pub fn counters(&self) -> GuestCounters {
+        self.store.data().udp.counters()
     }
 }
 
@@ -373,9 +427,11 @@ pub fn trap<T: Debug>(answer: wasmtime::Result<T>) -> String {
 /// A loopback address of the caller's own, so that no other test, binding to port 0, gets a port
 /// that the caller has freed.
 pub fn own_ip() -> Ipv4Addr {
-    static NEXT: AtomicU8 = AtomicU8::new(1);
+    static NEXT: AtomicU16 = AtomicU16::new(1);
+    let [beyond, next] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     let [.., high, low] = std::process::id().to_be_bytes();
-    Ipv4Addr::new(127, NEXT.fetch_add(1, Ordering::Relaxed), high, low)
+    // Beyond 255 of them another process's, which is hardly at work now.
+    Ipv4Addr::new(127, next, high ^ beyond, low)
 }
 
 /// An address from its text.

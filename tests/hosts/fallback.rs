@@ -70,7 +70,7 @@ impl Sockets {
     pub(crate) fn guest(&self, wasi: &mut WasiCtxBuilder) -> Guest {
         let check = |addr, use_| Box::pin(std::future::ready(is_local(addr, use_))) as _;
         let wasi = wasi.allow_udp(true).socket_addr_check(check).build();
-        let udp = |uring| UdpCtx::builder(uring).allow(is_local).build();
+        let udp = |uring| UdpCtx::builder(uring).socket_addr_check(check).build();
         Guest { wasi, udp: self.0.as_ref().map(udp), table: ResourceTable::new() }
     }
 }

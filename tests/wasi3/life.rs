@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use wasi_uring::SocketAddrUse;
 
 use crate::common::seen::{Seen, recording, take_named};
-use crate::common::{LOOPBACK, LOOPBACK_6, Setup, addr, eventually, native, own_ip, trap};
+use crate::common::{Check, LOOPBACK, LOOPBACK_6, Setup, addr, eventually, native, own_ip, trap};
 use crate::rig::{ErrorCode, Rig3, Status, V4, V6, alike, family, on_both};
 
 const WILDCARD: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
@@ -167,8 +167,14 @@ fn a_refused_connection_binds_nothing() {
 /// The policy is not called with what is invalid, but with what the kernel will refuse.
 #[test]
 fn a_policy_sees_the_same_events_in_the_same_order() {
+    for check in Check::ALL {
+        assert_the_same_events(check);
+    }
+}
+
+fn assert_the_same_events(check: Check) {
     let seen = Seen::default();
-    let events = alike(recording(&seen), async |rig| {
+    let events = alike(Setup { check, ..recording(&seen) }, async |rig| {
         seen.lock().unwrap().clear();
         let (native, peer) = native::socket(LOOPBACK.ip());
         let (native_2, peer_2) = native::socket(LOOPBACK.ip());
