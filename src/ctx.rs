@@ -230,7 +230,7 @@ mod tests {
 
     use super::*;
 
-    /// Kills: a guest that is made, or forsaken, without a socket.
+    /// Kills: a drop that has a ring see to what the guest has left.
     #[test]
     fn a_context_that_creates_no_socket_takes_no_lock() {
         let uring = Uring::builder().sockets(1).build().unwrap();

@@ -204,9 +204,10 @@ fn a_datagram_is_asked_about_anew_when_its_socket_is_connected<G: Guest>() {
         guest.assert_hears_nothing(socket).await;
         assert!(desk.is_asked());
         guest.connect(socket, from_friend).await.unwrap();
-        friend.send_to(b"behind", local).unwrap();
         guest.assert_hears_nothing(socket).await;
         assert_eq!(desk.papers(|papers| papers.questions), (2, 1));
+        friend.send_to(b"behind", local).unwrap();
+        guest.assert_hears_nothing(socket).await;
         desk.decide(from_stranger, true);
         assert_eq!(guest.receive(socket).await, Ok((b"behind".to_vec(), from_friend)));
         assert_eq!(guest.rig().counters().stats().dropped_not_from_peer, 1);
