@@ -117,7 +117,7 @@ fn main() -> wasmtime::Result<()> {
     let template = UdpCtx::builder(&uring).allow(|addr, _use| addr.ip().is_loopback());
     let (plain, with_udp) = hosts(template)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut rounds: Vec<_> = runtime.block_on(async {
+    let rounds: Vec<_> = runtime.block_on(async {
         let mut measured = Vec::new();
         let begin = Instant::now();
         for round in 0..rounds {
@@ -137,20 +137,20 @@ fn main() -> wasmtime::Result<()> {
         println!("{stores} stores, {rate:.0} each second");
         measured
     });
-    let median = |rounds: &mut Vec<(f64, f64)>, of: fn(&(f64, f64)) -> f64| {
-        rounds.sort_by(|one, other| of(one).total_cmp(&of(other)));
-        of(&rounds[rounds.len() / 2])
+    let sorted = |of: fn(&(f64, f64)) -> f64| {
+        let mut values: Vec<_> = rounds.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values
     };
-    let stock = median(&mut rounds, |(stock, _)| *stock);
-    let uring = median(&mut rounds, |(_, uring)| *uring);
-    let ratio = median(&mut rounds, |(stock, uring)| uring / stock);
-    let [low, high] = [1, 3].map(|quarter| {
-        let (stock, uring) = rounds[rounds.len() * quarter / 4];
-        uring / stock
-    });
+    let middle = |values: &[f64]| values[values.len() / 2];
+    let (stock, uring) = (sorted(|(stock, _)| *stock), sorted(|(_, uring)| *uring));
+    let ratios = sorted(|(stock, uring)| uring / stock);
     println!(
-        "µs of CPU for a store without a socket: {stock:.2} without a ring, {uring:.2} with one"
+        "µs of CPU for a store without a socket: {:.2} without a ring, {:.2} with one",
+        middle(&stock),
+        middle(&uring),
     );
-    println!("ratio {ratio:.3} (quartiles {low:.3} to {high:.3})");
+    let [low, high] = [1, 3].map(|quarter| ratios[ratios.len() * quarter / 4]);
+    println!("ratio {:.3} (quartiles {low:.3} to {high:.3})", middle(&ratios));
     Ok(())
 }

@@ -83,9 +83,13 @@ impl Driver {
         }
     }
 
-    /// Enters with what is queued, unless another thread is inside: whether one is.
-    pub(crate) fn enter_queued(&self) -> bool {
+    /// Enters with the closes that are queued, unless another thread is inside: whether one is that may bring
+    /// a close to its end.
+    pub(crate) fn enter_for_closes(&self) -> bool {
         let Some(core) = self.lock() else { return false };
+        if !core.ring.ports().is_closing() {
+            return false;
+        }
         let is_inside = core.entering;
         if !is_inside {
             drop(self.combine(core));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Slots of a ring's fixed-file table unless the builder says otherwise.
+/// Sockets of all guests that may be open at once unless the builder says otherwise.
 pub const SOCKETS_DEFAULT: u32 = 4096;
 
 /// Largest fixed-file table the kernel registers (`IORING_MAX_FIXED_FILES`).
@@ -115,7 +115,7 @@ pub(crate) const TICK_BATCH: usize = 64;
 pub(crate) const READY_MIN: usize = 128;
 
 /// Kernel memory of unread datagrams that a socket may be cached with, and so what a guest can leave
-/// behind of a flood: with 8192 sockets in quarantine 32 MiB.
+/// behind of a flood: with 8192 sockets in quarantine 32 MiB, for each ring.
 pub(crate) const CACHED_BYTES_MAX: u32 = 4096;
 
 /// Datagrams and errors drained before a cached socket is closed instead.
@@ -159,7 +159,7 @@ pub(crate) const OVERDUE_AGAIN: Duration = Duration::from_micros(50);
 /// looks.
 pub(crate) const QUIET_LOOKS_MAX: u32 = 8;
 
-/// Rings that a pool may have: each has some descriptors and, in virtual memory, 17 MiB of buffers.
+/// Rings that a pool may have: each has some descriptors and, in virtual memory, 8.5 MiB of buffers.
 pub(crate) const RINGS_MAX: usize = 1024;
 
 /// When a ring is tried again that could not be built.

@@ -7,13 +7,16 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 use crate::stats::Stats;
 use crate::uring::Uring;
 
+/// What a reason's name is in the label, if there are several, and where its value is.
+type Value = (&'static str, fn(&Stats) -> u64);
+
 /// A metric and where its value is.
 struct Metric {
     name: &'static str,
     kind: Kind,
     description: &'static str,
     /// By the value of the label `reason`, which a metric of one value does not have.
-    values: &'static [(&'static str, fn(&Stats) -> u64)],
+    values: &'static [Value],
 }
 
 #[derive(PartialEq, Eq)]
@@ -23,19 +26,11 @@ enum Kind {
     Now,
 }
 
-const fn total(
-    name: &'static str,
-    description: &'static str,
-    values: &'static [(&'static str, fn(&Stats) -> u64)],
-) -> Metric {
+const fn total(name: &'static str, description: &'static str, values: &'static [Value]) -> Metric {
     Metric { name, kind: Kind::Total, description, values }
 }
 
-const fn now(
-    name: &'static str,
-    description: &'static str,
-    values: &'static [(&'static str, fn(&Stats) -> u64)],
-) -> Metric {
+const fn now(name: &'static str, description: &'static str, values: &'static [Value]) -> Metric {
     Metric { name, kind: Kind::Now, description, values }
 }
 

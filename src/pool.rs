@@ -6,6 +6,7 @@
 //! what is nobody's, then what its neighbours do not use. If its table is full the socket goes to a neighbour.
 //! Only when all are in use is a socket refused.
 
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -17,7 +18,7 @@ use crate::driver::Driver;
 use crate::driver::batching::quota_retries;
 use crate::driver::held_up::HeldUp;
 use crate::error::{RingGone, SetupError};
-use crate::limits::{RING_RETRY, RINGS_MAX, UNITS_GAINED_MAX};
+use crate::limits::{RING_RETRY, RINGS_MAX, SHUTDOWN_PATIENCE, UNITS_GAINED_MAX};
 use crate::ring::account::Account;
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
@@ -45,7 +46,7 @@ pub(crate) struct Pool {
     /// What no ring has of the sockets that may be open.
     nobodys: Arc<Share>,
     held_up: Arc<HeldUp>,
-    /// Held by the thread that builds a ring, or divides sockets anew.
+    /// Held by the thread that divides sockets anew; no other is taken under it.
     changing: Mutex<Changing>,
 }
 
@@ -80,14 +81,14 @@ impl Pool {
                 limit: soft_limit(libc::RLIMIT_NOFILE),
             });
         }
-        let pool = Self::of(first, held_up, threads, needed, plan.sockets);
+        let pool = Self::with_first(first, held_up, threads, needed, plan.sockets);
         if plan.are_built_at_once {
-            (0..threads).try_for_each(|at| pool.build_ring(at).map(drop))?;
+            (0..pool.rings.len()).try_for_each(|at| pool.build_ring(at).map(drop))?;
         }
         Ok(pool)
     }
 
-    fn of(
+    fn with_first(
         first: Arc<Driver>,
         held_up: Arc<HeldUp>,
         threads: usize,
@@ -108,7 +109,7 @@ impl Pool {
     /// Of one ring.
     #[cfg(test)]
     pub(crate) fn of_one(driver: &Arc<Driver>, sockets: u32) -> Arc<Self> {
-        Self::of(Arc::clone(driver), HeldUp::new(), 1, 1, sockets)
+        Self::with_first(Arc::clone(driver), HeldUp::new(), 1, 1, sockets)
     }
 
     /// Whether guests can have sockets.
@@ -119,11 +120,18 @@ impl Pool {
 
     /// The ring that is always there.
     pub(crate) fn first(&self) -> &Arc<Driver> {
-        self.rings[0].get().expect("set by `of`")
+        self.rings[0].get().expect("set by `with_first`")
     }
 
     pub(crate) fn ring(&self, at: RingIndex) -> &Arc<Driver> {
         self.rings[at.0].get().expect("a ring that has sockets is there")
+    }
+
+    /// Those in a set.
+    fn of(&self, rings: u64) -> impl Iterator<Item = &Arc<Driver>> {
+        let all = self.rings.iter().enumerate();
+        all.filter(move |(at, _)| rings & RingIndex(*at).bit() != 0)
+            .filter_map(|(_, ring)| ring.get())
     }
 
     fn built(&self) -> impl Iterator<Item = &Arc<Driver>> {
@@ -139,8 +147,8 @@ impl Pool {
 
     // ---- which ring -------------------------------------------------------------------------
 
-    /// Takes a socket's place in this thread's ring, or in another if all of that one's slots are in use. `None` if so many
-    /// sockets are open as may be.
+    /// Takes a socket's place in this thread's ring, or in another if all of that one's slots are in use.
+    /// `None` if so many sockets are open as may be.
     #[inline]
     pub(crate) fn take_socket(&self) -> Option<RingIndex> {
         let home = home() % self.threads;
@@ -149,54 +157,70 @@ impl Pool {
         {
             return Some(RingIndex(home));
         }
-        self.acquire(|| self.take_divided(home))
+        self.acquire(u64::MAX, || self.take_slowly(home))
     }
 
     /// As `take_socket`, where this thread's ring has none left, or is not there.
     #[cold]
-    fn take_divided(&self, home: usize) -> Option<RingIndex> {
-        let mut changing = self.lock();
-        let mut failure = None;
-        let mut rings = (0..self.rings.len()).map(|beside| (home + beside) % self.rings.len());
-        let taken = rings.find(|at| {
-            self.ring_at(*at, &mut changing, &mut failure).is_some_and(|ring| {
-                ring.share().take() || self.gain(*at, ring) && ring.share().take()
-            })
-        });
-        drop(changing);
-        if let Some(error) = failure {
-            tracing::warn!(%error, "no other ring for now: threads share those that are there");
+    fn take_slowly(&self, home: usize) -> Option<RingIndex> {
+        if !self.has_unused() {
+            return None;
         }
-        taken.map(RingIndex)
+        let from_home = || (0..self.rings.len()).map(|beside| (home + beside) % self.rings.len());
+        // No ring is built for a thread that could not use it, or while others' have room for what a table
+        // does not hold.
+        let home = (home, self.ring_or_build(home));
+        let built = from_home().map(|at| (at, self.rings[at].get()));
+        let built = std::iter::once(home).chain(built);
+        let built = built.filter_map(|(at, ring)| Some((at, ring?)));
+        built
+            .chain(from_home().filter_map(|at| Some((at, self.ring_or_build(at)?))))
+            .find(|(_, ring)| self.take_in(ring))
+            .map(|(at, _)| RingIndex(at))
+    }
+
+    /// Whether a unit is in no use, wherever it is.
+    fn has_unused(&self) -> bool {
+        let shares = self.built().map(|ring| ring.share());
+        shares.chain([&*self.nobodys]).any(Share::has_unused)
+    }
+
+    fn take_in(&self, ring: &Driver) -> bool {
+        ring.share().take() || self.gain(ring) && ring.share().take()
     }
 
     /// Has a ring's share gain some units, if its table has slots for them; `false` if none were to be had.
-    fn gain(&self, at: usize, ring: &Driver) -> bool {
+    fn gain(&self, ring: &Driver) -> bool {
+        let _dividing = self.lock();
         let share = ring.share();
         let room = u64::from(ring.slots()).saturating_sub(share.held());
         let wanted = room.min(UNITS_GAINED_MAX);
-        if share.gain(&self.nobodys, |unused| unused.min(wanted)) > 0 {
-            return true;
+        if wanted == 0 {
+            return false;
         }
-        let neighbours = self.rings.iter().enumerate().filter(|(other, _)| *other != at);
-        let mut neighbours = neighbours.filter_map(|(_, ring)| ring.get());
-        // Half of what they do not use: they may be about to use it.
-        neighbours
-            .any(|other| share.gain(other.share(), |unused| unused.div_ceil(2).min(wanted)) > 0)
+        // Half of what others do not use: they may be about to use it.
+        share.gain(&self.nobodys, |unused| unused.min(wanted)) > 0
+            || self
+                .built()
+                .filter(|other| !std::ptr::eq(other.share(), share))
+                .any(|other| share.gain(other.share(), |unused| unused.div_ceil(2).min(wanted)) > 0)
     }
 
     /// Takes what a quota has by `take`, also if that is about to come back: the CLOSE that gives it back may
-    /// be queued, or in the kernel with another thread, which takes microseconds.
+    /// be queued in one of these rings, or in the kernel with another thread, which takes microseconds.
     #[inline]
-    pub(crate) fn acquire<T>(&self, mut take: impl FnMut() -> Option<T>) -> Option<T> {
-        take().or_else(|| self.acquire_after_closes(take))
+    pub(crate) fn acquire<T>(&self, rings: u64, mut take: impl FnMut() -> Option<T>) -> Option<T> {
+        take().or_else(|| self.acquire_after_closes(rings, take))
     }
 
     #[cold]
-    fn acquire_after_closes<T>(&self, mut take: impl FnMut() -> Option<T>) -> Option<T> {
+    fn acquire_after_closes<T>(
+        &self,
+        rings: u64,
+        mut take: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
         for _ in quota_retries() {
-            // All, because a guest's sockets may be in any.
-            let others_inside = self.built().filter(|ring| ring.enter_queued()).count();
+            let others_inside = self.of(rings).filter(|ring| ring.enter_for_closes()).count();
             let taken = take();
             if taken.is_some() || others_inside == 0 {
                 return taken;
@@ -214,58 +238,61 @@ impl Pool {
 
     /// A ring, which is built if it is not there. `None` if it cannot be: others serve its threads, and it is
     /// tried again later.
-    fn ring_at(
-        &self,
-        at: usize,
-        changing: &mut Changing,
-        failure: &mut Option<SetupError>,
-    ) -> Option<&Arc<Driver>> {
+    fn ring_or_build(&self, at: usize) -> Option<&Arc<Driver>> {
         if let Some(ring) = self.rings[at].get() {
             return Some(ring);
         }
         let now = clock::now();
         // Closed meanwhile, or refused just now.
-        if self.check().is_err() || changing.retry_at.is_some_and(|at| now < at) {
+        if self.check().is_err() || self.lock().retry_at.is_some_and(|retry_at| now < retry_at) {
             return None;
         }
-        let built = self.build_ring(at);
-        built
-            .map_err(|error| {
-                changing.retry_at = Some(now + RING_RETRY);
-                *failure = Some(error);
-            })
-            .ok()
+        // Without the lock: it logs, and takes a millisecond.
+        match self.build_ring(at) {
+            Ok(ring) => Some(ring),
+            Err(error) => {
+                self.lock().retry_at = Some(now + RING_RETRY);
+                tracing::warn!(%error, "no other ring for now: threads share those that are there");
+                None
+            }
+        }
     }
 
+    /// Of two threads that build the same the second finds the first's.
     fn build_ring(&self, at: usize) -> Result<&Arc<Driver>, SetupError> {
         if let Some(ring) = self.rings[at].get() {
             return Ok(ring);
         }
         let another = self.first().build_another()?;
-        Ok(self.rings[at].get_or_init(|| another))
+        let ring = self.rings[at].get_or_init(|| another);
+        if self.check().is_err() {
+            // Closed meanwhile, without this one.
+            ring.shut_down(SHUTDOWN_PATIENCE);
+        }
+        Ok(ring)
     }
 
     // ---- all --------------------------------------------------------------------------------
 
     /// A guest that has had sockets in these rings is gone, and so are all its sockets.
     pub(crate) fn forsake(&self, rings: u64, account: &Account) {
-        for (at, ring) in self.rings.iter().enumerate() {
-            if rings & RingIndex(at).bit() != 0
-                && let Some(ring) = ring.get()
-            {
-                ring.forsake(account);
-            }
-        }
+        self.of(rings).for_each(|ring| ring.forsake(account));
     }
 
     pub(crate) fn close_cached(&self) {
         self.built().for_each(|ring| ring.close_cached());
     }
 
-    /// Closes all rings; no more are built.
+    /// Closes all rings, which takes a bounded time in all; no more are built.
     pub(crate) fn shut_down(&self) {
-        let _changing = self.lock();
-        self.built().for_each(|ring| ring.shut_down());
+        if self.check() == Err(RingGone::Forked) {
+            return;
+        }
+        self.built().for_each(|ring| ring.refuse_calls());
+        let begun = clock::now();
+        for ring in self.built() {
+            ring.shut_down(SHUTDOWN_PATIENCE.saturating_sub(clock::since(begun)));
+        }
     }
 
     /// Sums; what came when no runtime was left to reap is counted, too. All 0 in a fork.
@@ -297,12 +324,21 @@ fn home() -> usize {
 /// Which worker of a multi-thread runtime this thread is. (A current-thread runtime's only one is 0, too.)
 fn worker() -> Option<usize> {
     let handle = Handle::try_current().ok()?;
-    worker_index().filter(|_| handle.runtime_flavor() == RuntimeFlavor::MultiThread)
+    let worker =
+        worker_index().filter(|_| handle.runtime_flavor() == RuntimeFlavor::MultiThread)?;
+    // Another begin for each runtime, of which a host may have many with few workers each.
+    let begin = BuildHasherDefault::<DefaultHasher>::default().hash_one(handle.id());
+    Some(worker.wrapping_add(usize::try_from(begin).unwrap_or(usize::MAX)))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
+    use crate::datagram::Family;
+    use crate::driver::Guest;
+    use crate::ring::op::BindOp;
 
     fn pool(sockets: u32, rings: usize) -> Arc<Pool> {
         let queue = QueueLimits { datagrams: 4, bytes: 1 << 20 };
@@ -311,23 +347,36 @@ mod tests {
         Pool::build(plan).expect("these tests need io_uring")
     }
 
-    /// Kills: a retry without an end, or none, while another thread is inside; more than one try after
-    /// an own enter, which has brought what there is.
+    /// Has the close of a socket queued, as if another thread were inside.
+    fn begin_close(pool: &Pool) {
+        let (ring, guest) = (pool.take_socket().unwrap(), Guest::new());
+        let driver = pool.ring(ring);
+        let bind = BindOp::new(Family::V4, Vec::new(), (Ipv4Addr::LOCALHOST, 0).into());
+        let (slot, _) = driver.submit_bind(guest, None, Box::new(bind)).unwrap();
+        driver.set_entering(true);
+        driver.close(guest, slot, &Account::of_sockets(1), 0);
+    }
+
+    /// Kills: a retry without an end, or none, while another thread is inside that may end a close; more than
+    /// one try after an own enter, which has brought what there is.
     #[test]
-    fn a_full_quota_is_tried_a_thousand_times_while_another_thread_is_inside_and_else_once_more() {
+    fn a_full_quota_is_tried_a_thousand_times_while_another_thread_closes_and_else_once_more() {
         let pool = pool(4, 1);
         let tries = AtomicUsize::new(0);
         let never = || {
             tries.fetch_add(1, Ordering::Relaxed);
             None::<()>
         };
-        assert!(pool.acquire(never).is_none());
+        assert!(pool.acquire(u64::MAX, never).is_none());
         assert_eq!(tries.swap(0, Ordering::Relaxed), 2);
-        pool.first().set_entering(true);
-        assert!(pool.acquire(never).is_none());
+        begin_close(&pool);
+        assert!(pool.acquire(u64::MAX, never).is_none());
         assert_eq!(tries.swap(0, Ordering::Relaxed), 1001);
+        // A guest waits for the closes of its own rings alone.
+        assert!(pool.acquire(0, never).is_none());
+        assert_eq!(tries.swap(0, Ordering::Relaxed), 2);
         let late = || (tries.fetch_add(1, Ordering::Relaxed) == 500).then_some(());
-        assert!(pool.acquire(late).is_some());
+        assert!(pool.acquire(u64::MAX, late).is_some());
         pool.first().set_entering(false);
     }
 
@@ -359,7 +408,7 @@ mod tests {
     fn what_a_table_does_not_hold_goes_to_rings_beyond_those_of_threads() {
         let first = pool(10, 1);
         let slots = first.first().slots();
-        let pool = Pool::of(Arc::clone(first.first()), HeldUp::new(), 1, 3, 3 * slots);
+        let pool = Pool::with_first(Arc::clone(first.first()), HeldUp::new(), 1, 3, 3 * slots);
         let taken: Vec<_> = std::iter::from_fn(|| pool.take_socket()).collect();
         assert_eq!(taken.len(), 3 * slots as usize);
         for ring in pool.built() {
@@ -391,7 +440,7 @@ mod tests {
     fn a_closed_pool_builds_no_more_rings() {
         let pool = pool(10, 2);
         pool.shut_down();
-        assert!((0..2).all(|home| pool.take_divided(home).is_none_or(|at| at.0 == 0)));
+        assert!((0..2).all(|home| pool.take_slowly(home).is_none_or(|at| at.0 == 0)));
         assert_eq!(pool.built().count(), 1);
     }
 }

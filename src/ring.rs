@@ -335,6 +335,8 @@ impl Ring {
         }
         let owned = self.slots.get(slot);
         if !owned.is_owned() {
+            // The ring has been closed, and with it the socket: all that is left of it is the guest's unit.
+            account.sockets.put_back();
             return None;
         }
         let (taint, is_receiving) = (owned.taint, owned.receive.is_some());
@@ -688,7 +690,7 @@ impl Ring {
 
     pub(crate) fn snapshot(&self) -> Stats {
         let mut stats = self.stats;
-        stats.sockets_created = self.share.taken();
+        stats.sockets_created = self.share.created();
         stats.sockets_open = self.share.in_use();
         stats.sockets_cached = self.recycler.len();
         stats.closed_instead += self.recycler.closed_instead();

@@ -27,6 +27,7 @@ use crate::clock;
 use crate::datagram::Family;
 use crate::driver::Driver;
 use crate::error::ErrorCode;
+use crate::limits::SHUTDOWN_PATIENCE;
 use crate::pool::Pool;
 use crate::ring::account::{Account, GuestLimits};
 use crate::ring::queues::played::{Dice, Faults, Played, PlayedPanic, Sizes, Stamp};
@@ -1067,7 +1068,7 @@ impl World {
         if shuts_down {
             self.trace(|| "the ring is closed".to_owned());
             self.is_shut_down.set(true);
-            self.driver.shut_down();
+            self.driver.shut_down(SHUTDOWN_PATIENCE);
             self.come_to_rest(false);
             assert!(self.tasks.borrow().is_empty(), "calls go on that were told of the end");
         } else {

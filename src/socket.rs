@@ -173,7 +173,9 @@ impl UdpSocket {
         }
         let Account { sockets, counters, .. } = &*ctx.account;
         let mut full = None;
-        let taken = pool.acquire(|| sockets.take_exclusive().map_err(|it| full = Some(it)).ok());
+        let rings = if sockets.is_shared() { u64::MAX } else { ctx.rings() };
+        let taken =
+            pool.acquire(rings, || sockets.take_exclusive().map_err(|it| full = Some(it)).ok());
         if taken.is_none() {
             full.into_iter().for_each(Level::refuse);
             counters.sockets_beyond_quota.add_exclusive(1);
@@ -190,6 +192,7 @@ impl UdpSocket {
         ctx.checks.socket_created(ctx.socket_id(number)).map_err(|reason| ctx.deny(reason))?;
         std::mem::forget(place);
         ctx.use_ring(ring);
+        driver.share().count_created();
         counters.sockets_created.add_exclusive(1);
         Ok(Self {
             ctx: Arc::clone(ctx),
@@ -375,10 +378,11 @@ impl Receiver {
         self.front.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// The socket is gone: datagrams that no call will take.
-    fn discard(&self) -> u64 {
-        let front = u64::from(self.take_front().is_some());
-        front + self.queue.discard()
+    /// The socket is gone: datagrams that no call will take, and the one at the front, which may have code of
+    /// the host's.
+    fn discard(&self) -> (u64, Option<Front>) {
+        let front = self.take_front();
+        (u64::from(front.is_some()) + self.queue.discard(), front)
     }
 }
 
@@ -438,13 +442,17 @@ impl Drop for UdpSocket {
             Some(slot) => {
                 // The operations in flight are detached first: the slot's next owner must not meet
                 // a future of this one. The ring keeps their memory until they complete.
+                // What has ended is counted.
+                let _ = self.take_blocked();
                 let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
                 state.bind = BindState::Unbound;
                 state.unsettled = None;
                 state.blocked_send = None;
-                let unread = self.receiver.get().map_or(0, |receiver| receiver.discard());
+                let (unread, _front) =
+                    self.receiver.get().map_or((0, None), |receiver| receiver.discard());
                 account.counters.dropped_at_close.add(unread);
-                // The slot is the ring's from here, with the entries in table and quotas.
+                // The slot is the ring's from here, with the entries in table and quotas. (The front is dropped
+                // behind this, because that may panic.)
                 driver.close(*guest, *slot, account, unread);
             }
         }

@@ -85,8 +85,10 @@ fn each_worker_has_a_ring_and_so_have_other_threads() {
             .map(|_| {
                 let (uring, together) = (uring.clone(), together.clone());
                 tokio::spawn(async move {
-                    together.wait();
                     let mut rig = Rig::on_ring(&uring).await;
+                    // A worker that waits here has this guest for as long as it does not suspend, and a
+                    // socket is created before.
+                    together.wait();
                     used(&mut rig).await;
                 })
             })

@@ -15,7 +15,6 @@ use super::refusals::Refusals;
 use super::runtimes::Runtimes;
 use crate::clock;
 use crate::error::{Errno, RingGone, SetupError};
-use crate::limits::SHUTDOWN_PATIENCE;
 use crate::ring::eventfd::EventFd;
 use crate::ring::membarrier::kick;
 use crate::ring::op::OpResult;
@@ -272,14 +271,21 @@ impl Driver {
         self.lock().map_or_else(Stats::default, |core| core.ring.snapshot())
     }
 
-    /// Closes every socket, and waits until the kernel has let go of them, with a bound. Guests get
-    /// `RingGone` from now on.
-    pub(crate) fn shut_down(&self) {
-        let Some(mut core) = self.lock() else { return };
+    /// Guests get `RingGone` from now on.
+    pub(crate) fn refuse_calls(&self) {
+        // Under the lock, so that what they queue is queued before.
+        let Some(_core) = self.lock() else { return };
         self.is_closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Closes every socket, and waits until the kernel has let go of them, for so long at most. Guests get
+    /// `RingGone` from now on.
+    pub(crate) fn shut_down(&self, patience: Duration) {
+        self.refuse_calls();
+        let Some(mut core) = self.lock() else { return };
         core.ring.begin_shutdown();
         let begun = clock::now();
-        while !core.ring.is_shut_down() && clock::since(begun) < SHUTDOWN_PATIENCE {
+        while !core.ring.is_shut_down() && clock::since(begun) < patience {
             core = self.combine_with(core, true);
             if !core.entering {
                 core.ring.cancel_all();

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 /// as the host gives it to their configurations
 /// ([`UdpCtxBuilder::quota`](crate::UdpCtxBuilder::quota)).
 ///
-/// It refuses at once when it is used up, and never waits. A socket keeps its unit until the kernel has
-/// closed it, or its place is another's; so a unit may come back some microseconds after its guest has dropped
-/// the socket. Clones are the same quota.
+/// It refuses at once when it is used up, and never waits. A unit comes back when the guest drops the socket, or
+/// when the last of its sends that wait for send buffer has ended; the kernel may take some more time to close it. (That is
+/// counted in [`UringBuilder::sockets`](crate::UringBuilder::sockets).) Clones are the same quota.
 ///
 /// ```
 /// use wasi_uring::Quota;
@@ -41,7 +41,7 @@ impl Quota {
         self.0.capacity
     }
 
-    /// Sockets open now, those that are still being closed included.
+    /// Sockets open now, those included that are dropped and have sends that wait.
     #[must_use]
     pub fn in_use(&self) -> u64 {
         self.0.in_use()
@@ -67,6 +67,11 @@ pub(crate) struct Level {
 }
 
 impl Level {
+    /// Whether sockets of other guests are counted in it.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.parent.is_some()
+    }
+
     pub(crate) fn new(capacity: u32, parent: Option<Quota>) -> Self {
         Self {
             taken: AtomicU64::new(0),
@@ -195,7 +200,7 @@ mod tests {
         let (one, other) = (Quota::within(&host, 1), Quota::within(&host, 9));
         let guests = [&one, &other].map(|app| Level::new(9, Some(app.clone())));
         let refused_by = |guest: &Level, quota: &Quota| {
-            guest.take_exclusive().is_err_and(|level| std::ptr::eq(level, &*quota.0))
+            guest.take_exclusive().is_err_and(|level| std::ptr::eq(level, &raw const *quota.0))
         };
         guests[0].take_exclusive().unwrap();
         assert!(refused_by(&guests[0], &one));

@@ -81,8 +81,8 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     if let Some(trial) = TRIALS.iter().find(|trial| !codes.is_supported(trial.code)) {
         return Err(missing(trial));
     }
-    let (slots, recycle) = fit(sockets, recycle);
     let (recycle, support) = recyclable(recycle);
+    let (slots, recycle) = fit(sockets, recycle);
     let (mut queues, buffers, eventfd) = equip(io, &codes, slots + recycle.quarantined_max)?;
     for trial in TRIALS {
         try_out(trial, &mut queues)?;
@@ -149,9 +149,9 @@ fn fit(sockets: u32, recycle: Recycle) -> (u32, Recycle) {
 /// not DEFER_TASKRUN (which a ring of one thread's own could have, and gains nothing from).
 ///
 /// COOP_TASKRUN: a datagram does not interrupt the thread that armed the receive, but waits for it
-/// to enter the kernel, at most a timer tick (measured: 3 ms in the median beside a thread that
-/// only computes, 0.2 ms without the flag). The interrupts cost more: on two worker threads 64
-/// guests' echo round trips took 33 µs of CPU each with them, 11 without.
+/// to enter the kernel; `driver::held_up` interrupts threads that compute. Interrupts by all datagrams
+/// cost more: on two worker threads 64 guests' echo round trips took 40 µs of CPU each with them, 31
+/// without.
 ///
 /// It is disabled until it is restricted.
 fn set_up() -> Result<IoUring, SetupError> {

@@ -16,6 +16,8 @@ pub(crate) struct Share {
     returned: AtomicU64,
     /// Of those taken, by other shares.
     ceded: AtomicU64,
+    /// Sockets that units were taken for, and that guests have got.
+    created: AtomicU64,
 }
 
 impl Share {
@@ -25,6 +27,7 @@ impl Share {
             taken: AtomicU64::new(0),
             returned: AtomicU64::new(0),
             ceded: AtomicU64::new(0),
+            created: AtomicU64::new(0),
         })
     }
 
@@ -69,21 +72,29 @@ impl Share {
         units
     }
 
+    pub(crate) fn has_unused(&self) -> bool {
+        self.held() > self.in_use()
+    }
+
     /// Units that are this share's, in use or not.
     pub(crate) fn held(&self) -> u64 {
         self.gained.load(Ordering::Relaxed).saturating_sub(self.ceded.load(Ordering::Relaxed))
     }
 
-    /// Units in use now.
+    /// Units in use now. (Some more while another share gains some.)
     pub(crate) fn in_use(&self) -> u64 {
         let returned = self.returned.load(Ordering::Acquire);
-        self.taken().saturating_sub(returned)
+        let ceded = self.ceded.load(Ordering::Relaxed);
+        self.taken.load(Ordering::Relaxed).saturating_sub(returned + ceded)
     }
 
-    /// Units ever taken, by others than shares.
-    pub(crate) fn taken(&self) -> u64 {
-        let ceded = self.ceded.load(Ordering::Relaxed);
-        self.taken.load(Ordering::Relaxed).saturating_sub(ceded)
+    /// A guest has got a socket for a unit.
+    pub(crate) fn count_created(&self) {
+        self.created.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn created(&self) -> u64 {
+        self.created.load(Ordering::Relaxed)
     }
 }
 
@@ -100,7 +111,7 @@ mod tests {
         assert!(!share.take() && !share.take());
         share.put_back();
         assert!(share.take());
-        assert_eq!((share.in_use(), share.taken(), share.held()), (2, 3, 2));
+        assert_eq!((share.in_use(), share.held()), (2, 2));
     }
 
     #[test]
@@ -109,7 +120,7 @@ mod tests {
         assert!(from.take());
         assert_eq!(to.gain(&from, |unused| unused), 3);
         assert!(!from.take());
-        assert_eq!((from.in_use(), from.taken(), from.held()), (1, 1, 1));
+        assert_eq!((from.in_use(), from.held()), (1, 1));
         assert!(to.take() && to.take() && to.take() && !to.take());
         from.put_back();
         assert_eq!(to.gain(&from, |unused| unused), 1);

@@ -57,6 +57,11 @@ impl GuestCtx {
         ErrorCode::AccessDenied
     }
 
+    /// Those that it has had sockets in.
+    pub(crate) fn rings(&self) -> u64 {
+        self.rings.load(Ordering::Relaxed)
+    }
+
     /// It has a socket in this ring.
     pub(crate) fn use_ring(&self, ring: RingIndex) {
         let rings = self.rings.load(Ordering::Relaxed);

@@ -152,29 +152,50 @@ impl UdpSocket {
         let Poll::Ready(first) = self.poll_front(receiver, cx, &mut withheld) else {
             return receiver.queue.take_error().map_or(Ok(Batch::Asked), Err);
         };
-        let mut is_admitted = first.is_some();
-        let Taken { arrivals: mut datagrams, resumes } = receiver.queue.take(first, most)?;
+        let is_admitted = first.is_some();
+        let taken = receiver.queue.take(first, most);
+        let (batch, resumes) = match taken {
+            Err(errno) => (Err(errno), false),
+            Ok(Taken { arrivals, resumes }) => {
+                let batch = self.judge_batch(receiver, arrivals, is_admitted, &mut withheld, cx);
+                (Ok(batch), resumes)
+            }
+        };
+        let is_withheld = self.count(&withheld);
         if resumes {
+            // With all in the queue that is put back into it.
             self.resume(receiver);
         }
+        let batch = batch?;
+        Ok(if is_withheld && matches!(batch, Batch::Empty) { Batch::Withheld } else { batch })
+    }
+
+    /// What of these datagrams the guest may see, the first of which it may if `is_admitted`.
+    fn judge_batch(
+        &self,
+        receiver: &Receiver,
+        mut datagrams: Vec<Datagram>,
+        mut is_admitted: bool,
+        withheld: &mut Withheld,
+        cx: &mut Context<'_>,
+    ) -> Batch {
         if datagrams.is_empty() {
-            let is_withheld = self.count(&withheld);
-            return Ok(if is_withheld { Batch::Withheld } else { Batch::Empty });
+            return Batch::Empty;
         }
         let remote = self.remote();
         if let Some(remote) = remote
             && datagrams.iter().any(|datagram| remote.is_unknown_by(datagram.from))
         {
-            self.count(&withheld);
             receiver.queue.put_back(datagrams);
-            return Ok(Batch::UnknownPeer);
+            return Batch::UnknownPeer;
         }
         let (mut admitted, mut judged) = (0, 0);
         let mut is_asked = false;
         while let Some(datagram) = datagrams.get(judged) {
-            let is_next = match std::mem::take(&mut is_admitted) {
-                true => Admission::Given,
-                false => self.admit(datagram.from, remote, cx, &mut withheld),
+            let is_next = if std::mem::take(&mut is_admitted) {
+                Admission::Given
+            } else {
+                self.admit(datagram.from, remote, cx, withheld)
             };
             match is_next {
                 Admission::Given => {
@@ -195,12 +216,11 @@ impl UdpSocket {
         }
         datagrams.truncate(admitted);
         self.ctx.budget.spend(judged);
-        self.count(&withheld);
-        Ok(match (admitted, is_asked) {
+        match (admitted, is_asked) {
             (0, true) => Batch::Asked,
             (0, false) => Batch::Withheld,
             _ => Batch::Admitted(datagrams),
-        })
+        }
     }
 
     /// Who the peer is, by the kernel.

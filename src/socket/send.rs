@@ -108,7 +108,7 @@ impl UdpSocket {
     }
 
     /// What has come of it; `None` while it is on its way.
-    fn take_blocked(&self) -> Option<Result<(), ErrorCode>> {
+    pub(super) fn take_blocked(&self) -> Option<Result<(), ErrorCode>> {
         let Some(mut blocked) = self.lock().blocked_send.take() else { return Some(Ok(())) };
         let result = blocked.try_result();
         if let Some(Ok(Output::Sent(sent))) = result
@@ -191,7 +191,12 @@ impl UdpSocket {
             return Err(error);
         }
         let bytes = payload.len();
-        let mut datagram = Box::new(Outgoing { payload, to: named(effective, remote) });
+        // A connect may have come between, which is not what the policy was asked about.
+        let is_peer = remote.is_some_and(|then| {
+            self.remote().is_some_and(|now| (now.asked, now.peer) == (then.asked, then.peer))
+        });
+        let to = (!is_peer).then(|| effective.into());
+        let mut datagram = Box::new(Outgoing { payload, to });
         // What went well lately will again: it may be another thread's to submit.
         let may_queue = !self.ctx.account.sending.is_used_up()
             && reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);

@@ -170,6 +170,7 @@ fn is_answered_by_a_peer_without_a_scope<G: Guest>(asks_early: bool) {
         native::wait_until_up("va");
         let scope = if_nametoindex("va").unwrap();
         let on_va = |ip: &str, scope| SocketAddrV6::new(ip.parse().unwrap(), 0, 0, scope);
+        native::wait_until_carried(on_va("fe80::a", scope), on_va("fe80::b", scope));
         on_both::<G>(Setup::default(), async |guest| {
             let native = UdpSocket::bind(on_va("fe80::b", scope)).unwrap();
             native.set_read_timeout(Some(BOUND)).unwrap();

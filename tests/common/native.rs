@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::BOUND;
 
@@ -77,6 +77,22 @@ pub fn wait_until_up(device: &str) {
             return;
         }
         assert!(Instant::now() < deadline, "{device} does not come up");
+    }
+}
+
+/// Waits until datagrams between these addresses arrive, each way: a new link loses some.
+pub fn wait_until_carried(a: impl Into<SocketAddr>, b: impl Into<SocketAddr>) {
+    let [a, b] = [a.into(), b.into()].map(|addr: SocketAddr| UdpSocket::bind(addr).unwrap());
+    let deadline = Instant::now() + BOUND / 2;
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        to.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        loop {
+            let sent = from.send_to(b"", to.local_addr().unwrap());
+            if sent.is_ok() && to.recv_from(&mut []).is_ok() {
+                break;
+            }
+            assert!(Instant::now() < deadline, "the link carries nothing");
+        }
     }
 }
 

@@ -7,7 +7,9 @@
 //!
 //! It runs a command of WASI 0.2 or 0.3 so many times at once.
 
-use wasi_uring::{UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView, Uring};
+use std::net::SocketAddr;
+
+use wasi_uring::{SocketAddrUse, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView, Uring};
 use wasmtime::component::{Component, InstancePre, Linker, ResourceTable};
 use wasmtime::{Engine, Result, Store, bail, format_err};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView, p2, p3};
@@ -43,11 +45,7 @@ impl Server {
         let mut linker = Linker::new(component.engine());
         wasi_uring::p2::add_to_linker(&mut linker)?;
         wasi_uring::p3::add_to_linker(&mut linker)?;
-        let udp = UdpCtx::builder(uring)
-            .allow(|addr, _use| {
-                addr.ip().to_canonical().is_loopback() || addr.ip().is_unspecified()
-            })
-            .sockets_max(512);
+        let udp = UdpCtx::builder(uring).allow(is_local).sockets_max(512);
         Ok(Self { guest: linker.instantiate_pre(component)?, udp })
     }
 
@@ -65,6 +63,12 @@ impl Server {
             command.wasi_cli_run().call_run(&mut store).await
         }
     }
+}
+
+/// Who a guest may deal with.
+fn is_local(addr: SocketAddr, use_: SocketAddrUse) -> bool {
+    let ip = addr.ip().to_canonical();
+    ip.is_loopback() || (ip.is_unspecified() && matches!(use_, SocketAddrUse::UdpBind))
 }
 
 /// Not `tokio::main`, so that the rings are as many as its workers.

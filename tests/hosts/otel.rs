@@ -8,6 +8,7 @@
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Meter, MeterProvider};
+use opentelemetry_sdk::metrics::data::ScopeMetrics;
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use wasi_uring::{Stats, Uring};
 
@@ -68,7 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Guests of this ring would run here.
     provider.force_flush()?;
     for exported in exporter.get_finished_metrics()? {
-        for metric in exported.scope_metrics().flat_map(|scope| scope.metrics()) {
+        for metric in exported.scope_metrics().flat_map(ScopeMetrics::metrics) {
             println!("{}: {:?}", metric.name(), metric.data());
         }
     }

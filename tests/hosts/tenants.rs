@@ -37,20 +37,21 @@ pub(crate) struct Rules {
 
 impl Policy for Rules {
     fn check(&self, event: &AddrEvent) -> Verdict {
-        let is_local = event.addr.ip().to_canonical().is_loopback();
-        match event.addr_use {
-            _ if self.is_suspended.load(Ordering::Relaxed) => Verdict::deny("tenant is suspended"),
-            // What the guest has not chosen: any address, with a port of the kernel's choice. Whom it
-            // hears there is asked about.
-            SocketAddrUse::UdpBind if event.is_implicit => Verdict::Allow,
-            SocketAddrUse::UdpBind if !is_local => Verdict::deny("listens on all addresses"),
-            _ if is_local => Verdict::Allow,
-            // Only this is worth a look elsewhere. Others' datagrams wait for no answer but their own.
-            _ => {
-                let event = *event;
-                Verdict::ask(async move { look_up(event).await })
-            }
+        if self.is_suspended.load(Ordering::Relaxed) {
+            return Verdict::deny("tenant is suspended");
         }
+        // What the guest has not chosen: any address, with a port of the kernel's choice. Whom it hears
+        // there is asked about.
+        if event.is_implicit || event.addr.ip().to_canonical().is_loopback() {
+            return Verdict::Allow;
+        }
+        if matches!(event.addr_use, SocketAddrUse::UdpBind) {
+            return Verdict::deny("listens on all addresses");
+        }
+        // Only this is worth a look elsewhere. Datagrams that came to the same socket behind one that is looked
+        // up wait with it, so a look-up should have a time-out.
+        let event = *event;
+        Verdict::ask(async move { look_up(event).await })
     }
 }
 

@@ -7,10 +7,10 @@ use hyper::body::{Bytes, Incoming};
 use hyper::header::CONTENT_TYPE;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::server::graceful::GracefulShutdown;
-use metrics::{counter, gauge};
+use metrics::gauge;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tokio::net::TcpListener;
-use wasi_uring::{Stats, Uring};
+use wasi_uring::Uring;
 use wasmtime::format_err;
 
 use super::connections;
@@ -29,6 +29,7 @@ impl Measured {
         let text = recorder.handle();
         metrics::set_global_recorder(recorder)
             .map_err(|error| Failure::run(format_err!("cannot keep metrics: {error}")))?;
+        Uring::describe_metrics();
         Ok(Self { text })
     }
 
@@ -47,7 +48,7 @@ impl Measured {
                 let answer = answer(&request, || {
                     set_gauge("wasi_uring_guests", server.guests() as u64);
                     if let Some(uring) = &uring {
-                        publish(&uring.stats());
+                        uring.record_metrics();
                     }
                     text.render()
                 });
@@ -82,36 +83,4 @@ fn refusal(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
 #[expect(clippy::cast_precision_loss, reason = "sockets and guests are fewer than 2^53")]
 fn set_gauge(name: &'static str, now: u64) {
     gauge!(name).set(now as f64);
-}
-
-/// The ring's counters as they are now.
-fn publish(stats: &Stats) {
-    counter!("wasi_uring_enters_total").absolute(stats.enters);
-    counter!("wasi_uring_enters_overdue_total").absolute(stats.enters_overdue);
-    counter!("wasi_uring_interrupts_total").absolute(stats.interrupts);
-    counter!("wasi_uring_submissions_total").absolute(stats.submissions);
-    counter!("wasi_uring_completions_total").absolute(stats.completions);
-    counter!("wasi_uring_sockets_created_total").absolute(stats.sockets_created);
-    counter!("wasi_uring_sockets_recycled_total").absolute(stats.sockets_recycled);
-    for (name, now) in [
-        ("wasi_uring_rings", stats.rings),
-        ("wasi_uring_sockets_open", stats.sockets_open),
-        ("wasi_uring_sockets_cached", stats.sockets_cached),
-    ] {
-        set_gauge(name, now);
-    }
-    counter!("wasi_uring_datagrams_sent_total").absolute(stats.datagrams_sent);
-    counter!("wasi_uring_datagrams_received_total").absolute(stats.datagrams_received);
-    counter!("wasi_uring_sent_bytes_total").absolute(stats.bytes_sent);
-    counter!("wasi_uring_received_bytes_total").absolute(stats.bytes_received);
-    for (reason, dropped) in [
-        ("policy", stats.dropped_by_policy),
-        ("not_from_peer", stats.dropped_not_from_peer),
-        ("at_close", stats.dropped_at_close),
-        ("kernel", stats.dropped_by_kernel),
-        ("queue", stats.dropped_by_queue),
-        ("malformed", stats.dropped_malformed),
-    ] {
-        counter!("wasi_uring_datagrams_dropped_total", "reason" => reason).absolute(dropped);
-    }
 }

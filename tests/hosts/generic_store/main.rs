@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use wasi_uring::{UdpCtx, UdpCtxView, Uring};
+use wasi_uring::{SocketAddrUse, UdpCtx, UdpCtxView, Uring};
 use wasmtime::component::{Component, HasData, Linker, ResourceTable};
 use wasmtime::{Engine, Result, Store, bail};
 use wasmtime_wasi::WasiCtx;
@@ -36,9 +36,9 @@ pub(crate) struct State<A> {
 impl<A> State<A> {
     /// `sockets` has a permit for each socket that the app's guests may have at once.
     pub(crate) fn new(app: A, wasi: WasiCtx, uring: &Uring, sockets: &Arc<Semaphore>) -> Self {
-        let udp = UdpCtx::builder(uring).allow(|addr, _use| {
+        let udp = UdpCtx::builder(uring).allow(|addr, use_| {
             let ip = addr.ip().to_canonical();
-            ip.is_loopback() || ip.is_unspecified()
+            ip.is_loopback() || (ip.is_unspecified() && matches!(use_, SocketAddrUse::UdpBind))
         });
         let limit = Limit { permits: Arc::clone(sockets), held: HashMap::new() };
         Self { app, wasi, udp: udp.build(), table: ResourceTable::new(), limit }
