@@ -168,7 +168,7 @@ impl Uring {
         }
     }
 
-    /// Sets the metrics of this host's rings in its recorder of the [`metrics`](::metrics) facade to what
+    /// Sets the metrics of this host's rings in its recorder of the `metrics` facade to what
     /// [`stats`](Self::stats) has now. To be called before a scrape, or every few seconds; for one
     /// `Uring` of a process, since a second one's values would take the places of the first's.
     ///

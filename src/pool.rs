@@ -430,10 +430,16 @@ mod tests {
             .map(|thread| thread.join().unwrap())
             .collect();
         assert!(homes.windows(2).all(|two| two[0] != two[1]), "{homes:?}");
-        let workers =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
-        let of_worker = || workers.block_on(workers.spawn(async { home() })).unwrap();
-        assert_eq!(of_worker(), 0);
+    }
+
+    /// Kills: a ring that is built for a socket that is refused; units that no thread finds.
+    #[test]
+    fn one_thread_can_have_all_sockets_in_its_ring_and_a_refusal_builds_none() {
+        let pool = pool(100, 8);
+        let taken: Vec<_> = std::iter::from_fn(|| pool.take_socket()).collect();
+        assert_eq!(taken.len(), 100);
+        assert!(pool.take_socket().is_none());
+        assert!(pool.built().count() <= 2, "the first, and this thread's");
     }
 
     #[test]

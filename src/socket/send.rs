@@ -191,12 +191,8 @@ impl UdpSocket {
             return Err(error);
         }
         let bytes = payload.len();
-        // A connect may have come between, which is not what the policy was asked about.
-        let is_peer = remote.is_some_and(|then| {
-            self.remote().is_some_and(|now| (now.asked, now.peer) == (then.asked, then.peer))
-        });
-        let to = (!is_peer).then(|| effective.into());
-        let mut datagram = Box::new(Outgoing { payload, to });
+        // Where it goes is the kernel's peer's when it goes, as with wasmtime-wasi.
+        let mut datagram = Box::new(Outgoing { payload, to: named(effective, remote) });
         // What went well lately will again: it may be another thread's to submit.
         let may_queue = !self.ctx.account.sending.is_used_up()
             && reached.as_ref().is_some_and(|last| last.to == effective && bytes <= last.bytes);
