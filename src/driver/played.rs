@@ -43,6 +43,11 @@ impl Driver {
         self.core.lock().entering = entering;
     }
 
+    /// Whether a guest has ever waited, so that completions are reaped that come by themselves.
+    pub(crate) fn has_reaper(&self) -> bool {
+        !self.core.lock().runtimes.is_empty()
+    }
+
     pub(crate) fn has_queued(&self) -> bool {
         self.core.lock().has_queued()
     }

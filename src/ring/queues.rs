@@ -270,13 +270,13 @@ impl Queues {
     }
 
     /// From now on the kernel signals the eventfd for a completion; `true` if one came before that
-    /// took effect.
+    /// took effect, be it in the queue or, because that was full, still in the kernel.
     pub(super) fn enable_notifications(&mut self) -> bool {
         self.completions().enable_eventfd();
         // Between our store to the flag and our load of the tail; the kernel fences between its own
         // store to the tail and its load of the flag.
         fence(Ordering::SeqCst);
-        !self.completions().is_empty()
+        !self.completions().is_empty() || self.has_overflow()
     }
 
     /// For the time that a thread reaps anyway.
