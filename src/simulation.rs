@@ -1186,19 +1186,25 @@ fn lives_that_once_went_wrong_go_well() {
     lives([179_578_261_519_482, 179_578_261_526_010, 179_578_261_547_537, 179_579_023_250_354]);
 }
 
-/// Kills: a wait for what was sent before that only the last call to wait hears the end of.
-#[test]
-fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
+/// A guest's socket, which is the only one of its ring.
+fn only_socket() -> (Arc<Driver>, Arc<Played>, PlayedThread, UdpSocket) {
     let recycle = Recycle::OFF;
     let sizes = Sizes { sockets: 1, submissions: 16, completions: 16, ports: 1, recycle };
     let limits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
-    let (driver, played, _rcu) = Driver::played(1, sizes, limits, || ());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
-    let _runtime = runtime.enter();
+    let (driver, played, rcu) = Driver::played(1, sizes, limits, || ());
     let checks = Checks::allow(|_, _| true);
     let pool = Pool::of_one(&driver, sizes.sockets);
     let ctx = Arc::new(GuestCtx::new(pool, checks, guest_limits(1, usize::MAX, usize::MAX)));
     let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
+    (driver, played, rcu, socket)
+}
+
+/// Kills: a wait for what was sent before that only the last call to wait hears the end of.
+#[test]
+fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+    let _runtime = runtime.enter();
+    let (driver, played, _rcu, socket) = only_socket();
     let woken = || {
         let (is, guest) = (AtomicBool::new(false), Arc::default());
         Arc::new(Woken { is, guest, driver: Weak::new() })
@@ -1233,17 +1239,10 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
 /// peer behind the guest's back: it hears nobody then, and what it sends to one goes to another.
 #[test]
 fn a_connect_that_was_told_of_an_outage_is_known_when_the_kernel_gets_to_it() {
-    let recycle = Recycle::OFF;
-    let sizes = Sizes { sockets: 1, submissions: 16, completions: 16, ports: 1, recycle };
-    let limits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
-    let (driver, played, _rcu) = Driver::played(1, sizes, limits, || ());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
     let _runtime = runtime.enter();
     clock::played::start();
-    let checks = Checks::allow(|_, _| true);
-    let pool = Pool::of_one(&driver, sizes.sockets);
-    let ctx = Arc::new(GuestCtx::new(pool, checks, guest_limits(1, usize::MAX, usize::MAX)));
-    let socket = UdpSocket::new(&ctx, Family::V4).unwrap();
+    let (driver, played, _rcu, socket) = only_socket();
     let mut cx = Context::from_waker(Waker::noop());
     let [before, now] = [EXTERNAL[0].ip(), Ipv4Addr::new(192, 0, 2, 2).into()]
         .map(|ip: IpAddr| SocketAddr::new(ip, 7));

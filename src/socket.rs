@@ -440,10 +440,10 @@ impl Drop for UdpSocket {
         match self.slot.get() {
             None => drop(Place { account, driver }),
             Some(slot) => {
+                // A send that has ended is counted.
+                let _ = self.take_blocked();
                 // The operations in flight are detached first: the slot's next owner must not meet
                 // a future of this one. The ring keeps their memory until they complete.
-                // What has ended is counted.
-                let _ = self.take_blocked();
                 let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
                 state.bind = BindState::Unbound;
                 state.unsettled = None;

@@ -74,10 +74,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
             max: SOCKETS_MAX.into(),
         });
     }
-    let process =
-        Process::current().map_err(|errno| SetupError::Io { step: "mapping a page", errno })?;
-    let io = set_up()?;
-    let codes = probe(&io)?;
+    let (process, io, codes) = begin()?;
     if let Some(trial) = TRIALS.iter().find(|trial| !codes.is_supported(trial.code)) {
         return Err(missing(trial));
     }
@@ -96,13 +93,19 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
 
 /// Builds another ring of the pool, for which nothing is tried that the first has shown.
 pub(crate) fn build_another(known: &Known) -> Result<Built, SetupError> {
+    let (process, io, codes) = begin()?;
+    let slots = known.slots + known.recycle.quarantined_max;
+    let (queues, buffers, eventfd) = equip(io, &codes, slots)?;
+    Ok(assemble(process, queues, buffers, eventfd, known.clone()))
+}
+
+/// A ring that is disabled and has nothing yet, and the operations that it knows.
+fn begin() -> Result<(Process, IoUring, Probe), SetupError> {
     let process =
         Process::current().map_err(|errno| SetupError::Io { step: "mapping a page", errno })?;
     let io = set_up()?;
     let codes = probe(&io)?;
-    let slots = known.slots + known.recycle.quarantined_max;
-    let (queues, buffers, eventfd) = equip(io, &codes, slots)?;
-    Ok(assemble(process, queues, buffers, eventfd, known.clone()))
+    Ok((process, io, codes))
 }
 
 /// Gives a new ring what it works with, and enables it.
