@@ -14,6 +14,7 @@ fn main() {
         ("batch_4", FEW),
         ("batch_16", FEW),
         ("batch_16_small", FEW),
+        ("burst_16", FEW),
         ("receive", MANY),
         ("receive_1200", MANY),
     ];

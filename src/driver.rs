@@ -41,12 +41,14 @@ use std::sync::Arc;
 pub(crate) use self::batching::Guest;
 pub(crate) use self::enter::Driver;
 use self::enter::LockedCore;
-pub(crate) use self::flush::Flush;
-pub(crate) use self::in_flight::InFlight;
+pub(crate) use self::flush::{Flush, is_current_thread};
+pub(crate) use self::in_flight::{InFlight, Progress};
 pub(crate) use self::send_now::{Given, SendNow};
 use crate::clock;
 use crate::error::Errno;
-use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, CLOSE_PATIENCE_MAX, LINGER};
+use crate::limits::{
+    CLOSE_LOOKS_MIN, CLOSE_PATIENCE, CLOSE_PATIENCE_MAX, DEFERRED_TIME_MAX, LINGER,
+};
 use crate::ring::account::Account;
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
@@ -54,6 +56,7 @@ use crate::ring::op::{BindOp, Op};
 use crate::ring::port_order::CloseId;
 use crate::ring::queues::SlotIndex;
 use crate::ring::receive_queue::ReceiveQueue;
+use crate::ring::send::SendOp;
 use crate::ring::share::Share;
 use crate::stats::Stats;
 
@@ -113,6 +116,40 @@ impl Driver {
         Ok(InFlight::new(self, &core, guest, key))
     }
 
+    /// Takes over datagrams that their guest is told are sent. They leave when any guest next enters, at the
+    /// latest when this one suspends, or if it computes on, soon after (`DEFERRED_TIME_MAX`). No other send of
+    /// the socket is in flight.
+    pub(crate) fn defer(
+        self: &Arc<Self>,
+        guest: Guest,
+        slot: SlotIndex,
+        account: &Arc<Account>,
+        append: impl FnOnce(&mut SendOp),
+    ) -> Result<InFlight, Errno> {
+        Ok(self.defer_with(self.lock_to_queue()?, guest, slot, account, append))
+    }
+
+    fn defer_with(
+        self: &Arc<Self>,
+        mut core: LockedCore<'_>,
+        guest: Guest,
+        slot: SlotIndex,
+        account: &Arc<Account>,
+        append: impl FnOnce(&mut SendOp),
+    ) -> InFlight {
+        core.batching.queue(guest);
+        let key = core.ring.defer(slot, account);
+        let is_full = core.ring.append(key, append) == Some(true);
+        let deferred = InFlight::deferred(self, guest, key, is_full);
+        if is_full {
+            drop(self.combine(core));
+        } else if !core.entering {
+            core.call_after(DEFERRED_TIME_MAX);
+            self.leave_to_any_flusher(core);
+        }
+        deferred
+    }
+
     /// Queues the chain that makes and binds a socket, which reaches the kernel even if the guest
     /// never waits. A socket without a slot gets one.
     pub(crate) fn submit_bind(
@@ -150,6 +187,24 @@ impl Driver {
         core.batching.queue(guest);
         core.ring.resume(slot, queue);
         drop(self.combine(core));
+    }
+
+    pub(crate) fn has_deferred(&self) -> bool {
+        self.lock().is_some_and(|core| core.ring.has_deferred())
+    }
+
+    /// Submits what is deferred.
+    pub(crate) fn submit_deferred(&self) {
+        if let Some(core) = self.lock() {
+            drop(self.combine(core));
+        }
+    }
+
+    /// Has what is deferred submitted, for a guest that waits for that.
+    pub(crate) fn flush_deferred(&self, guest: Guest) -> Result<Flush, Errno> {
+        let mut core = self.lock_to_queue()?;
+        core.ring.queue_all_deferred();
+        Ok(Flush::new(&core, guest))
     }
 
     /// Gives a slot and the socket in it back to the ring. A port that was bound by number is free when

@@ -55,7 +55,8 @@
 //! # A datagram's path
 //!
 //! From a guest: [`p2`] or [`p3`] hands the call's data to `socket::send`, which checks each datagram
-//! against WASI's rules and the guest's policy. The payloads move into an operation (`ring::op`,
+//! against WASI's rules and the guest's policy. A guest's first one leaves at once; those that it sends on to
+//! a peer it has reached are deferred, to leave together. The payloads move into an operation (`ring::op`,
 //! `ring::send`), where those of one size to one peer become one message (GSO, `UDP_SEGMENT`), and the
 //! operation moves into `ring::op_table`: from there on the kernel may read its memory. `ring::queues`
 //! takes its entries, and the `driver` submits them together with those of other guests. What a path or
@@ -109,6 +110,7 @@
 //!   tasks in each runtime;
 //! - *overdue*: a close that takes longer than it should, because its guest computes on; *paused*: a receive whose queue is
 //!   full; *coalesced*: sent with other datagrams in one message;
+//! - *deferred*: a datagram whose `send` was answered, and that leaves with others when its guest suspends;
 //! - *recycled*: a socket that had another owner; *cached*: one between two owners; *taint*: what the
 //!   last owner has left in it;
 //! - *refusal*: an `io_uring_enter` that fails; *forsaken*: what a guest that is gone has left in flight;

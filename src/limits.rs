@@ -46,8 +46,26 @@ pub(crate) const BUDGET_BATCHED: usize = 32;
 /// Bytes after which one `receive` returns what it has, as wasmtime-wasi's `MAX_READ_SIZE_ALLOC`.
 pub(crate) const RECEIVE_BYTES_MAX: usize = 64 * 1024;
 
-/// Entries of the longest linked chain: a full `send`. (A bind needs 6.)
-pub(crate) const CHAIN_ENTRIES_MAX: usize = BATCH_DATAGRAMS_MAX;
+/// Entries of the longest linked chain: deferred datagrams of as many sizes, of which the last batch may be
+/// beyond the bound. (A bind needs 6.)
+pub(crate) const CHAIN_ENTRIES_MAX: usize = DEFERRED_DATAGRAMS_MAX + BATCH_DATAGRAMS_MAX;
+
+/// Datagrams of a socket that may be deferred before they are submitted.
+pub(crate) const DEFERRED_DATAGRAMS_MAX: usize = 64;
+
+/// Payload bytes of a socket that may be deferred before they are submitted: more would not be in the
+/// processor's cache any more.
+pub(crate) const DEFERRED_BYTES_MAX: usize = 32 * 1024;
+
+/// How long a datagram may be deferred, if its guest computes on.
+pub(crate) const DEFERRED_TIME_MAX: Duration = Duration::from_millis(1);
+
+/// Longest time between two sends of a guest that goes on sending, in the belief that it has not suspended in
+/// between.
+pub(crate) const SENDS_ON_MAX: Duration = Duration::from_millis(1);
+
+/// Peers that a socket is known to have reached: enough for one that answers several.
+pub(crate) const REACHED_MAX: usize = 4;
 
 /// Buffers shared by all receiving sockets of a ring. Few, so that they stay in the processor's
 /// cache; each goes back to the kernel as soon as its completion is reaped.
@@ -226,6 +244,7 @@ const _: () = {
     assert!(CHAIN_ENTRIES_MAX <= SQ_ENTRIES as usize, "a chain fits one submission");
     assert!(BATCH_DATAGRAMS_MAX <= CHAIN_ENTRIES_MAX, "a batch is one chain");
     assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS as u32, "submissions and arrivals both fit");
+    assert!(DEFERRED_TIME_MAX.as_micros() <= OVERDUE.as_micros(), "seen by the thread that looks");
     assert!(BATCH_DATAGRAMS_MAX <= SEGMENTS_MAX, "no run is longer than a message");
     assert!(BUFFERS.is_power_of_two(), "the kernel masks the buffer ring's tail");
     assert!(

@@ -35,7 +35,7 @@ const fn now(name: &'static str, description: &'static str, values: &'static [Va
 }
 
 /// All. `Uring::record_metrics` has the list for hosts.
-const METRICS: [Metric; 21] = [
+const METRICS: [Metric; 22] = [
     now("wasi_uring_rings", "rings that have been built", &[("", |stats| stats.rings)]),
     total("wasi_uring_enters_total", "io_uring_enter calls", &[("", |stats| stats.enters)]),
     total(
@@ -98,6 +98,11 @@ const METRICS: [Metric; 21] = [
         "wasi_uring_datagrams_coalesced_total",
         "datagrams sent with others in one message",
         &[("", |stats| stats.datagrams_coalesced)],
+    ),
+    total(
+        "wasi_uring_datagrams_deferred_total",
+        "datagrams whose sends were answered before they were submitted",
+        &[("", |stats| stats.datagrams_deferred)],
     ),
     total(
         "wasi_uring_gso_refusals_total",
@@ -175,7 +180,8 @@ impl Uring {
     /// Counters: `wasi_uring_` with `enters_total`, `enters_overdue_total`, `interrupts_total`,
     /// `submissions_total`, `completions_total`, `sockets_created_total`, `sockets_recycled_total`,
     /// `sockets_closed_instead_total` (by `reason`, as in [`ClosedInstead`](crate::ClosedInstead)),
-    /// `datagrams_sent_total`, `datagrams_coalesced_total`, `gso_refusals_total`, `sent_bytes_total`,
+    /// `datagrams_sent_total`, `datagrams_coalesced_total`,
+    /// `datagrams_deferred_total`, `gso_refusals_total`, `sent_bytes_total`,
     /// `datagrams_received_total`, `datagrams_split_total`, `received_bytes_total`, `rearms_total`, `pauses_total`
     /// and `datagrams_dropped_total` (by `reason`: `policy`, `not_from_peer`, `at_close`, `kernel`, `queue`,
     /// `malformed`). Gauges: `rings`, `sockets_open` and `sockets_cached`. What each counts is said at the

@@ -9,7 +9,7 @@
 //! | `create-udp-socket` | `unknown` when the process has no descriptors left | `new-socket-limit` when the table or the guest's quota is full | WIT names this code |
 //! | `send` | the first datagram that finds the send buffer full ends the batch | the rest of the batch is accepted too, and waits with it, until [`send_bytes_max`](crate::UdpCtxBuilder::send_bytes_max) wait | a batch is one chain |
 //! | `send` | a peer's refusal of the first datagram ends the batch | it ends the batch after the message: datagrams of one size are one message | the kernel takes a message as a whole |
-//! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself unless the socket's send buffer is full | `send` waits for the ring's completion |
+//! | `send` | under load, a send may be finished by a background task, and its error comes with the next `send` | comes with the `send` itself, unless the socket's send buffer is full, or the guest goes on sending to a peer that it has just reached: then its datagrams are deferred, leave together when it suspends or receives, after a millisecond at the latest, and the first error of theirs comes with the next `send`; the others are sent | WIT: "or queued for sending" |
 //! | `stream` | traps when an earlier stream of the socket has waited for a datagram in vain | connects | WIT asks only that earlier streams be dropped |
 //! | `send` | checks the policy for each datagram just before it is sent | checks it for the whole batch first | one chain goes to the kernel |
 //! | `send`, while an address check is not ready | accepted; the verdict is the next call's | waits for the verdict | the answer is that of the datagrams it is about |

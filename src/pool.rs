@@ -302,7 +302,7 @@ impl Pool {
         }
         let mut sum = Stats { interrupts: self.held_up.interrupts(), ..Stats::default() };
         for ring in self.built() {
-            ring.reap();
+            ring.reap(None);
             sum += ring.snapshot();
             sum.rings += 1;
         }

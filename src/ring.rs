@@ -53,6 +53,7 @@ use self::receive::{Delivered, Receives};
 use self::receive_queue::ReceiveQueue;
 use self::recycle::taint::Reason;
 use self::recycle::{Next, Recycler};
+use self::send::SendOp;
 use self::share::Share;
 use self::slots::{Receive, Releasing, SlotState, SlotTable};
 use crate::clock;
@@ -80,7 +81,9 @@ pub(crate) struct Ring {
     recycling: Vec<(SlotIndex, Op)>,
     /// Binds that have ended, with the rest of their chain still queued.
     cut: Vec<(OpKey, Box<BindOp>)>,
-    /// Payload bytes queued since the last flush.
+    /// Slots with sends that the next flush queues, unless that was done before.
+    deferred: Vec<SlotIndex>,
+    /// Payload bytes queued or deferred since the last flush.
     unsent_bytes: usize,
     /// The ring is being closed.
     is_ending: bool,
@@ -111,6 +114,7 @@ impl Ring {
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             recycling: Vec::new(),
             cut: Vec::new(),
+            deferred: Vec::new(),
             unsent_bytes: 0,
             is_ending: false,
             wakers: Vec::new(),
@@ -139,7 +143,9 @@ impl Ring {
         key
     }
 
+    /// What the guest has sent before comes before any other operation on its socket.
     fn prepare(&mut self, slot: SlotIndex, mut op: Op) -> Op {
+        self.queue_deferred(slot);
         let slot = self.slots.get(slot);
         if let Op::Send(send) = &mut op {
             send.plan(slot.segment_limit.of_next_send());
@@ -158,6 +164,58 @@ impl Ring {
         if let Op::Bind(bind) = op {
             bind.queued = self.queues.queued();
         }
+    }
+
+    /// Takes over a send that is answered for: datagrams can be added to it until the next flush, or until
+    /// another operation on the socket is submitted. No other send of the socket is in flight.
+    pub(crate) fn defer(&mut self, slot: SlotIndex, account: &Arc<Account>) -> OpKey {
+        let key = self.ops.insert(Op::Send(SendOp::answered(account)), slot);
+        self.slots.get(slot).deferred = Some(key);
+        self.deferred.push(slot);
+        key
+    }
+
+    /// Adds to a deferred send; `None` if it is deferred no longer, else whether it is full.
+    pub(crate) fn append(&mut self, key: OpKey, append: impl FnOnce(&mut SendOp)) -> Option<bool> {
+        let (slot, Op::Send(send)) = self.ops.find(key)? else { return None };
+        if self.slots.get(slot).deferred != Some(key) {
+            return None;
+        }
+        let (len, bytes) = (send.len(), send.bytes());
+        append(send);
+        self.stats.datagrams_deferred += (send.len() - len) as u64;
+        self.unsent_bytes += send.bytes() - bytes;
+        Some(send.is_full())
+    }
+
+    pub(crate) fn is_deferred(&mut self, key: OpKey) -> bool {
+        self.ops.find(key).is_some_and(|(slot, _)| self.slots.get(slot).deferred == Some(key))
+    }
+
+    /// Whether the next flush may queue deferred sends.
+    pub(crate) fn has_deferred(&self) -> bool {
+        !self.deferred.is_empty()
+    }
+
+    pub(crate) fn queue_all_deferred(&mut self) {
+        for at in 0..self.deferred.len() {
+            self.queue_deferred(self.deferred[at]);
+        }
+        self.deferred.clear();
+    }
+
+    /// Queues the entries of a slot's deferred send: its memory is the kernel's from here on.
+    fn queue_deferred(&mut self, slot: SlotIndex) {
+        let entry = self.slots.get(slot);
+        let Some(key) = entry.deferred.take() else { return };
+        if let Some((_, op)) = self.ops.find(key) {
+            if let Op::Send(send) = op {
+                send.plan(entry.segment_limit.of_next_send());
+            }
+            op.mark(&mut entry.taint);
+        }
+        self.ops.restart(key);
+        self.queue(key);
     }
 
     fn cancel_op(&mut self, key: OpKey) {
@@ -509,6 +567,7 @@ impl Ring {
         if !self.is_ending {
             self.tick();
         }
+        self.queue_all_deferred();
         self.unsent_bytes = 0;
         self.queues.flush()
     }
@@ -519,7 +578,7 @@ impl Ring {
         self.queues.end_submission();
     }
 
-    /// Payload bytes that wait for a flush.
+    /// Payload bytes that wait for a flush, deferred or queued.
     pub(crate) fn unsent_bytes(&self) -> usize {
         self.unsent_bytes
     }

@@ -364,7 +364,7 @@ impl World {
             20 if self.once_in(4) => {
                 self.trace(|| "close cached, stats".to_owned());
                 self.driver.close_cached();
-                self.driver.reap();
+                self.driver.reap(None);
             }
             21 if self.once_in(6) => self.have_an_outage(),
             22 if self.once_in(3) => self.come_to_rest(false),
@@ -1221,6 +1221,7 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
     driver.set_entering(true);
     assert_eq!(polled(send().as_mut(), &woken()), Poll::Ready(Ok(())));
     driver.set_entering(false);
+    driver.reap(None);
 
     let (mut behind, mut connect) = (send(), Box::pin(socket.connect(to)));
     let (first, second) = (woken(), woken());
@@ -1228,7 +1229,7 @@ fn a_send_behind_others_goes_on_although_a_connect_waits_for_those_too() {
     assert!(polled(connect.as_mut(), &second).is_pending());
     played.kernel().make_room();
     played.kernel().tick();
-    driver.reap();
+    driver.reap(None);
     assert!(second.is.load(Ordering::Relaxed));
     assert_eq!(polled(connect.as_mut(), &second), Poll::Ready(Ok(())));
     assert!(first.is.load(Ordering::Relaxed), "it is not woken");
@@ -1269,7 +1270,7 @@ fn a_connect_that_was_told_of_an_outage_is_known_when_the_kernel_gets_to_it() {
     assert!(receive.as_mut().poll(&mut cx).is_pending());
     played.kernel().arrive(now, local, 50);
     played.kernel().tick();
-    driver.reap();
+    driver.reap(None);
     let Poll::Ready(Ok(datagram)) = receive.as_mut().poll(&mut cx) else {
         panic!("it hears nobody")
     };

@@ -33,6 +33,7 @@ use std::task::{Context, Poll, Waker, ready};
 use crate::datagram::Family;
 use crate::driver::{Driver, Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
+use crate::limits::REACHED_MAX;
 use crate::ring::account::Account;
 use crate::ring::op::{Op, OpResult, Output, SocketName, Whose};
 use crate::ring::queues::SlotIndex;
@@ -57,7 +58,7 @@ pub(crate) struct UdpSocket {
     state: Mutex<State>,
     /// Calls of `send_one`, in their order; the first waits for the bind that it may begin with, or for
     /// send buffer.
-    send_line: tokio::sync::Mutex<Option<Box<Reached>>>,
+    send_line: tokio::sync::Mutex<()>,
 }
 
 /// Where a socket's datagrams arrive.
@@ -98,10 +99,12 @@ struct State {
     unsettled: Option<Box<Unsettled>>,
     /// The receive's submission, if a guest has yet to wait for it.
     arming: Option<Box<Flush>>,
-    /// What a `send` was answered for before the kernel has taken it: a batch for which there was no send
-    /// buffer, or a datagram that another thread submits. The next `send`, of whichever stream, waits
-    /// for it.
-    blocked_send: Option<Box<InFlight>>,
+    /// What a `send` was answered for before the kernel has taken it: datagrams that are deferred, to which the
+    /// next can be added; or a batch for which there was no send buffer, and for which the next `send`, of
+    /// whichever stream, waits.
+    answered: Option<Box<InFlight>>,
+    /// Whom sends have reached lately.
+    reached: Option<Box<Peers>>,
 }
 
 /// Whom a socket is connected to.
@@ -146,9 +149,17 @@ enum BindState {
     Bound,
 }
 
-/// What the kernel has taken without an error: the last `send_one`'s destination, and its payload's bytes.
+/// Peers whom sends have reached, and which of them makes room for the next.
+#[derive(Default)]
+struct Peers {
+    reached: [Option<Reached>; REACHED_MAX],
+    oldest: usize,
+}
+
+/// A peer whom the kernel has sent to without an error, for all that is known, and payloads of up to so many
+/// bytes.
 struct Reached {
-    to: SocketAddr,
+    peer: SocketAddr,
     bytes: usize,
 }
 
@@ -209,9 +220,10 @@ impl UdpSocket {
                 remote: None,
                 unsettled: None,
                 arming: None,
-                blocked_send: None,
+                answered: None,
+                reached: None,
             }),
-            send_line: tokio::sync::Mutex::const_new(None),
+            send_line: tokio::sync::Mutex::const_new(()),
         })
     }
 
@@ -428,6 +440,20 @@ impl State {
     fn is_bound(&self) -> bool {
         matches!(self.bind, BindState::Settled(Ok(())) | BindState::Bound)
     }
+
+    /// A send to a peer is on its way: whether one of so many bytes has reached it before. (If this one fails,
+    /// no peer counts as reached.)
+    fn reach(&mut self, peer: SocketAddr, bytes: usize) -> bool {
+        let peers = self.reached.get_or_insert_default();
+        if let Some(reached) = peers.reached.iter_mut().flatten().find(|one| one.peer == peer) {
+            let is_reached = bytes <= reached.bytes;
+            reached.bytes = reached.bytes.max(bytes);
+            return is_reached;
+        }
+        peers.reached[peers.oldest] = Some(Reached { peer, bytes });
+        peers.oldest = (peers.oldest + 1) % REACHED_MAX;
+        false
+    }
 }
 
 impl Drop for UdpSocket {
@@ -440,14 +466,13 @@ impl Drop for UdpSocket {
         match self.slot.get() {
             None => drop(Place { account, driver }),
             Some(slot) => {
-                // A send that has ended is counted.
-                let _ = self.take_blocked();
+                self.submit_deferred();
                 // The operations in flight are detached first: the slot's next owner must not meet
                 // a future of this one. The ring keeps their memory until they complete.
                 let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
                 state.bind = BindState::Unbound;
                 state.unsettled = None;
-                state.blocked_send = None;
+                state.answered = None;
                 let (unread, _front) =
                     self.receiver.get().map_or((0, None), |receiver| receiver.discard());
                 account.counters.dropped_at_close.add(unread);

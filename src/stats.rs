@@ -12,8 +12,8 @@ pub struct Stats {
     pub rings: u64,
     /// `io_uring_enter` calls.
     pub enters: u64,
-    /// Those of them that the ring's own thread made, for what guests had left for a millisecond: they
-    /// computed on, or their runtime did not run.
+    /// Those of them that the ring's own thread made, for what guests had left for a millisecond, closes and
+    /// deferred datagrams: they computed on, or their runtime did not run.
     pub enters_overdue: u64,
     /// How often threads were interrupted because one of them computed while guests of others waited for
     /// datagrams that it may have held up. Of a multi-thread runtime's threads, or where runtimes share rings.
@@ -37,6 +37,9 @@ pub struct Stats {
     pub datagrams_sent: u64,
     /// Those of them that were coalesced with others of their size in one message (`UDP_SEGMENT`).
     pub datagrams_coalesced: u64,
+    /// Datagrams whose `send` was answered before they were submitted, because their guest had sent to the same
+    /// peer before and went on: they leave together.
+    pub datagrams_deferred: u64,
     /// Messages of several datagrams that the kernel refused and took apart: the datagrams were
     /// larger than the path's MTU, or the device computes no checksums.
     pub gso_refusals: u64,
@@ -89,6 +92,7 @@ impl std::ops::AddAssign for Stats {
             closed_instead,
             datagrams_sent,
             datagrams_coalesced,
+            datagrams_deferred,
             gso_refusals,
             bytes_sent,
             datagrams_received,
@@ -116,6 +120,7 @@ impl std::ops::AddAssign for Stats {
         self.closed_instead += closed_instead;
         self.datagrams_sent += datagrams_sent;
         self.datagrams_coalesced += datagrams_coalesced;
+        self.datagrams_deferred += datagrams_deferred;
         self.gso_refusals += gso_refusals;
         self.bytes_sent += bytes_sent;
         self.datagrams_received += datagrams_received;

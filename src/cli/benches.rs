@@ -11,6 +11,7 @@ pub(crate) enum Operation {
     Dns,
     Echo,
     Batch,
+    Burst,
     Receive,
 }
 
@@ -25,6 +26,7 @@ impl Operation {
             Self::Dns => "dns",
             Self::Echo => "echo",
             Self::Batch => "batch",
+            Self::Burst => "burst",
             Self::Receive => "receive",
         }
     }
@@ -88,7 +90,7 @@ impl Bench {
     }
 }
 
-use Operation::{Batch, Bind, Bind6, Create, Dns, Echo, Pair, Receive};
+use Operation::{Batch, Bind, Bind6, Burst, Create, Dns, Echo, Pair, Receive};
 
 /// Every bench of speed. To open is to create and bind.
 #[rustfmt::skip]
@@ -104,6 +106,7 @@ pub const BENCHES: &[Bench] = &[
     Bench::new("batch_4", Batch, 4_000, "send at once and receive 4 datagrams of 1200 bytes").of(4, 1200),
     Bench::new("batch_16", Batch, 1_000, "send at once and receive 16 datagrams of 1200 bytes").of(16, 1200).headline(),
     Bench::new("batch_16_small", Batch, 1_000, "send at once and receive 16 datagrams of 64 bytes").of(16, 64),
+    Bench::new("burst_16", Burst, 1_000, "send one by one and receive 16 datagrams of 1200 bytes").of(16, 1200).headline(),
     Bench::new("receive", Receive, 2_000, "receive 16 datagrams of 64 bytes from another thread").of(16, 64).headline(),
     Bench::new("receive_1200", Receive, 2_000, "receive 16 datagrams of 1200 bytes from another thread").of(16, 1200),
 ];
@@ -167,10 +170,10 @@ mod tests {
     fn a_benchs_words_agree_with_its_numbers() {
         for Bench { name, what, operation, datagrams, bytes, .. } in BENCHES {
             assert!(name.starts_with(operation.mode()), "{name}");
-            if matches!(operation, Batch | Receive) {
+            if matches!(operation, Batch | Burst | Receive) {
                 assert!(what.contains(&format!("{datagrams} datagram")), "{name}: {what}");
             }
-            if matches!(operation, Batch | Receive | Echo) {
+            if matches!(operation, Batch | Burst | Receive | Echo) {
                 assert!(what.contains(&format!("{bytes} bytes")), "{name}: {what}");
             }
         }

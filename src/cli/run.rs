@@ -208,6 +208,7 @@ pub(crate) fn stats_line(uring: Option<&Uring>) -> serde_json::Value {
                 },
                 "datagrams_sent": stats.datagrams_sent,
                 "datagrams_coalesced": stats.datagrams_coalesced,
+                "datagrams_deferred": stats.datagrams_deferred,
                 "gso_refusals": stats.gso_refusals,
                 "bytes_sent": stats.bytes_sent,
                 "datagrams_received": stats.datagrams_received,

@@ -9,9 +9,12 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
 
+use crate::clock;
 use crate::limits::{
     BATCH_BYTES_MAX, BATCH_GUESTS_MAX, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS, QUOTA_RETRIES_MAX,
+    SENDS_ON_MAX,
 };
 
 /// Names a guest among those of all rings.
@@ -100,6 +103,11 @@ impl Batching {
             self.direct_submits -= 1;
             return false;
         }
+        self.includes_other_than(guest)
+    }
+
+    /// Whether others have queued entries since the last enter, or had before.
+    pub(super) fn includes_other_than(&self, guest: Guest) -> bool {
         [self.queued, self.submitted].iter().any(|guests| guests.include_other_than(guest))
     }
 
@@ -144,25 +152,49 @@ pub(crate) fn quota_retries() -> Range<u32> {
     0..QUOTA_RETRIES_MAX
 }
 
-/// Datagrams a guest has taken since it last suspended. One that always finds some never suspends
-/// by itself, so it yields when its budget is spent.
-#[derive(Debug, Default)]
-pub(crate) struct Budget {
-    spent: AtomicUsize,
+/// What a guest has done since it last suspended, as far as this crate knows: for others it may have to
+/// suspend, and what it sends next may wait until it does.
+#[derive(Debug)]
+pub(crate) struct Stretch {
+    /// Datagrams it has taken. A guest that always finds some never suspends by itself, so it yields when its
+    /// budget is spent.
+    taken: AtomicUsize,
+    /// When it last sent, in nanoseconds from `begun`; 0: it has not.
+    sent_at: AtomicU64,
+    begun: Instant,
 }
 
-impl Budget {
+impl Stretch {
+    pub(crate) fn new() -> Self {
+        Self { taken: AtomicUsize::new(0), sent_at: AtomicU64::new(0), begun: clock::now() }
+    }
+
     /// The guest has suspended.
-    pub(crate) fn renew(&self) {
-        self.spent.store(0, Ordering::Relaxed);
+    pub(crate) fn end(&self) {
+        self.taken.store(0, Ordering::Relaxed);
+        self.sent_at.store(0, Ordering::Relaxed);
     }
 
-    pub(crate) fn spend(&self, datagrams: usize) {
-        self.spent.fetch_add(datagrams, Ordering::Relaxed);
+    /// It has received all that is there: what it sends next answers the last, or is a question.
+    pub(crate) fn end_sends(&self) {
+        self.sent_at.store(0, Ordering::Relaxed);
     }
 
-    pub(crate) fn is_spent(&self, datagrams: usize) -> bool {
-        self.spent.load(Ordering::Relaxed) >= datagrams
+    pub(crate) fn take(&self, datagrams: usize) {
+        self.taken.fetch_add(datagrams, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_budget_spent(&self, datagrams: usize) -> bool {
+        self.taken.load(Ordering::Relaxed) >= datagrams
+    }
+
+    /// The guest sends: whether it goes on sending. Long after its last send it has most likely suspended
+    /// elsewhere (by a clock, or a TCP stream), of which this crate does not hear.
+    pub(crate) fn send(&self) -> bool {
+        let now = clock::since(self.begun).as_nanos();
+        let now = u64::try_from(now).unwrap_or(u64::MAX).max(1);
+        let sent_at = self.sent_at.swap(now, Ordering::Relaxed);
+        sent_at != 0 && u128::from(now.saturating_sub(sent_at)) < SENDS_ON_MAX.as_nanos()
     }
 }
 
@@ -299,14 +331,32 @@ mod tests {
     #[test]
     fn a_budget_is_sixty_four_datagrams_or_thirty_two_in_batches() {
         for (max, datagrams) in [(BUDGET_DATAGRAMS, 64), (BUDGET_BATCHED, 32)] {
-            let budget = Budget::default();
-            budget.spend(datagrams - 1);
-            assert!(!budget.is_spent(max));
-            budget.spend(1);
-            assert!(budget.is_spent(max));
-            budget.renew();
-            assert!(!budget.is_spent(max));
+            let stretch = Stretch::new();
+            stretch.take(datagrams - 1);
+            assert!(!stretch.is_budget_spent(max));
+            stretch.take(1);
+            assert!(stretch.is_budget_spent(max));
+            stretch.end();
+            assert!(!stretch.is_budget_spent(max));
         }
+    }
+
+    #[test]
+    fn a_guest_sends_on_until_it_suspends_or_a_millisecond_is_over() {
+        clock::played::start();
+        let stretch = Stretch::new();
+        assert!(!stretch.send(), "the first");
+        assert!(stretch.send() && stretch.send());
+        stretch.end();
+        assert!(!stretch.send(), "the first since it has suspended");
+        assert!(stretch.send());
+        stretch.end_sends();
+        assert!(!stretch.send(), "the first since it has heard all");
+        assert!(stretch.send());
+        clock::played::pass(SENDS_ON_MAX);
+        assert!(!stretch.send(), "it has most likely suspended elsewhere");
+        assert!(stretch.send());
+        clock::played::end();
     }
 
     #[test]

@@ -87,9 +87,9 @@ pub(super) enum Insider {
 pub(super) type LockedCore<'driver> = Locked<'driver, Core>;
 
 impl Core {
-    /// Whether entries are queued that the kernel has not taken.
+    /// Whether entries are queued that the kernel has not taken, or will be with the next flush.
     pub(super) fn has_queued(&self) -> bool {
-        self.ring.queued() > self.ring.submitted()
+        self.ring.queued() > self.ring.submitted() || self.ring.has_deferred()
     }
 
     /// Whether a thread can enter now, and the kernel has not just refused another's.

@@ -25,6 +25,11 @@ impl Flush {
         Self { guest, queued: core.ring.queued(), yielding: Yielding::NotYielded }
     }
 
+    /// For what `guest` has deferred: at what entry it ends shows later.
+    pub(super) fn deferred(guest: Guest) -> Self {
+        Self { guest, queued: u64::MAX, yielding: Yielding::NotYielded }
+    }
+
     pub(crate) fn poll(
         &mut self,
         driver: &Driver,
@@ -78,6 +83,10 @@ impl Flush {
 
     fn is_submitted(&self, core: &Core) -> bool {
         core.ring.submitted() >= self.queued
+    }
+
+    pub(super) fn guest(&self) -> Guest {
+        self.guest
     }
 
     pub(super) fn has_yielded(&self) -> bool {
@@ -148,7 +157,7 @@ impl Driver {
 }
 
 /// Whether this thread's runtime has no other: its guests never contend for the ring.
-fn is_current_thread() -> bool {
+pub(crate) fn is_current_thread() -> bool {
     Handle::try_current()
         .is_ok_and(|handle| handle.runtime_flavor() == RuntimeFlavor::CurrentThread)
 }

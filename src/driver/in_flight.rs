@@ -12,6 +12,7 @@ use super::flush::Flush;
 use crate::ring::account::Account;
 use crate::ring::op::OpResult;
 use crate::ring::queues::OpKey;
+use crate::ring::send::SendOp;
 
 /// An operation on its way, and the guest that waits for it. Its memory is the operation table's
 /// until its last completion. To drop this before detaches the operation: the kernel finishes it,
@@ -22,7 +23,18 @@ pub(crate) struct InFlight {
     flush: Flush,
     pub(super) is_taken: bool,
     ends_with_caller: bool,
-    is_charged: bool,
+    answered: Answered,
+}
+
+/// Whether a send was answered before it has ended, and why.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Answered {
+    No,
+    /// It waits for send buffer.
+    Waiting,
+    Deferred,
+    /// It was deferred, and is submitted because it has all that it may have.
+    Full,
 }
 
 impl InFlight {
@@ -34,7 +46,20 @@ impl InFlight {
             flush: Flush::new(core, guest),
             is_taken: false,
             ends_with_caller: false,
-            is_charged: false,
+            answered: Answered::No,
+        }
+    }
+
+    /// For a send that `guest` has just deferred, and that has all that it may have or not. Only the end of it can
+    /// be waited for.
+    pub(super) fn deferred(driver: &Arc<Driver>, guest: Guest, key: OpKey, is_full: bool) -> Self {
+        Self {
+            driver: Arc::clone(driver),
+            key,
+            flush: Flush::deferred(guest),
+            is_taken: false,
+            ends_with_caller: false,
+            answered: if is_full { Answered::Full } else { Answered::Deferred },
         }
     }
 
@@ -93,15 +118,48 @@ impl InFlight {
 
     /// The operation's result, if its last completion is in.
     pub(crate) fn try_result(&mut self) -> Option<OpResult> {
-        let mut core = self.driver.lock()?;
+        match self.progress() {
+            Progress::Ended(result) => Some(result),
+            Progress::Deferred | Progress::OnItsWay => None,
+        }
+    }
+
+    /// How far it is; its result is taken if its last completion is in.
+    pub(crate) fn progress(&mut self) -> Progress {
+        let Some(mut core) = self.driver.lock() else { return Progress::OnItsWay };
         let result = core.ring.take_result(self.key);
         self.is_taken |= result.is_some();
-        result.or_else(|| self.flush.refusal(&core).map(Err))
+        match result.or_else(|| self.flush.refusal(&core).map(Err)) {
+            Some(result) => Progress::Ended(result),
+            None if core.ring.is_deferred(self.key) => Progress::Deferred,
+            None => Progress::OnItsWay,
+        }
+    }
+
+    /// Whether it is a send that is still deferred.
+    pub(crate) fn is_deferred(&self) -> bool {
+        self.driver.lock().is_some_and(|mut core| core.ring.is_deferred(self.key))
+    }
+
+    /// Adds to a deferred send, and submits it if it is full; `false` if it is deferred no longer.
+    pub(crate) fn append(&mut self, append: impl FnOnce(&mut SendOp)) -> bool {
+        let Ok(mut core) = self.driver.lock_to_queue() else { return false };
+        let is_full = core.ring.append(self.key, append);
+        if is_full == Some(true) {
+            self.answered = Answered::Full;
+            drop(self.driver.combine(core));
+        }
+        is_full.is_some()
+    }
+
+    /// Whether it is a deferred send that was submitted because it had all that it may have: its guest goes on.
+    pub(crate) fn was_full(&self) -> bool {
+        self.answered == Answered::Full
     }
 
     /// Ready when the last completion is in.
     pub(crate) fn poll_is_done(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.driver.reap();
+        self.driver.reap(Some(self.flush.guest()));
         let waker = cx.waker().clone();
         let is_waiting = self.driver.lock_open().is_ok_and(|mut core| {
             self.flush.refusal(&core).is_none() && core.register(self.key, waker)
@@ -128,20 +186,29 @@ impl InFlight {
 
     /// For a send that waits: it counts from now on, for as long as the ring holds its datagrams.
     pub(crate) fn charge(&mut self, account: &Arc<Account>) {
-        if let Some(mut core) = self.driver.lock() {
-            self.is_charged = core.ring.charge(self.key, account);
+        let Some(mut core) = self.driver.lock() else { return };
+        if core.ring.charge(self.key, account) {
+            self.answered = Answered::Waiting;
         }
     }
 
     /// Whether the ring counts what the kernel takes of it.
     pub(crate) fn is_charged(&self) -> bool {
-        self.is_charged
+        self.answered != Answered::No
     }
 
     /// Whether its guest has yielded before it entered.
     pub(crate) fn has_yielded(&self) -> bool {
         self.flush.has_yielded()
     }
+}
+
+/// How far an operation is.
+pub(crate) enum Progress {
+    /// No entry of it is queued.
+    Deferred,
+    OnItsWay,
+    Ended(OpResult),
 }
 
 impl Drop for InFlight {

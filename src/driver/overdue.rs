@@ -166,6 +166,7 @@ fn watch(watcher: &Weak<Watcher>) {
             driver.on_time();
         }
         let closing_for = watcher.closing_for();
+        let call_in = watcher.call_in();
         quiet_looks = if closing_for.is_none() { quiet_looks + 1 } else { 0 };
         time = OVERDUE;
         match closing_for {
@@ -189,6 +190,7 @@ fn watch(watcher: &Weak<Watcher>) {
                 }
             }
         }
+        time = call_in.map_or(time, |call_in| time.min(call_in));
     }
 }
 

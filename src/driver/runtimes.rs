@@ -3,7 +3,7 @@
 use std::task::Waker;
 use std::thread::ThreadId;
 
-use tokio::runtime::{self, RuntimeFlavor};
+use tokio::runtime::{self, Handle, RuntimeFlavor};
 
 /// The runtimes that have tasks for the ring.
 #[derive(Default)]
@@ -38,6 +38,14 @@ impl Runtimes {
     pub(super) fn are_shared(&self) -> bool {
         self.tasks.len() > 1
             || self.tasks.iter().any(|tasks| tasks.flavor != RuntimeFlavor::CurrentThread)
+    }
+
+    /// Whether a flusher runs when this thread's guest suspends.
+    pub(super) fn is_flusher_due_here(&self) -> bool {
+        self.flusher_due.is_some_and(|(thread, runtime)| {
+            thread == std::thread::current().id()
+                && Handle::try_current().is_ok_and(|here| here.id() == runtime)
+        })
     }
 
     pub(super) fn get(&mut self, id: runtime::Id) -> Option<&mut RuntimeTasks> {

@@ -16,17 +16,19 @@ use super::in_flight::InFlight;
 use crate::datagram::Outgoing;
 use crate::error::Errno;
 use crate::limits::COMBINE_ROUNDS_MAX;
+use crate::ring::account::Account;
 use crate::ring::op::{Op, OpResult};
 use crate::ring::queues::SlotIndex;
 use crate::ring::send::SendOp;
 
-pub(crate) struct SendNow {
-    driver: Arc<Driver>,
+pub(crate) struct SendNow<'socket> {
+    driver: &'socket Arc<Driver>,
     guest: Guest,
     slot: SlotIndex,
     /// Until it is submitted.
     datagram: Option<Box<Outgoing>>,
-    may_queue: bool,
+    /// Whom it is charged to if it is deferred, which it may be then.
+    may_defer: Option<&'socket Arc<Account>>,
     /// If the kernel has not taken it at once after all.
     in_flight: Option<Box<InFlight>>,
 }
@@ -36,20 +38,19 @@ pub(crate) enum Given {
     /// The kernel has answered.
     Answered(OpResult),
     /// The thread that is inside submits it next.
-    Queued(InFlight),
+    Deferred(InFlight),
 }
 
-impl SendNow {
-    /// `may_queue`: whether the datagram may be left to another thread, so that its error comes late.
+impl<'socket> SendNow<'socket> {
+    /// `may_defer`: whether the datagram may be left to another thread, so that its error comes late.
     pub(crate) fn new(
-        driver: &Arc<Driver>,
+        driver: &'socket Arc<Driver>,
         guest: Guest,
         slot: SlotIndex,
         datagram: Box<Outgoing>,
-        may_queue: bool,
+        may_defer: Option<&'socket Arc<Account>>,
     ) -> Self {
-        let (driver, datagram) = (Arc::clone(driver), Some(datagram));
-        Self { driver, guest, slot, datagram, may_queue, in_flight: None }
+        Self { driver, guest, slot, datagram: Some(datagram), may_defer, in_flight: None }
     }
 
     pub(crate) async fn given(mut self) -> Result<Given, Errno> {
@@ -57,22 +58,24 @@ impl SendNow {
     }
 
     fn poll_given(&mut self, cx: &mut Context<'_>) -> Poll<Result<Given, Errno>> {
-        let Self { driver, guest, slot, datagram, may_queue, in_flight } = self;
+        let Self { driver, guest, slot, datagram, may_defer, in_flight } = self;
         if let Some(in_flight) = in_flight {
             return in_flight.poll_result(cx).map(|result| Ok(Given::Answered(result)));
         }
         // Before the submission: what is done is told in the same poll.
         let coop = ready!(coop::poll_proceed(cx));
-        let mut core =
-            if *may_queue { driver.lock_to_queue()? } else { ready!(driver.poll_outside(cx))? };
+        let mut core = match may_defer {
+            Some(_) => driver.lock_to_queue()?,
+            None => ready!(driver.poll_outside(cx))?,
+        };
         coop.made_progress();
         let datagram = datagram.take().expect("not submitted yet");
-        core.batching.queue(*guest);
-        if core.entering {
-            let key = core.ring.submit(*slot, Op::Send(SendOp::new(vec![*datagram])));
-            let queued = InFlight::new(driver, &core, *guest, key);
-            return Poll::Ready(Ok(Given::Queued(queued)));
+        if let (true, Some(account)) = (core.entering, may_defer) {
+            let append = |send: &mut SendOp| send.push(*datagram);
+            let deferred = driver.defer_with(core, *guest, *slot, account, append);
+            return Poll::Ready(Ok(Given::Deferred(deferred)));
         }
+        core.batching.queue(*guest);
         let key = core.ring.submit(*slot, Op::SendNow(datagram));
         let mut submitted = InFlight::new(driver, &core, *guest, key);
         core = driver.combine(core);

@@ -17,6 +17,7 @@ use std::task::Poll;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::{self, Handle};
 
+use super::batching::Guest;
 use super::enter::{Driver, Insider, LockedCore};
 use super::overdue::Watched;
 use crate::error::Errno;
@@ -36,38 +37,49 @@ impl Driver {
     }
 
     /// Has what is queued reach the kernel although no guest waits for it.
-    pub(super) fn leave_to_flusher(self: &Arc<Self>, mut core: LockedCore<'_>) {
+    pub(super) fn leave_to_flusher(self: &Arc<Self>, core: LockedCore<'_>) {
         if core.entering {
             // The thread inside finds it.
             return;
         }
-        let handle = Handle::try_current();
-        let here = handle.as_ref().map(|handle| (std::thread::current().id(), handle.id())).ok();
-        match (core.runtimes.flusher_due, handle) {
-            (Some(due), _) if here == Some(due) => {}
-            (None, Ok(handle)) => {
-                core.runtimes.flusher_due = here;
-                let Some(tasks) = core.runtimes.get(handle.id()) else {
-                    return self.spawn_tasks(core, &handle);
-                };
-                let flusher = tasks.flusher.take();
-                core.wake_later(flusher);
-            }
-            // Outside of any runtime there is no flusher, and one that is due elsewhere runs when a
-            // guest suspends there, not here.
-            (_, Err(_)) | (Some(_), Ok(_)) => drop(self.combine(core)),
+        if core.runtimes.flusher_due.is_none() {
+            return self.wake_flusher(core);
+        }
+        // One that is due elsewhere runs when a guest suspends there, not here.
+        if !core.runtimes.is_flusher_due_here() {
+            drop(self.combine(core));
         }
     }
 
-    /// As `reap`, and has a reaper reap what comes later.
-    pub(crate) fn start_reaping(self: &Arc<Self>) -> Option<Errno> {
-        self.ensure_reaper();
-        self.reap()
+    /// As `leave_to_flusher`, for what may wait until a guest suspends elsewhere, too.
+    pub(super) fn leave_to_any_flusher(self: &Arc<Self>, core: LockedCore<'_>) {
+        if !core.entering && core.runtimes.flusher_due.is_none() {
+            self.wake_flusher(core);
+        }
     }
 
-    /// Reaps completions that have come. Returns why others may never come: the kernel has refused enters
-    /// for too long.
-    pub(crate) fn reap(self: &Arc<Self>) -> Option<Errno> {
+    fn wake_flusher(self: &Arc<Self>, mut core: LockedCore<'_>) {
+        let Ok(handle) = Handle::try_current() else {
+            // Outside of any runtime there is none.
+            return drop(self.combine(core));
+        };
+        core.runtimes.flusher_due = Some((std::thread::current().id(), handle.id()));
+        let Some(tasks) = core.runtimes.get(handle.id()) else {
+            return self.spawn_tasks(core, &handle);
+        };
+        let flusher = tasks.flusher.take();
+        core.wake_later(flusher);
+    }
+
+    /// As `reap`, and has a reaper reap what comes later.
+    pub(crate) fn start_reaping(self: &Arc<Self>, guest: Guest) -> Option<Errno> {
+        self.ensure_reaper();
+        self.reap(Some(guest))
+    }
+
+    /// Reaps completions that have come, for a guest or for the host. Returns why others may never come: the kernel has refused
+    /// enters for too long.
+    pub(crate) fn reap(self: &Arc<Self>, guest: Option<Guest>) -> Option<Errno> {
         let mut core = self.lock()?;
         if core.entering {
             return None;
@@ -80,7 +92,13 @@ impl Driver {
         // makes no other system call. And the kernel fills the buffers given back just now until the
         // cancel of a full queue's receive is there.
         let waits = core.ring.has_task_work();
-        if waits || core.ring.stats.pauses > pauses {
+        // A lone guest need not suspend for what it has sent; among others the flusher submits that of all
+        // when this thread's guest suspends.
+        let has_others = |guest| core.batching.includes_other_than(guest);
+        let waits_for_flusher =
+            || guest.is_some_and(has_others) && core.runtimes.is_flusher_due_here();
+        let submits = core.ring.has_deferred() && !waits_for_flusher();
+        if waits || submits || core.ring.stats.pauses > pauses {
             core = self.combine_with(core, waits);
         }
         let refusal = core.refusals.told();

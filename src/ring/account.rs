@@ -174,6 +174,12 @@ impl Charge {
         Self { account: Arc::clone(account), bytes }
     }
 
+    /// Takes so many more.
+    pub(crate) fn add(&mut self, bytes: usize) {
+        self.account.sending.take(bytes);
+        self.bytes += bytes;
+    }
+
     /// The kernel has taken so many datagrams of it, of so many bytes.
     pub(crate) fn count_sent(&self, datagrams: u64, bytes: u64) {
         self.account.counters.sent.count(datagrams, bytes);

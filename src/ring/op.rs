@@ -110,7 +110,7 @@ pub(crate) struct Sent {
     pub(crate) datagrams: u64,
     /// Of their payloads.
     pub(crate) bytes: u64,
-    /// Why the kernel refused the next one.
+    /// Why the kernel refused the next one, or, if they were answered for, the first that it refused.
     pub(crate) error: Option<Errno>,
 }
 
@@ -266,10 +266,10 @@ impl Op {
                 record.stats.datagrams_coalesced += send.coalesced();
                 record.stats.bytes_sent += outcome.sum;
                 send.count_if_charged(outcome.sum);
-                if error.is_some() {
+                if send.refusal().is_some() {
                     record.taint.mark(Reason::Error);
                 }
-                return Completed::Ended(match (send.sent(), error) {
+                return Completed::Ended(match (send.sent(), send.refusal()) {
                     (0, Some(errno)) => Err(errno),
                     (datagrams, error) => {
                         Ok(Output::Sent(Sent { datagrams, bytes: outcome.sum, error }))

@@ -53,6 +53,8 @@ pub(crate) struct Taken<T> {
     pub(crate) arrivals: T,
     /// That has ended a pause: the receive is to be armed again.
     pub(crate) resumes: bool,
+    /// Nothing is left.
+    pub(crate) is_drained: bool,
 }
 
 /// When a queue counts as full.
@@ -156,12 +158,14 @@ impl ReceiveQueue {
     pub(crate) fn take_first(&self) -> Taken<Option<Arrival>> {
         let mut state = self.lock();
         if let Some(errno) = state.error.take() {
-            return Taken { arrivals: Some(Err(errno)), resumes: false };
+            let is_drained = state.datagrams.is_empty();
+            return Taken { arrivals: Some(Err(errno)), resumes: false, is_drained };
         }
         let arrivals = state.pop();
         self.quota().put_back(arrivals.as_ref().map_or(0, Datagram::bytes));
         let resumes = self.resume_if_drained(&mut state);
-        Taken { arrivals: arrivals.map(Ok), resumes }
+        let is_drained = state.datagrams.is_empty();
+        Taken { arrivals: arrivals.map(Ok), resumes, is_drained }
     }
 
     /// Takes datagrams from the front, behind one that was taken before: at most so many in all,
@@ -191,7 +195,8 @@ impl ReceiveQueue {
         }
         self.quota().put_back(before - state.bytes);
         let resumes = self.resume_if_drained(&mut state);
-        Ok(Taken { arrivals: datagrams, resumes })
+        let is_drained = state.datagrams.is_empty();
+        Ok(Taken { arrivals: datagrams, resumes, is_drained })
     }
 
     /// Registers the task that the next arrival is to wake. The caller drops the waker that was

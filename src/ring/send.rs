@@ -8,17 +8,28 @@ use io_uring::types::Fixed;
 
 use crate::datagram::{GsoMessage, Outgoing, front_run};
 use crate::error::Errno;
-use crate::limits::{GSO_REFUSAL_SENDS, SEND_ATTEMPTS_MAX};
+use crate::limits::{
+    BATCH_DATAGRAMS_MAX, DEFERRED_BYTES_MAX, DEFERRED_DATAGRAMS_MAX, GSO_REFUSAL_SENDS,
+    SEND_ATTEMPTS_MAX,
+};
 use crate::ring::account::{Account, Charge};
 
-/// One `send` of a guest: its datagrams in order, as one linked chain of messages.
+/// Datagrams that a guest sends with one call, or with several that were answered for: in order, as one
+/// linked chain of messages.
 pub(crate) struct SendOp {
     datagrams: Vec<Outgoing>,
-    /// Datagrams from the front that the kernel has taken.
-    sent: usize,
+    /// Payload bytes of all.
+    bytes: usize,
+    /// Datagrams from the front that the kernel has taken or, if they were answered for, refused.
+    over: usize,
+    /// Those of them that it has refused, and why the first.
+    refused: usize,
+    refusal: Option<Errno>,
     /// Those of them that were coalesced.
     coalesced: usize,
-    /// This attempt's messages, of the datagrams behind those sent.
+    /// The guest was told that they are sent: one that the kernel refuses does not keep back the others.
+    is_answered: bool,
+    /// This attempt's messages, of the datagrams behind those that are over.
     messages: Vec<Message>,
     /// The kernel refused the last attempt's coalesced message. If this attempt, with datagrams of
     /// more than so many bytes apart, goes better, coalescing was the reason.
@@ -68,10 +79,15 @@ impl SegmentLimit {
 
 impl SendOp {
     pub(crate) fn new(datagrams: Vec<Outgoing>) -> Self {
+        let bytes = datagrams.iter().map(|datagram| datagram.payload.len()).sum();
         Self {
             datagrams,
-            sent: 0,
+            bytes,
+            over: 0,
+            refused: 0,
+            refusal: None,
             coalesced: 0,
+            is_answered: false,
             messages: Vec::new(),
             suspected: None,
             attempts: 0,
@@ -79,30 +95,57 @@ impl SendOp {
         }
     }
 
+    /// One that its guest does not wait for, with room for what that sends next.
+    pub(crate) fn answered(account: &Arc<Account>) -> Self {
+        let mut send = Self::new(Vec::with_capacity(BATCH_DATAGRAMS_MAX));
+        send.is_answered = true;
+        send.charge(account);
+        send
+    }
+
+    /// Adds a datagram, while no entry is queued.
+    pub(crate) fn push(&mut self, datagram: Outgoing) {
+        let bytes = datagram.payload.len();
+        self.bytes += bytes;
+        if let Some(charge) = &mut self.charge {
+            charge.add(bytes);
+        }
+        self.datagrams.push(datagram);
+    }
+
+    /// Whether it is to be submitted although its guest goes on.
+    pub(crate) fn is_full(&self) -> bool {
+        self.datagrams.len() >= DEFERRED_DATAGRAMS_MAX || self.bytes >= DEFERRED_BYTES_MAX
+    }
+
     /// It waits: from here on it counts.
     pub(crate) fn charge(&mut self, account: &Arc<Account>) {
-        self.charge = Some(Charge::new(account, self.bytes()));
+        self.charge = Some(Charge::new(account, self.bytes));
     }
 
     /// Counts what the kernel has taken for the guest, if nobody else will.
     pub(crate) fn count_if_charged(&self, bytes: u64) {
         if let Some(charge) = &self.charge {
-            charge.count_sent(self.sent as u64, bytes);
+            charge.count_sent(self.sent(), bytes);
         }
     }
 
     /// Payload bytes in all.
     pub(crate) fn bytes(&self) -> usize {
-        self.datagrams.iter().map(|datagram| datagram.payload.len()).sum()
+        self.bytes
     }
 
-    /// Makes messages of the datagrams still to be sent. The kernel has completed the messages made
+    pub(crate) fn len(&self) -> usize {
+        self.datagrams.len()
+    }
+
+    /// Makes messages of the datagrams that are not over. The kernel has completed the messages made
     /// before, so their memory is freed here. Datagrams of more than `segment_max` bytes are not
     /// coalesced.
     pub(crate) fn plan(&mut self, segment_max: usize) {
         self.messages.clear();
         let segment_max = self.suspected.unwrap_or(segment_max).min(segment_max);
-        let mut rest = &self.datagrams[self.sent..];
+        let mut rest = &self.datagrams[self.over..];
         while !rest.is_empty() {
             let (run, others) = rest.split_at(front_run(rest, segment_max));
             let gso = (run.len() > 1).then(|| GsoMessage::new(run));
@@ -114,12 +157,12 @@ impl SendOp {
     /// Records that the kernel took so many messages and refused the next with `error`, if any.
     pub(crate) fn settle(&mut self, messages: usize, error: Option<Errno>) -> Attempt {
         for message in self.messages.drain(..messages) {
-            self.sent += message.datagrams;
+            self.over += message.datagrams;
             self.coalesced += if message.gso.is_some() { message.datagrams } else { 0 };
         }
         let segment_max = if messages > 0 { self.suspected.take() } else { None };
         let refused = self.messages.first().filter(|message| message.gso.is_some());
-        let segment = refused.and_then(|_| Some(self.datagrams.get(self.sent)?.payload.len()));
+        let segment = refused.and_then(|_| Some(self.datagrams.get(self.over)?.payload.len()));
         let again = match (error, segment) {
             // Beyond the path's MTU: the kernel fragments only what is not coalesced. Or the kernel
             // refuses whatever goes there, as the next attempt will show.
@@ -138,7 +181,25 @@ impl SendOp {
         };
         self.attempts += 1;
         let again = again && self.attempts < SEND_ATTEMPTS_MAX;
-        Attempt { again, segment_max }
+        Attempt { again: again || error.is_some_and(|errno| self.skip(errno)), segment_max }
+    }
+
+    /// Leaves out the datagram that the kernel has refused; whether others follow that were answered for.
+    fn skip(&mut self, errno: Errno) -> bool {
+        self.refusal.get_or_insert(errno);
+        let goes_on = self.is_answered && self.over + 1 < self.datagrams.len();
+        if goes_on {
+            self.over += 1;
+            self.refused += 1;
+            // As many for each datagram.
+            self.attempts = 0;
+        }
+        goes_on
+    }
+
+    /// Why the kernel has refused the first datagram that it has refused.
+    pub(crate) fn refusal(&self) -> Option<Errno> {
+        self.refusal
     }
 
     /// Messages of this attempt.
@@ -149,7 +210,7 @@ impl SendOp {
     /// Writes this attempt's entries, linked: a failure stops those behind it, so the count of what
     /// was sent is exact.
     pub(super) fn write(&self, fd: Fixed, entries: &mut Vec<Entry>) {
-        let mut rest = &self.datagrams[self.sent..];
+        let mut rest = &self.datagrams[self.over..];
         for message in &self.messages {
             let entry = match (&message.gso, rest.first()) {
                 (Some(gso), _) => opcode::SendMsg::new(fd, gso.as_ptr()).build(),
@@ -164,7 +225,7 @@ impl SendOp {
 
     /// Datagrams the kernel has taken.
     pub(crate) fn sent(&self) -> u64 {
-        self.sent as u64
+        (self.over - self.refused) as u64
     }
 
     /// Those of them that were coalesced.
@@ -252,6 +313,30 @@ mod tests {
         assert_eq!(planned(&send), [1, 1], "without what was sent");
         assert_eq!(send.settle(2, None), ENDED);
         assert_eq!((send.sent(), send.coalesced()), (4, 2));
+    }
+
+    /// Kills: a refused datagram of several that were answered for, behind which the others are forgotten.
+    #[test]
+    fn of_what_was_answered_only_what_is_refused_is_not_sent() {
+        let account = Account::of_sockets(1);
+        let mut send = SendOp::answered(&account);
+        for datagram in datagrams(&[100, 100, 100, 200, 300]) {
+            send.push(datagram);
+        }
+        send.plan(usize::MAX);
+        assert_eq!(planned(&send), [3, 1, 1]);
+        // The error was pending, and is the message's: one datagram of it is what would have met it alone.
+        assert_eq!(send.settle(0, Some(Errno(libc::ECONNREFUSED))), AGAIN);
+        send.plan(usize::MAX);
+        assert_eq!(planned(&send), [2, 1, 1]);
+        assert_eq!(send.settle(1, Some(Errno(libc::EPERM))), AGAIN);
+        send.plan(usize::MAX);
+        assert_eq!(planned(&send), [1]);
+        assert_eq!(send.settle(0, Some(Errno(libc::EPERM))), ENDED, "none is left");
+        assert_eq!((send.sent(), send.refusal()), (2, Some(Errno(libc::ECONNREFUSED))));
+        assert_eq!(account.sending.used(), 800);
+        drop(send);
+        assert_eq!(account.sending.used(), 0);
     }
 
     #[test]

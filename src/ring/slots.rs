@@ -54,6 +54,8 @@ pub(super) struct Slot {
     pub(super) named_port: Option<NonZeroU16>,
     pub(super) taint: Taint,
     pub(super) segment_limit: SegmentLimit,
+    /// A send of which no entry is queued yet.
+    pub(super) deferred: Option<OpKey>,
     /// GRO is on, because the socket was seen to receive in bursts.
     pub(super) has_gro: bool,
 }
@@ -66,6 +68,7 @@ impl Slot {
             named_port: None,
             taint,
             segment_limit: SegmentLimit::default(),
+            deferred: None,
             has_gro: false,
         }
     }

@@ -20,7 +20,7 @@ impl UdpSocket {
         if remote.is_some() || self.remote().is_some() {
             // Datagrams that wait for send buffer go to the peer the socket has when the kernel
             // takes them, since their entries name none. They are for the present one.
-            self.sendable().await;
+            self.sent().await;
         }
         match remote {
             Some(remote) => {
@@ -39,14 +39,14 @@ impl UdpSocket {
         self.bind_anywhere(!is_bound).await?;
         self.settled().await?;
         // For the present peer, as in `stream`.
-        self.sendable().await;
+        self.sent().await;
         self.associate(remote).await
     }
 
     pub(crate) async fn disconnect(&self) -> Result<(), ErrorCode> {
         self.settled().await?;
         self.remote().ok_or(ErrorCode::InvalidState)?;
-        self.sendable().await;
+        self.sent().await;
         self.dissolve().await
     }
 

@@ -1,12 +1,12 @@
 //! What all sockets of one guest share: the host's rings, its name in their batching, its policy, its
-//! account with its quotas and counters, and its budget of datagrams. It is made at the guest's first socket.
+//! account with its quotas and counters, and what it has done since it last suspended. It is made at the guest's first socket.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::task::yield_now;
 
-use crate::driver::batching::Budget;
+use crate::driver::batching::Stretch;
 use crate::driver::{Guest, first_poll};
 use crate::error::ErrorCode;
 use crate::pool::{Pool, RingIndex};
@@ -24,7 +24,7 @@ pub(crate) struct GuestCtx {
     numbered: AtomicU64,
     pub(crate) checks: Checks,
     pub(crate) account: Arc<Account>,
-    pub(crate) budget: Budget,
+    pub(crate) stretch: Stretch,
 }
 
 impl GuestCtx {
@@ -36,7 +36,7 @@ impl GuestCtx {
             numbered: AtomicU64::new(0),
             checks,
             account: Account::new(limits),
-            budget: Budget::default(),
+            stretch: Stretch::new(),
         }
     }
 
@@ -73,12 +73,12 @@ impl GuestCtx {
 
     /// Suspends a guest that has spent a budget of so many datagrams, so that the other tasks of its thread run.
     pub(crate) async fn yield_if_spent(&self, datagrams: usize) {
-        if self.budget.is_spent(datagrams) {
+        if self.stretch.is_budget_spent(datagrams) {
             first_poll::over().await;
             // tokio polls its I/O driver before a task that has yielded by this, so tasks that a
             // packet has made ready run first, too.
             yield_now().await;
-            self.budget.renew();
+            self.stretch.end();
         }
     }
 }

@@ -126,19 +126,33 @@ impl UdpSocket {
                 Batch::Admitted(datagrams) => return Ok(datagrams),
                 // WIT: `receive` does not wait.
                 Batch::Asked => return Ok(Vec::new()),
-                Batch::Withheld => true,
                 Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
-                Batch::Empty => match self.driver.reap() {
-                    Some(refusal) => return Err(refusal.into()),
-                    None => true,
-                },
+                Batch::Withheld => continue,
+                Batch::Empty if self.driver.has_deferred() => true,
+                Batch::Empty => {
+                    self.reap()?;
+                    continue;
+                }
                 Batch::UnknownPeer => false,
             };
-            if !is_peer_known {
-                // Boxed, because few sockets hear from another address than they have asked for.
-                Box::pin(self.ask_for_peer()).await?;
-            }
+            // Boxed, because few guests receive right after several sends, and few sockets hear from another
+            // address than they have asked for.
+            Box::pin(self.prepare(is_peer_known)).await?;
         }
+    }
+    /// What comes before another look at the queue.
+    async fn prepare(&self, is_peer_known: bool) -> Result<(), Errno> {
+        if !is_peer_known {
+            return self.ask_for_peer().await;
+        }
+        // What comes next may be the answer to what the guest has sent, perhaps to a socket of its own.
+        let mut flush = self.driver.flush_deferred(self.ctx.guest)?;
+        poll_fn(|cx| flush.poll(&self.driver, cx)).await?;
+        self.reap()
+    }
+
+    fn reap(&self) -> Result<(), Errno> {
+        self.driver.reap(Some(self.ctx.guest)).map_or(Ok(()), Err)
     }
 
     /// Takes a batch from the queue, as far as the guest may see it.
@@ -156,7 +170,10 @@ impl UdpSocket {
         let taken = receiver.queue.take(first, most);
         let (batch, resumes) = match taken {
             Err(errno) => (Err(errno), false),
-            Ok(Taken { arrivals, resumes }) => {
+            Ok(Taken { arrivals, resumes, is_drained }) => {
+                if is_drained {
+                    self.ctx.stretch.end_sends();
+                }
                 let batch = self.judge_batch(receiver, arrivals, is_admitted, &mut withheld, cx);
                 (Ok(batch), resumes)
             }
@@ -215,7 +232,7 @@ impl UdpSocket {
             judged += 1;
         }
         datagrams.truncate(admitted);
-        self.ctx.budget.spend(judged);
+        self.ctx.stretch.take(judged);
         match (admitted, is_asked) {
             (0, true) => Batch::Asked,
             (0, false) => Batch::Withheld,
@@ -244,7 +261,7 @@ impl UdpSocket {
         let _line = receiver.line.lock().await;
         self.ctx.yield_if_spent(BUDGET_DATAGRAMS).await;
         let arrival = self.next_arrival(receiver).await?;
-        self.ctx.budget.spend(1);
+        self.ctx.stretch.take(1);
         Ok(arrival?)
     }
 
@@ -290,7 +307,7 @@ impl UdpSocket {
         let mut found = self.take_arrival(receiver, cx);
         if matches!(found, Found::Nothing) {
             // The task is not registered yet: what this reaps would wake the very task that reaps.
-            refusal = self.driver.start_reaping();
+            refusal = self.driver.start_reaping(self.ctx.guest);
             found = self.take_arrival(receiver, cx);
         }
         if let Found::Next(next) = found {
@@ -313,7 +330,7 @@ impl UdpSocket {
             return Poll::Ready(Next::Refused(refusal));
         }
         if !first_poll::is_first(cx) {
-            self.ctx.budget.renew();
+            self.ctx.stretch.end();
         }
         Poll::Pending
     }
@@ -339,7 +356,10 @@ impl UdpSocket {
     ) -> Found {
         let mut has_resumed = false;
         let found = loop {
-            let Taken { arrivals: arrival, resumes } = receiver.queue.take_first();
+            let Taken { arrivals: arrival, resumes, is_drained } = receiver.queue.take_first();
+            if is_drained {
+                self.ctx.stretch.end_sends();
+            }
             has_resumed |= resumes;
             let datagram = match arrival {
                 None => break Found::Nothing,
@@ -361,8 +381,8 @@ impl UdpSocket {
                     break Found::Asked;
                 }
             }
-            self.ctx.budget.spend(1);
-            if self.ctx.budget.is_spent(BUDGET_DATAGRAMS) {
+            self.ctx.stretch.take(1);
+            if self.ctx.stretch.is_budget_spent(BUDGET_DATAGRAMS) {
                 break Found::Next(Next::BudgetIsSpent);
             }
         };

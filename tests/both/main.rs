@@ -12,6 +12,7 @@ mod rig;
 mod asking;
 mod counters;
 mod datagrams;
+mod deferred;
 mod life;
 mod options;
 mod policy;

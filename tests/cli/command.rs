@@ -17,8 +17,8 @@ const BACKENDS: [&str; 3] = ["stock", "uring", "auto"];
 const RUNTIMES: [&str; 3] = ["per-core", "multi-thread", "tokio-uring"];
 /// The built-in guest of each WASI version.
 const CYCLES: [&str; 2] = [CYCLE, CYCLE_3];
-const MODES: [&str; 7] = ["create", "bind", "bind6", "pair", "echo", "dns", "batch"];
-const BENCHES: [&str; 13] = [
+const MODES: [&str; 8] = ["create", "bind", "bind6", "pair", "echo", "dns", "batch", "burst"];
+const BENCHES: [&str; 14] = [
     "create",
     "bind",
     "bind6",
@@ -30,6 +30,7 @@ const BENCHES: [&str; 13] = [
     "batch_4",
     "batch_16",
     "batch_16_small",
+    "burst_16",
     "receive",
     "receive_1200",
 ];
@@ -737,7 +738,7 @@ mod help {
             ("demo", "--guests --rounds"),
             (
                 "bench",
-                "NAME create bind bind6 pair dns echo echo_1200 batch_16 receive flood neighbour idle --list \
+                "NAME create bind bind6 pair dns echo echo_1200 batch_16 burst_16 receive flood neighbour idle --list \
                  --wasi 0.2 0.3 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
             ),
             ("report", "DIR results.json --readme README.md scripts/bench"),

@@ -408,6 +408,11 @@ pub async fn yield_to_others() {
     }
 }
 
+/// A guest is at something else for as long: what it has sent leaves, and its next send is not one of many.
+pub async fn rest() {
+    tokio::time::sleep(Duration::from_millis(2)).await;
+}
+
 /// A guest with a socket whose receive is armed, made in a runtime that has ended since.
 pub fn armed_in_a_former_runtime(uring: &Uring) -> (Rig, Endpoint) {
     block_on(async {

@@ -16,6 +16,20 @@ pub fn socket(ip: impl Into<IpAddr>) -> (UdpSocket, SocketAddr) {
     (socket, addr)
 }
 
+/// Receives. (A completion that this thread is to take may interrupt it.)
+pub fn receive_from(socket: &UdpSocket, buffer: &mut [u8]) -> (usize, SocketAddr) {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            received => return received.unwrap(),
+        }
+    }
+}
+
+pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> usize {
+    receive_from(socket, buffer).0
+}
+
 /// A port to which no socket is bound: pass an `own_ip`, lest another test binds to it.
 pub fn closed_port(ip: impl Into<IpAddr>) -> SocketAddr {
     socket(ip).1

@@ -165,6 +165,54 @@ fn queues_of_one_datagram_pause_and_resume_under_two_workers() {
 
 // ---- guests that compute ------------------------------------------------------------------------
 
+/// A guest sends twice, of which the second is deferred, and computes on until both have come.
+async fn send_twice_and_compute(uring: &Uring) {
+    let mut rig = Rig::on_ring(uring).await;
+    let endpoint = rig.endpoint(LOOPBACK).await;
+    for attempt in 0.. {
+        assert!(attempt < 200, "none is deferred");
+        let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
+        let heard = Arc::new(AtomicBool::new(false));
+        let listener = std::thread::spawn({
+            let heard = Arc::clone(&heard);
+            move || {
+                for n in [1, 2] {
+                    let mut buffer = [0; 2];
+                    assert_eq!(native::receive(&witness, &mut buffer), 1);
+                    assert_eq!(buffer[0], n);
+                }
+                heard.store(true, Ordering::Relaxed);
+            }
+        });
+        let before = uring.stats().datagrams_deferred;
+        for n in [1, 2] {
+            rig.send_one(endpoint.outgoing, &[n], Some(to)).await.unwrap();
+        }
+        let begun = Instant::now();
+        while !heard.load(Ordering::Relaxed) {
+            assert!(begun.elapsed() < BOUND, "the second does not leave while its guest computes");
+            std::hint::spin_loop();
+        }
+        listener.join().unwrap();
+        if uring.stats().datagrams_deferred > before {
+            return;
+        }
+    }
+}
+
+/// Kills: a deferred datagram that waits until its guest suspends.
+#[test]
+fn what_a_guest_has_sent_leaves_although_it_computes_on() {
+    block_on(send_twice_and_compute(&uring()));
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(send_twice_and_compute(&uring()));
+    runtime.block_on(async {
+        let uring = uring();
+        within(tokio::spawn(async move { send_twice_and_compute(&uring).await })).await.unwrap();
+    });
+    tokio_uring::start(send_twice_and_compute(&uring()));
+}
+
 /// Closes a socket, which leaves work to do when the guest next suspends, and then computes,
 /// without a system call, until `stop`.
 async fn close_and_compute(mut rig: Rig, begun: mpsc::Sender<()>, stop: mpsc::Receiver<()>) {

@@ -9,7 +9,7 @@ use wasi_uring::{SocketAddrUse, Stats, Uring};
 
 use crate::common::{
     Backend, Endpoint, ErrorCode, IncomingDatagram, LOOPBACK, LOOPBACK_6, OutgoingDatagram, Rig,
-    Setup, addr, datagram, native, on, on_both, own_ip, payloads, sender, yield_to_others,
+    Setup, addr, datagram, native, on, on_both, own_ip, payloads, rest, sender, yield_to_others,
 };
 use crate::datagrams::pair;
 
@@ -82,7 +82,7 @@ fn plain_sockets_receive_what_a_guest_sent_coalesced() {
                 assert_eq!(rig.send_all(guest.outgoing, &sent).await, Ok(16));
                 for expected in sent {
                     let mut buffer = [0; 1001];
-                    assert_eq!(native.recv_from(&mut buffer).unwrap(), (1000, guest.local));
+                    assert_eq!(native::receive_from(&native, &mut buffer), (1000, guest.local));
                     assert_eq!(buffer[..1000], expected.data);
                 }
             }
@@ -142,7 +142,7 @@ proptest! {
                 }
                 for expected in sent_to(plain_addr) {
                     let mut buffer = [0; 4096];
-                    let (bytes, addr) = plain.recv_from(&mut buffer).unwrap();
+                    let (bytes, addr) = native::receive_from(&plain, &mut buffer);
                     assert!(buffer[..bytes] == expected.data && addr == from.local);
                 }
             }
@@ -224,6 +224,7 @@ fn a_refusal_is_answered_after_the_message_that_met_it() {
         let sent = batch(&[9; 3], None);
         for _ in 0..3 {
             assert_eq!(rig.send_all(outgoing, &sent).await, Ok(3));
+            rest().await;
             let answer = rig.send_all(outgoing, &sent).await;
             assert_eq!(answer, Err(ErrorCode::ConnectionRefused));
         }
@@ -296,6 +297,7 @@ fn a_message_of_a_refused_sender_is_withheld_and_counted_by_datagram() {
             // Before it as well, so that one receive meets both.
             friend.send_to(b"heard", b.local).unwrap();
             assert_eq!(rig.send_all(stranger.outgoing, &withheld).await, Ok(16));
+            rest().await;
             friend.send_to(b"heard", b.local).unwrap();
             assert_eq!(payloads(&rig.receive_exactly(b.incoming, 2).await), [b"heard"; 2]);
             if rig.backend == Backend::Uring {

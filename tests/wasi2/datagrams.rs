@@ -175,9 +175,31 @@ fn what_was_sent_leaves_although_the_socket_is_dropped_at_once() {
             rig.close(endpoint).await;
             for n in 0..16 {
                 let mut buffer = [0xff; 2];
-                assert_eq!(native.recv_from(&mut buffer).unwrap(), (1, endpoint.local));
+                assert_eq!(native::receive_from(&native, &mut buffer), (1, endpoint.local));
                 assert_eq!(buffer[0], n);
             }
+        }
+    });
+}
+
+/// (On stock, when tokio has heard of it.) Kills: a `receive`, which does not wait, that does not submit what its guest has sent before.
+#[test]
+fn a_receive_finds_what_its_guest_has_just_sent() {
+    on(Backend::Uring, Setup::default(), async |rig| {
+        let (a, b) = pair(rig, LOOPBACK).await;
+        assert_eq!(rig.receive(b.incoming, 1).await, Ok(vec![]), "armed");
+        for burst in 1..=16 {
+            for n in 0..burst {
+                rig.send_one(a.outgoing, &[n], Some(b.local)).await.unwrap();
+            }
+            let expected: Vec<_> = (0..burst).map(|n| vec![n]).collect();
+            let mut heard = Vec::new();
+            while heard.len() < expected.len() {
+                let received = rig.receive(b.incoming, 16).await.unwrap();
+                assert!(!received.is_empty(), "{} of {burst}", heard.len());
+                heard.extend(payloads(&received).iter().map(|payload| payload.to_vec()));
+            }
+            assert_eq!(heard, expected);
         }
     });
 }

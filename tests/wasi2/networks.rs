@@ -10,7 +10,7 @@ use crate::coalesced::{assert_heard, batch, content};
 use crate::common::network::{flow, in_a_clogged_network, in_a_network, run};
 use crate::common::{
     Backend, Endpoint, ErrorCode, LOOPBACK, LOOPBACK_6, Rig, Setup, block_on, datagram, eventually,
-    native, on, on_both, uring, yield_to_others,
+    native, on, on_both, rest, uring, yield_to_others,
 };
 use crate::datagrams::pair;
 
@@ -109,7 +109,7 @@ impl Witnesses {
             let expected = (0..times).map(|n| content(n, bytes)).chain([LAST.to_vec()]);
             for (n, expected) in expected.enumerate() {
                 let mut buffer = [0; 2000];
-                let bytes = witness.recv(&mut buffer).unwrap();
+                let bytes = native::receive(witness, &mut buffer);
                 assert!(buffer[..bytes] == expected, "{n} of {times}: {bytes} bytes");
             }
         }
@@ -179,7 +179,7 @@ fn what_waits_for_send_buffer_is_bounded_for_all_sockets_of_a_guest_together() {
                 let endpoint = rig.endpoint(LOOPBACK).await;
                 rig.set_send_buffer(endpoint.socket, 1).await.unwrap();
                 let mut taken = 0;
-                for _ in 0..2 {
+                for _ in 0..4 {
                     let sent: Vec<_> = (0..16).map(|_| datagram(&[mark; 1200], Some(to))).collect();
                     if rig.check_send(endpoint.outgoing).await == Ok(16) {
                         taken += rig.send_all(endpoint.outgoing, &sent).await.unwrap();
@@ -193,8 +193,8 @@ fn what_waits_for_send_buffer_is_bounded_for_all_sockets_of_a_guest_together() {
                 accepted.push(taken);
                 endpoints.push(endpoint);
             }
-            // Two sockets' batches wait; of the others' the kernel has taken the first or two.
-            assert!(accepted[..2].iter().all(|taken| *taken >= 16), "{accepted:?}");
+            // One socket's batches wait; of the others' the kernel has taken the first or two.
+            assert!(accepted[0] >= 16, "{accepted:?}");
             assert!(accepted[2..].iter().all(|taken| (1..16).contains(taken)), "{accepted:?}");
             // And they go on when there is room.
             let pollable = rig.subscribe_outgoing(endpoints[SOCKETS - 1].outgoing).await;
@@ -204,7 +204,7 @@ fn what_waits_for_send_buffer_is_bounded_for_all_sockets_of_a_guest_together() {
             let mut heard = [0_u64; SOCKETS];
             let mut buffer = [0; 2000];
             for _ in 0..all {
-                assert_eq!(witness.recv(&mut buffer).unwrap(), 1200);
+                assert_eq!(native::receive(&witness, &mut buffer), 1200);
                 heard[usize::from(buffer[0])] += 1;
             }
             assert_eq!(heard.to_vec(), accepted, "what was accepted, and nothing else");
@@ -249,6 +249,7 @@ fn deferred_messages_reach_the_peer_they_were_sent_to_although_the_socket_gets_a
                 for _ in 0..2 {
                     let sent = batch(&[1000; 8], None);
                     assert_eq!(rig.send_all(endpoint.outgoing, &sent).await, Ok(8));
+                    rest().await;
                 }
                 assert_eq!(rig.check_send(endpoint.outgoing).await, Ok(0), "the second waits");
                 let unclog = async {
@@ -265,10 +266,10 @@ fn deferred_messages_reach_the_peer_they_were_sent_to_although_the_socket_gets_a
                 native::socket(Ipv4Addr::LOCALHOST).0.send_to(b"alone", second_addr).unwrap();
                 let mut buffer = [0; 2000];
                 for n in (0..8).chain(0..8) {
-                    let bytes = first.recv(&mut buffer).unwrap();
+                    let bytes = native::receive(&first, &mut buffer);
                     assert!(buffer[..bytes] == content(n, 1000), "{n}: {bytes} bytes");
                 }
-                let bytes = second.recv(&mut buffer).unwrap();
+                let bytes = native::receive(&second, &mut buffer);
                 assert_eq!(&buffer[..bytes], b"alone");
             });
         });

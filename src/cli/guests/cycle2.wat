@@ -9,6 +9,7 @@
 ;;   echo     open two sockets; COUNT times one datagram each way
 ;;   dns      open a server; COUNT times: a fresh socket connects to it, sends, is answered, closes
 ;;   batch    connect a sender to a receiver; COUNT times so many DATAGRAMS at once
+;;   burst    the same, one by one
 ;;
 ;; The following send their address to 127.0.0.1:PORT, by a datagram.
 ;;
@@ -220,6 +221,7 @@
     (global $mode-echo i64 (i64.const 0x6563686f))
     (global $mode-dns i64 (i64.const 0x646e73))
     (global $mode-batch i64 (i64.const 0x6261746368))
+    (global $mode-burst i64 (i64.const 0x6275727374))
     (global $mode-receive i64 (i64.const 0x72656365697665))
     (global $mode-compute i64 (i64.const 0x636f6d70757465))
     (global $mode-ask i64 (i64.const 0x61736b))
@@ -456,6 +458,16 @@
       (if (call $send-letters (global.get $a) (global.get $datagrams)) (then (return (i32.const 1))))
       (call $take-batch (global.get $b)))
 
+    (func $burst (result i32)
+      (local $left i32)
+      (call $stamp)
+      (local.set $left (global.get $datagrams))
+      (loop $next
+        (if (call $send-one (global.get $a) (global.get $payload) (global.get $bytes) (i32.const 0))
+          (then (return (i32.const 1))))
+        (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+      (call $take-batch (global.get $b)))
+
     (func $request (result i32)
       (call $stamp)
       (if (call $send-one (global.get $a) (global.get $payload) (i32.const 4) (global.get $host))
@@ -488,6 +500,7 @@
       (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $open-pair))))
       (if (i64.eq (local.get $mode) (global.get $mode-dns)) (then (return (call $serve (global.get $b)))))
       (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $open-batch))))
+      (if (i64.eq (local.get $mode) (global.get $mode-burst)) (then (return (call $open-batch))))
       (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then
         (return (call $open (global.get $a) (i32.const 0)))))
       (if (i64.eq (local.get $mode) (global.get $mode-compute)) (then (return (call $open-reported))))
@@ -503,6 +516,7 @@
       (block $failed
         (if (i64.eq (local.get $mode) (global.get $mode-echo)) (then (return (call $trip (call $b-address)))))
         (if (i64.eq (local.get $mode) (global.get $mode-batch)) (then (return (call $batch))))
+        (if (i64.eq (local.get $mode) (global.get $mode-burst)) (then (return (call $burst))))
         (if (i64.eq (local.get $mode) (global.get $mode-receive)) (then (return (call $request))))
         (if (i64.eq (local.get $mode) (global.get $mode-compute)) (then
           (call $compute)

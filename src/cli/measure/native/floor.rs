@@ -29,7 +29,9 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
         Operation::Pair => Box::new(Pair { bare: bare()?, bytes, guests }),
         Operation::Dns => Box::new(Dns::new(bare()?, bytes, guests)?),
         Operation::Echo => Box::new(Echo::new(bare()?, bytes, guests)?),
-        Operation::Batch => Box::new(Batch::new(bare()?, bytes, bench.datagrams, guests)?),
+        Operation::Batch | Operation::Burst => {
+            Box::new(Batch::new(bare()?, bytes, bench.datagrams, guests)?)
+        }
         Operation::Receive => Box::new(Receive::new(bare()?, setting)?),
     }))
 }

@@ -26,7 +26,10 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
         Operation::Pair => Box::new(Cycles { guests, cycle: move || pair(bytes) }),
         Operation::Dns => Box::new(Dns::new(bytes, guests)?),
         Operation::Echo => Box::new(Echo::new(bytes, guests)?),
-        Operation::Batch => Box::new(Batch::new(datagrams, bytes, guests)?),
+        Operation::Batch | Operation::Burst => {
+            let is_one_by_one = bench.operation == Operation::Burst;
+            Box::new(Batch::new(datagrams, bytes, is_one_by_one, guests)?)
+        }
         Operation::Receive => Box::new(Receive::new(setting)?),
     }))
 }
@@ -157,26 +160,28 @@ impl Program for Echo {
 struct Batch {
     datagrams: usize,
     bytes: usize,
+    /// send(2) for each, and not sendmmsg(2).
+    is_one_by_one: bool,
     pairs: Vec<(UdpSocket, UdpSocket)>,
 }
 
 impl Batch {
-    fn new(datagrams: usize, bytes: usize, guests: usize) -> io::Result<Self> {
+    fn new(datagrams: usize, bytes: usize, is_one_by_one: bool, guests: usize) -> io::Result<Self> {
         let pair = |_| {
             let (sender, receiver) = (bind(Ipv4Addr::LOCALHOST)?, bind(Ipv4Addr::LOCALHOST)?);
             sender.connect(receiver.local_addr()?)?;
             Ok((sender, receiver))
         };
         let pairs = (0..guests).map(pair).collect::<io::Result<_>>()?;
-        Ok(Self { datagrams, bytes, pairs })
+        Ok(Self { datagrams, bytes, is_one_by_one, pairs })
     }
 }
 
 impl Program for Batch {
     fn run(&mut self, count: usize) -> io::Result<()> {
-        let Self { datagrams, bytes, pairs } = self;
-        let outgoing = vec![0; *bytes];
-        let outgoing = vec![[IoSlice::new(&outgoing)]; *datagrams];
+        let Self { datagrams, bytes, is_one_by_one, pairs } = self;
+        let payload = vec![0; *bytes];
+        let outgoing = vec![[IoSlice::new(&payload)]; *datagrams];
         let mut incoming = vec![vec![0; *bytes]; *datagrams];
         let mut headers = MultiHeaders::<SockaddrStorage>::preallocate(*datagrams, None);
         let flags = MsgFlags::empty();
@@ -184,7 +189,13 @@ impl Program for Batch {
         let addrs = vec![None; *datagrams];
         for _ in 0..count {
             for (sender, receiver) in &*pairs {
-                sendmmsg(sender.as_raw_fd(), &mut headers, &outgoing, &addrs, [], flags)?;
+                if *is_one_by_one {
+                    for _ in 0..*datagrams {
+                        sender.send(&payload)?;
+                    }
+                } else {
+                    sendmmsg(sender.as_raw_fd(), &mut headers, &outgoing, &addrs, [], flags)?;
+                }
                 let mut incoming: Vec<_> =
                     incoming.iter_mut().map(|bytes| [IoSliceMut::new(bytes)]).collect();
                 let fd = receiver.as_raw_fd();

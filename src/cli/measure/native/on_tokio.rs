@@ -23,7 +23,9 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
         Operation::Pair => prepare(guests, async |_| Ok(Pair(bytes)))?,
         Operation::Dns => prepare(guests, async |_| Dns::new(bytes).await)?,
         Operation::Echo => prepare(guests, async |_| Trip::new(bytes).await)?,
-        Operation::Batch => prepare(guests, async |_| Batch::new(bytes, datagrams).await)?,
+        Operation::Batch | Operation::Burst => {
+            prepare(guests, async |_| Batch::new(bytes, datagrams).await)?
+        }
         Operation::Receive => prepare(guests, async |guest| {
             let socket = bind(Ipv4Addr::LOCALHOST).await?;
             Ok(Receive { socket, source: source.addr(guest), bytes, datagrams })

@@ -32,7 +32,9 @@ pub(super) fn program(setting: &Setting<'_>) -> io::Result<Option<Box<dyn Progra
         Operation::Pair => prepare(setting, async |_| Ok(Pair(bytes)))?,
         Operation::Dns => prepare(setting, async |_| Dns::new(bytes))?,
         Operation::Echo => prepare(setting, async |_| Trip::new(bytes))?,
-        Operation::Batch => prepare(setting, async |_| Batch::new(bytes, datagrams).await)?,
+        Operation::Batch | Operation::Burst => {
+            prepare(setting, async |_| Batch::new(bytes, datagrams).await)?
+        }
         Operation::Receive => prepare(setting, async |guest| {
             let socket = bind(Ipv4Addr::LOCALHOST)?;
             let buffers = vec![vec![0; bytes]; datagrams];

@@ -1,0 +1,141 @@
+//! Sends that are answered before they are submitted: a guest that goes on sending. How far it gets within
+//! the millisecond that this takes depends on the machine, so some of these try until it was far enough.
+
+use std::net::{Ipv4Addr, UdpSocket};
+
+use wasi_uring::Stats;
+
+use crate::common::{Backend, ErrorCode, LOOPBACK, Setup, native, own_ip, rest};
+use crate::guest::{Guest, on, on_both};
+
+const BURST: u8 = 16;
+const TRIES: usize = 200;
+
+/// Sends datagrams of one size, each with a number, to a witness.
+async fn send_burst<G: Guest>(guest: &mut G, socket: u32, witness: &UdpSocket) {
+    let to = witness.local_addr().unwrap();
+    for n in 0..BURST {
+        guest.send(socket, &[n; 100], Some(to)).await.unwrap();
+    }
+}
+
+fn assert_hears_burst(witness: &UdpSocket) {
+    for n in 0..BURST {
+        let mut buffer = [0; 200];
+        let bytes = native::receive(witness, &mut buffer);
+        assert_eq!(buffer[..bytes], [n; 100]);
+    }
+}
+
+in_both!(sends_of_a_guest_that_goes_on_leave_in_one_message_behind_the_first);
+/// Kills: an enter for each datagram; datagrams that leave apart.
+fn sends_of_a_guest_that_goes_on_leave_in_one_message_behind_the_first<G: Guest>() {
+    on::<G, ()>(Backend::Uring, Setup::default(), async |guest| {
+        let (witness, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let (socket, _) = guest.bound(LOOPBACK).await;
+        for attempt in 0.. {
+            assert!(attempt < TRIES, "its datagrams do not leave together");
+            let before = guest.rig().stats();
+            send_burst(guest, socket, &witness).await;
+            let sent = guest.rig().stats();
+            rest().await;
+            assert_hears_burst(&witness);
+            let after = guest.rig().stats();
+            let (coalesced, deferred) = (
+                after.datagrams_coalesced - before.datagrams_coalesced,
+                after.datagrams_deferred - before.datagrams_deferred,
+            );
+            assert_eq!(after.datagrams_sent - before.datagrams_sent, BURST.into());
+            // To look at the counters submits what is deferred.
+            let enters = sent.enters - before.enters;
+            if (enters, coalesced, deferred) == (2, 15, 15) {
+                break;
+            }
+        }
+    });
+}
+
+in_both!(what_was_deferred_is_sent_although_its_socket_or_guest_goes);
+/// Kills: a drop that takes deferred datagrams along; one that leaves its socket busy, so that it is not recycled.
+fn what_was_deferred_is_sent_although_its_socket_or_guest_goes<G: Guest>() {
+    for is_guest in [false, true] {
+        let mut recycled = 0;
+        for _ in 0..5 {
+            let (witness, _) = native::socket(Ipv4Addr::LOCALHOST);
+            let (deferred, cached) = on::<G, _>(Backend::Uring, Setup::default(), async |guest| {
+                let (mut deferred, mut cached) = (0, 0);
+                for _ in 0..4 {
+                    let (socket, _) = guest.bound(LOOPBACK).await;
+                    send_burst(guest, socket, &witness).await;
+                    if !is_guest {
+                        guest.drop_socket(socket).await;
+                        assert_hears_burst(&witness);
+                    }
+                    let stats: Stats = guest.rig().stats();
+                    deferred = stats.datagrams_deferred;
+                    assert_eq!(stats.closed_instead.busy, 0);
+                    cached += stats.sockets_cached;
+                }
+                (deferred, cached)
+            });
+            recycled += cached;
+            if is_guest {
+                (0..4).for_each(|_| assert_hears_burst(&witness));
+            }
+            assert!(deferred > 0, "none was deferred");
+        }
+        assert!(is_guest || recycled > 0, "none was recycled");
+    }
+}
+
+in_both!(
+    the_refusal_of_a_deferred_datagram_is_answered_to_the_next_send_once_and_the_others_are_sent
+);
+/// A refusal by the peer is an error that waits in the socket for the next datagram, which is not sent then.
+/// Kills: a refused datagram that keeps back those behind it; its error forgotten, or answered twice.
+fn the_refusal_of_a_deferred_datagram_is_answered_to_the_next_send_once_and_the_others_are_sent<
+    G: Guest,
+>() {
+    on::<G, ()>(Backend::Uring, Setup::default(), async |guest| {
+        for attempt in 0.. {
+            assert!(attempt < TRIES, "none is deferred");
+            let closed = native::closed_port(own_ip());
+            let socket = guest.connected(closed).await;
+            let before = guest.rig().stats();
+            let mut answers = Vec::new();
+            for _ in 0..3 {
+                answers.push(guest.send(socket, b"anybody?", None).await);
+            }
+            rest().await;
+            let after = guest.rig().stats();
+            if after.datagrams_deferred - before.datagrams_deferred == 2 && answers == [Ok(()); 3] {
+                // The second met the refusal of the first, and the third was sent.
+                assert_eq!(after.datagrams_sent - before.datagrams_sent, 2);
+                let refused = Err(ErrorCode::ConnectionRefused);
+                assert_eq!(guest.send(socket, b"the second's", None).await, refused);
+                rest().await;
+                assert_eq!(guest.send(socket, b"the third's", None).await, refused);
+                rest().await;
+                assert_eq!(guest.send(socket, b"anybody now?", None).await, Ok(()));
+                break;
+            }
+        }
+    });
+}
+
+in_both!(a_guest_hears_what_it_has_sent_itself);
+/// Kills: a receive that does not submit what its guest has sent before.
+fn a_guest_hears_what_it_has_sent_itself<G: Guest>() {
+    on_both::<G>(Setup::default(), async |guest| {
+        let (from, _) = guest.bound(LOOPBACK).await;
+        let (socket, own) = guest.bound(LOOPBACK).await;
+        for burst in 1..20_u8 {
+            for n in 0..burst {
+                guest.send(from, &[n], Some(own)).await.unwrap();
+            }
+            for n in 0..burst {
+                assert_eq!(guest.receive(socket).await.unwrap().0, [n]);
+            }
+        }
+    });
+}
