@@ -157,8 +157,9 @@ fn watch(watcher: &Weak<Watcher>) {
     // What it has begun goes on elsewhere, most often for microseconds.
     let mut soon = OVERDUE_AGAIN;
     loop {
+        let Some(call_in) = watcher.upgrade().map(|watcher| watcher.call_in()) else { return };
         // Woken early only to end.
-        thread::park_timeout(time);
+        thread::park_timeout(call_in.map_or(time, |call_in| time.min(call_in)));
         let Some(watcher) = watcher.upgrade() else { return };
         watcher.thread.get_or_init(thread::current);
         if watcher.call_in() == Some(Duration::ZERO) {
@@ -166,7 +167,6 @@ fn watch(watcher: &Weak<Watcher>) {
             driver.on_time();
         }
         let closing_for = watcher.closing_for();
-        let call_in = watcher.call_in();
         quiet_looks = if closing_for.is_none() { quiet_looks + 1 } else { 0 };
         time = OVERDUE;
         match closing_for {
@@ -190,7 +190,6 @@ fn watch(watcher: &Weak<Watcher>) {
                 }
             }
         }
-        time = call_in.map_or(time, |call_in| time.min(call_in));
     }
 }
 

@@ -77,8 +77,8 @@ impl Driver {
         self.reap(Some(guest))
     }
 
-    /// Reaps completions that have come, for a guest or for the host. Returns why others may never come: the kernel has refused
-    /// enters for too long.
+    /// Reaps completions that have come, for a guest or for the host. Returns why others may never come: the
+    /// kernel has refused enters for too long.
     pub(crate) fn reap(self: &Arc<Self>, guest: Option<Guest>) -> Option<Errno> {
         let mut core = self.lock()?;
         if core.entering {

@@ -266,10 +266,12 @@ impl Op {
                 record.stats.datagrams_coalesced += send.coalesced();
                 record.stats.bytes_sent += outcome.sum;
                 send.count_if_charged(outcome.sum);
-                if send.refusal().is_some() {
+                // (One that is not tried again because its guest is gone has been refused as well.)
+                let error = send.refusal().or(error);
+                if error.is_some() {
                     record.taint.mark(Reason::Error);
                 }
-                return Completed::Ended(match (send.sent(), send.refusal()) {
+                return Completed::Ended(match (send.sent(), error) {
                     (0, Some(errno)) => Err(errno),
                     (datagrams, error) => {
                         Ok(Output::Sent(Sent { datagrams, bytes: outcome.sum, error }))

@@ -140,6 +140,7 @@ impl UdpSocket {
             Box::pin(self.prepare(is_peer_known)).await?;
         }
     }
+
     /// What comes before another look at the queue.
     async fn prepare(&self, is_peer_known: bool) -> Result<(), Errno> {
         if !is_peer_known {
