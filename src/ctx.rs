@@ -74,7 +74,8 @@ impl UdpCtx {
         }
     }
 
-    /// The guest's counters so far.
+    /// The guest's counters so far. They are read and nothing else: what the kernel has completed, and no call
+    /// has taken note of, is counted when one does ([`Uring::stats`](crate::Uring::stats) does that for all).
     #[must_use]
     pub fn stats(&self) -> GuestStats {
         self.guest.get().map_or_else(GuestStats::default, |guest| guest.account.stats())
@@ -104,7 +105,7 @@ impl UdpCtx {
 pub struct GuestCounters(Arc<Account>);
 
 impl GuestCounters {
-    /// The counters so far.
+    /// The counters so far, as [`UdpCtx::stats`] has them.
     #[must_use]
     pub fn stats(&self) -> GuestStats {
         self.0.stats()

@@ -17,6 +17,7 @@
 //! | `connect` behind such sends, while there is no send buffer | does not wait | waits until they are sent | they are for the peer of their time |
 //! | `send`s that wait for send buffer | leave in the order of the calls, most often | in the order of the calls | the first of them waits, the others behind it |
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |
+//! | `receive`, several at once, while an address check of the first datagram is not ready | another one is served with the next datagram | all wait for the verdict | the order holds |
 //! | `receive` of a connected socket | datagrams of others that came before the `connect` too | only the peer's | WIT: "the sender address is guaranteed to match" |
 
 pub mod bindings;

@@ -24,7 +24,8 @@ pub struct Stats {
     pub completions: u64,
     /// Slots handed out: one for every `create-udp-socket` that succeeded.
     pub sockets_created: u64,
-    /// Slots in use now, those of sockets still closing included.
+    /// Slots in use now, those of sockets still closing included. (Up to 64 too many for a moment, while a
+    /// ring that has none left gets some from another.)
     pub sockets_open: u64,
     /// Sockets that were another guest's (or the same one's) before:
     /// [`UringBuilder::recycle`](crate::UringBuilder::recycle).
@@ -185,7 +186,7 @@ impl std::ops::AddAssign for ClosedInstead {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GuestStats {
-    /// Sockets it was given.
+    /// Sockets it was given, and those that the store's resource table had no room for.
     pub sockets_created: u64,
     /// Those it has now, those still closing included.
     pub sockets_open: u64,

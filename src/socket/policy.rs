@@ -45,8 +45,9 @@ pub trait Policy: Send + Sync {
         Ok(())
     }
 
-    /// A socket that [`socket_created`](Self::socket_created) has let the guest have is dropped. (Not in a fork
-    /// of the host's process.)
+    /// A socket that [`socket_created`](Self::socket_created) has let the guest have is dropped, by the guest or
+    /// with its store: perhaps outside of any runtime, and while a panic unwinds. So it must not panic, which
+    /// could abort the process. (Not called in a fork of the host's process.)
     fn socket_dropped(&self, socket: SocketId) {
         let _ = socket;
     }
