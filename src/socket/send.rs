@@ -304,7 +304,11 @@ impl UdpSocket {
                     self.set_answered(Box::new(deferred));
                     return Ok(());
                 }
-                Given::Answered(Ok(Output::Unsent(unsent))) => datagram = unsent,
+                Given::Answered(Ok(Output::Unsent(unsent))) => {
+                    datagram = unsent;
+                    // Those behind it wait, too, also if this call is given up.
+                    self.lock().reached = None;
+                }
                 Given::Answered(Ok(_)) => {
                     self.ctx.account.counters.sent.count(1, bytes as u64);
                     return Ok(());
