@@ -221,7 +221,15 @@ impl Rig {
         outgoing: u32,
         datagrams: &[OutgoingDatagram],
     ) -> Result<u64, ErrorCode> {
-        let permit = self.check_send(outgoing).await?;
+        let mut permit = self.check_send(outgoing).await?;
+        // On a busy machine the thread that submits what was sent before may be held up.
+        for _ in 0..100 {
+            if permit > 0 {
+                break;
+            }
+            tokio::task::yield_now().await;
+            permit = self.check_send(outgoing).await?;
+        }
         assert!(datagrams.len() as u64 <= permit, "permits {permit}");
         self.send(outgoing, datagrams).await
     }
