@@ -146,12 +146,10 @@ impl Ring {
     /// What the guest has sent before comes before any other operation on its socket.
     fn prepare(&mut self, slot: SlotIndex, mut op: Op) -> Op {
         self.queue_deferred(slot);
-        let slot = self.slots.get(slot);
-        if let Op::Send(send) = &mut op {
-            send.plan(slot.segment_limit.of_next_send());
+        self.slots.get(slot).prepare(&mut op);
+        if let Op::Send(send) = &op {
             self.unsent_bytes += send.bytes();
         }
-        op.mark(&mut slot.taint);
         op
     }
 
@@ -209,10 +207,7 @@ impl Ring {
         let entry = self.slots.get(slot);
         let Some(key) = entry.deferred.take() else { return };
         if let Some((_, op)) = self.ops.find(key) {
-            if let Op::Send(send) = op {
-                send.plan(entry.segment_limit.of_next_send());
-            }
-            op.mark(&mut entry.taint);
+            entry.prepare(op);
         }
         self.ops.restart(key);
         self.queue(key);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::account::Account;
+use super::op::Op;
 use super::port_order::{CloseId, Port};
 use super::queues::{OpKey, SlotIndex};
 use super::recycle::taint::Taint;
@@ -71,6 +72,14 @@ impl Slot {
             deferred: None,
             has_gro: false,
         }
+    }
+
+    /// The entries of an operation on the socket are written next.
+    pub(super) fn prepare(&mut self, op: &mut Op) {
+        if let Op::Send(send) = op {
+            send.plan(self.segment_limit.of_next_send());
+        }
+        op.mark(&mut self.taint);
     }
 
     pub(super) fn is_owned(&self) -> bool {

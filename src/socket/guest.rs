@@ -1,5 +1,6 @@
 //! What all sockets of one guest share: the host's rings, its name in their batching, its policy, its
-//! account with its quotas and counters, and what it has done since it last suspended. It is made at the guest's first socket.
+//! account with its quotas and counters, and what it has done since it last suspended. It is made at the guest's
+//! first socket.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
