@@ -189,8 +189,28 @@ impl Driver {
         drop(self.combine(core));
     }
 
-    pub(crate) fn has_deferred(&self) -> bool {
-        self.lock().is_some_and(|core| core.ring.has_deferred())
+    /// Whether `reap` may miss datagrams that are there for a socket: what guests have deferred, and what the
+    /// kernel keeps for another thread.
+    pub(crate) fn may_miss(&self, slot: SlotIndex) -> bool {
+        self.lock().is_some_and(|mut core| {
+            core.ring.has_deferred() || core.entering || core.ring.is_armed_elsewhere(slot)
+        })
+    }
+
+    /// Has what is in a socket come to its queue, whichever thread has armed its receive; `None` if `reap` does.
+    pub(crate) fn receive_now(
+        self: &Arc<Self>,
+        guest: Guest,
+        slot: SlotIndex,
+        queue: &Arc<ReceiveQueue>,
+    ) -> Result<Option<InFlight>, Errno> {
+        let mut core = self.lock_to_queue()?;
+        if !core.entering && !core.ring.is_armed_elsewhere(slot) {
+            return Ok(None);
+        }
+        core.batching.queue(guest);
+        let key = core.ring.receive_now(slot, queue);
+        Ok(Some(InFlight::new(self, &core, guest, key)))
     }
 
     /// Submits what is deferred.

@@ -81,6 +81,8 @@ pub(crate) struct Ring {
     recycling: Vec<(SlotIndex, Op)>,
     /// Binds that have ended, with the rest of their chain still queued.
     cut: Vec<(OpKey, Box<BindOp>)>,
+    /// Slots with receives that the next flush arms. As `chain`.
+    arming: Vec<SlotIndex>,
     /// Slots with sends that the next flush queues, unless that was done before.
     deferred: Vec<SlotIndex>,
     /// Payload bytes queued or deferred since the last flush.
@@ -114,6 +116,7 @@ impl Ring {
             chain: Vec::with_capacity(CHAIN_ENTRIES_MAX),
             recycling: Vec::new(),
             cut: Vec::new(),
+            arming: Vec::new(),
             deferred: Vec::new(),
             unsent_bytes: 0,
             is_ending: false,
@@ -161,6 +164,8 @@ impl Ring {
         self.chain.clear();
         if let Op::Bind(bind) = op {
             bind.queued = self.queues.queued();
+        } else if matches!(op, Op::Receive(_)) {
+            self.arming.push(slot);
         }
     }
 
@@ -274,7 +279,8 @@ impl Ring {
         let arms = owned.is_owned() && owned.receive.is_none();
         if arms {
             let key = self.submit_detached(slot, Op::Receive(Arc::clone(queue)));
-            self.slots.get(slot).receive = Some(Receive { key, is_cancelled: false });
+            self.slots.get(slot).receive =
+                Some(Receive { key, is_cancelled: false, armed_by: None });
             self.receives_armed += 1;
         }
         arms
@@ -288,9 +294,38 @@ impl Ring {
         }
     }
 
+    /// This thread brings queued receives to the kernel, and is where they complete.
+    fn note_armed(&mut self) {
+        if self.arming.is_empty() {
+            return;
+        }
+        let here = std::thread::current().id();
+        for slot in self.arming.drain(..) {
+            if let Some(receive) = &mut self.slots.get(slot).receive {
+                receive.armed_by = Some(here);
+            }
+        }
+    }
+
+    /// Whether datagrams of a socket may wait in the kernel until another thread enters.
+    pub(crate) fn is_armed_elsewhere(&mut self, slot: SlotIndex) -> bool {
+        let armed_by = self.slots.get(slot).receive.and_then(|receive| receive.armed_by);
+        armed_by.is_some_and(|thread| thread != std::thread::current().id())
+    }
+
+    /// Submits a receive of what is in the socket now, and before it what was deferred: that may be what is to be
+    /// received.
+    pub(crate) fn receive_now(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) -> OpKey {
+        self.queue_all_deferred();
+        self.submit(slot, Op::ReceiveNow(Arc::clone(queue)))
+    }
+
     fn complete_receive(&mut self, key: OpKey, slot: SlotIndex, completion: Completion) {
-        let Some((_, Op::Receive(queue))) = self.ops.find(key) else { return };
-        let queue = Arc::clone(queue);
+        let (queue, is_armed) = match self.ops.find(key) {
+            Some((_, Op::Receive(queue))) => (Arc::clone(queue), true),
+            Some((_, Op::ReceiveNow(queue))) => (Arc::clone(queue), false),
+            _ => return,
+        };
         let pushed = match self.receives.deliver(completion, &queue, &mut self.stats) {
             Delivered::Message(pushed) => {
                 if pushed.queued >= BURST_DATAGRAMS {
@@ -308,14 +343,21 @@ impl Ring {
             self.wakers.extend(pushed.waker);
             if pushed.pauses {
                 self.stats.pauses += 1;
-                if completion.has_more() {
+                if completion.has_more() || !is_armed {
                     self.cancel_receive(slot);
                 }
             }
         }
-        if !completion.has_more() {
-            self.end_receive(key, slot, &queue);
+        if completion.has_more() {
+            return;
         }
+        if is_armed {
+            return self.end_receive(key, slot, &queue);
+        }
+        if !self.slots.get(slot).is_owned() {
+            self.stats.dropped_at_close += queue.discard();
+        }
+        self.end(key, slot, Ok(Output::Done));
     }
 
     /// A receive has had its last completion. Zero-length datagrams, pending errors, an empty buffer
@@ -564,6 +606,7 @@ impl Ring {
         }
         self.queue_all_deferred();
         self.unsent_bytes = 0;
+        self.note_armed();
         self.queues.flush()
     }
 
@@ -648,7 +691,7 @@ impl Ring {
             // Of no operation; a buffer that it names is ours again all the same.
             return self.receives.put_back(completion);
         };
-        if matches!(op, Op::Receive(_)) {
+        if matches!(op, Op::Receive(_) | Op::ReceiveNow(_)) {
             return self.complete_receive(key, slot, completion);
         }
         let Some(outcome) = self.ops.count(key, completion.result) else { return };

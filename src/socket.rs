@@ -34,7 +34,7 @@ use crate::datagram::Family;
 use crate::driver::{Driver, Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
 use crate::limits::REACHED_MAX;
-use crate::ring::account::Account;
+use crate::ring::account::{Account, Counters};
 use crate::ring::op::{Op, OpResult, Output, SocketName, Whose};
 use crate::ring::queues::SlotIndex;
 use crate::ring::quota::Level;
@@ -274,7 +274,7 @@ impl UdpSocket {
         let ctx = &*self.ctx;
         match self.judge(addr, addr_use, is_implicit) {
             Judged::Now(answer) => May::Now(answer.map_err(|reason| ctx.deny(reason))),
-            Judged::Asked(question) => May::Asked(Box::new((ctx, question))),
+            Judged::Asked(question) => May::Asked(ctx, question),
         }
     }
 
@@ -390,11 +390,13 @@ impl Receiver {
         self.front.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// The socket is gone: datagrams that no call will take, and the one at the front, which may have code of
-    /// the host's.
-    fn discard(&self) -> (u64, Option<Front>) {
+    /// The socket is gone: how many datagrams no call will take, and the one at the front, which may have code
+    /// of the host's.
+    fn discard(&self, counters: &Counters) -> (u64, Option<Front>) {
         let front = self.take_front();
-        (u64::from(front.is_some()) + self.queue.discard(), front)
+        let in_front = u64::from(front.is_some());
+        counters.dropped_at_close.add(in_front);
+        (in_front + self.queue.discard(), front)
     }
 }
 
@@ -414,7 +416,7 @@ impl Drop for Place<'_> {
 /// Whether the guest may. A call that waits for it has it in its future, so it is small.
 enum May<'ctx> {
     Now(Result<(), ErrorCode>),
-    Asked(Box<(&'ctx GuestCtx, Question)>),
+    Asked(&'ctx GuestCtx, Question),
 }
 
 impl Future for May<'_> {
@@ -423,8 +425,7 @@ impl Future for May<'_> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut *self {
             Self::Now(answer) => Poll::Ready(*answer),
-            Self::Asked(asked) => {
-                let (ctx, question) = &mut **asked;
+            Self::Asked(ctx, question) => {
                 let answer = ready!(Pin::new(question).poll(cx));
                 Poll::Ready(answer.map_err(|reason| ctx.deny(reason)))
             }
@@ -473,9 +474,10 @@ impl Drop for UdpSocket {
                 state.bind = BindState::Unbound;
                 state.unsettled = None;
                 state.answered = None;
-                let (unread, _front) =
-                    self.receiver.get().map_or((0, None), |receiver| receiver.discard());
-                account.counters.dropped_at_close.add(unread);
+                let (unread, _front) = self
+                    .receiver
+                    .get()
+                    .map_or((0, None), |receiver| receiver.discard(&account.counters));
                 // The slot is the ring's from here, with the entries in table and quotas. (The front is dropped
                 // behind this, because that may panic.)
                 driver.close(*guest, *slot, account, unread);

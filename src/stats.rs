@@ -57,7 +57,7 @@ pub struct Stats {
     pub rearms: u64,
     /// Receives paused because the socket's queue was full; the kernel's buffer holds the rest.
     pub pauses: u64,
-    /// Datagrams withheld because the policy refused their sender.
+    /// Datagrams withheld because the policy refused their sender, or panicked.
     pub dropped_by_policy: u64,
     /// Datagrams withheld because a connected socket's peer did not send them.
     pub dropped_not_from_peer: u64,
@@ -203,7 +203,7 @@ pub struct GuestStats {
     pub datagrams_received: u64,
     /// The bytes of their payloads.
     pub bytes_received: u64,
-    /// Datagrams withheld because the policy refused their sender.
+    /// Datagrams withheld because the policy refused their sender, or panicked.
     pub dropped_by_policy: u64,
     /// Datagrams withheld because a connected socket's peer did not send them.
     pub dropped_not_from_peer: u64,

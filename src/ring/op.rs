@@ -44,6 +44,8 @@ pub(crate) enum Op {
     AwaitWritable,
     /// Multishot: completes once for each message, into this queue.
     Receive(Arc<ReceiveQueue>),
+    /// The same without waiting: ends when nothing is left in the socket.
+    ReceiveNow(Arc<ReceiveQueue>),
     /// `FIXED_FD_INSTALL`: makes a file descriptor of the direct one.
     Install,
     /// Asks for an address of the socket (from Linux 6.19 on).
@@ -166,6 +168,7 @@ impl Op {
             | Self::Connect(_)
             | Self::SetOption(_)
             | Self::Receive(_)
+            | Self::ReceiveNow(_)
             | Self::Install
             | Self::QueryName(_)
             | Self::CountDrops(_)
@@ -187,6 +190,7 @@ impl Op {
             Self::SetOption(_) => taint.mark(Reason::Options),
             Self::AwaitWritable
             | Self::Receive(_)
+            | Self::ReceiveNow(_)
             | Self::Install
             | Self::QueryName(_)
             | Self::CountDrops(_)
@@ -220,6 +224,10 @@ impl Op {
             }
             Self::Receive(_) => {
                 entries.push(opcode::RecvMsgMulti::new(fd, receive_header, BUFFER_GROUP).build());
+            }
+            Self::ReceiveNow(_) => {
+                let receive = opcode::RecvMsgMulti::new(fd, receive_header, BUFFER_GROUP);
+                entries.push(receive.flags(libc::MSG_DONTWAIT.cast_unsigned()).build());
             }
             Self::Install => entries.push(opcode::FixedFdInstall::new(fd, 0).build()),
             Self::QueryName(name) => entries.push(name.entry(fd)),
@@ -321,6 +329,7 @@ impl Op {
             Self::Connect(_)
             | Self::SetOption(_)
             | Self::Receive(_)
+            | Self::ReceiveNow(_)
             | Self::Install
             | Self::QueryName(_)
             | Self::CountDrops(_)

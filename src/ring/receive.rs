@@ -26,8 +26,8 @@ pub(super) enum Delivered {
     Message(Pushed),
     /// An error that was pending in the socket.
     Error(Pushed),
-    /// The end of the receive alone: no buffer was free (one is when it is armed again), or it was
-    /// cancelled, by the ring or because the thread that armed it has exited.
+    /// The end of the receive alone: no buffer was free (one is when it is armed again), it was cancelled, by
+    /// the ring or because the thread that armed it has exited, or it does not wait.
     Nothing,
 }
 
@@ -52,7 +52,7 @@ impl Receives {
         if let Some(id) = completion.buffer() {
             return self.deliver_message(id, completion.result, queue, stats);
         }
-        if errno <= 0 || matches!(errno, libc::ENOBUFS | libc::ECANCELED) {
+        if errno <= 0 || matches!(errno, libc::ENOBUFS | libc::ECANCELED | libc::EAGAIN) {
             return Delivered::Nothing;
         }
         Delivered::Error(queue.push_error(Errno(errno)))

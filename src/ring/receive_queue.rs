@@ -210,14 +210,16 @@ impl ReceiveQueue {
         self.lock().waker.take()
     }
 
-    /// The socket is gone: its datagrams, which no guest will take. What comes later finds a paused
-    /// queue, so nothing arms a receive for it.
+    /// The socket is gone: how many datagrams no guest will take, which are counted as its guest's. What comes
+    /// later finds a paused queue, so nothing arms a receive for it.
     pub(crate) fn discard(&self) -> u64 {
         let closed = State { is_paused: true, ..State::default() };
         // Dropped, with its waker, outside of the lock.
         let state = std::mem::replace(&mut *self.lock(), closed);
         self.quota().put_back(state.bytes);
-        state.datagrams.len() as u64
+        let count = state.datagrams.len() as u64;
+        self.account.counters.dropped_at_close.add(count);
+        count
     }
 
     fn pushed(&self, state: &mut State, is_dropped: bool) -> Pushed {
@@ -242,6 +244,11 @@ impl ReceiveQueue {
         let resumes = state.is_paused && (has_room || state.datagrams.is_empty());
         state.is_paused &= !resumes;
         resumes
+    }
+
+    #[cfg(test)]
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
     }
 
     #[cfg(test)]

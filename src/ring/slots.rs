@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU16;
 use std::sync::Arc;
+use std::thread::ThreadId;
 use std::time::Duration;
 
 use super::account::Account;
@@ -44,6 +45,8 @@ pub(super) struct Receive {
     pub(super) key: OpKey,
     /// A cancel for it has been queued.
     pub(super) is_cancelled: bool,
+    /// The thread that it completes on, once it has been brought to the kernel.
+    pub(super) armed_by: Option<ThreadId>,
 }
 
 #[derive(Debug)]

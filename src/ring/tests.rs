@@ -402,6 +402,65 @@ fn a_queue_filled_again_before_its_receive_is_resumed_stays_paused() {
     rig.finish();
 }
 
+fn receive_now_in_kernel(rig: &mut Rig, slot: SlotIndex) -> Option<u64> {
+    rig.in_kernel(slot, |op| matches!(op, Op::ReceiveNow(_)))
+}
+
+/// Kills: an armed receive that goes on to fill a queue that a receive beside it has filled; EAGAIN as the
+/// socket's error.
+#[test]
+fn a_receive_that_does_not_wait_pauses_the_armed_one_and_ends_alone() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let queue = Arc::clone(&rig.sockets[0].queue);
+    let armed = rig.receive_in_kernel(slot).unwrap();
+    let key = rig.ring.receive_now(slot, &queue);
+    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    rig.deliver(now, &[1, 2, 3], true);
+    assert_eq!(rig.queued_by(|rig| rig.complete(now, -libc::EAGAIN, 0)), 0);
+    assert!(matches!(rig.ring.take_result(key), Some(Ok(Output::Done))));
+    assert!(receive_now_in_kernel(&mut rig, slot).is_none());
+    assert_eq!((rig.receive_in_kernel(slot), queue.take_error()), (Some(armed), None));
+
+    let key = rig.ring.receive_now(slot, &queue);
+    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    rig.deliver(now, &[4], false);
+    assert!(rig.ring.slots.get(slot).receive.unwrap().is_cancelled);
+    assert!(rig.ring.take_result(key).is_some());
+    rig.complete(armed, -libc::ECANCELED, 0);
+    assert!(queue.is_paused() && rig.receive_in_kernel(slot).is_none());
+    while !take_one(&queue).1 {}
+    rig.ring.resume(slot, &queue);
+    assert!(rig.receive_in_kernel(slot).is_some());
+    rig.complete_asides(slot);
+    rig.finish();
+}
+
+/// Kills: a slot given to the next socket while a receive of its last one is in flight; datagrams that come with
+/// the close, and that nobody counts.
+#[test]
+fn what_comes_while_a_socket_is_closed_is_counted_and_holds_the_close_up() {
+    let mut rig = Rig::new();
+    rig.account = Account::of_sockets(1);
+    assert!(rig.account.sockets.take_exclusive().is_ok());
+    let slot = rig.opened();
+    let armed = rig.receive_in_kernel(slot).unwrap();
+    let Socket { queue, .. } = rig.sockets.pop().unwrap();
+    let key = rig.ring.receive_now(slot, &queue);
+    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    drop(rig.ring.detach(key));
+    rig.ring.close(slot, &rig.account, queue.discard());
+    rig.deliver(armed, &[1, 2], true);
+    rig.complete(armed, -libc::ECANCELED, 0);
+    rig.deliver(now, &[3], true);
+    assert_eq!(rig.queued_by(|rig| rig.complete(now, -libc::EAGAIN, 0)), 1, "the CLOSE");
+    let close = rig.close_in_kernel(slot);
+    rig.complete(close, 0, 0);
+    assert_eq!(rig.ring.snapshot().dropped_at_close, 3);
+    assert_eq!(queue.account().stats().dropped_at_close, 3);
+    rig.finish();
+}
+
 #[test]
 fn a_cancel_that_misses_its_receive_is_sent_again() {
     let mut rig = Rig::new();

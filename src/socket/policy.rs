@@ -176,6 +176,17 @@ pub(crate) enum Question {
     Verdict(Pin<Box<dyn Future<Output = Verdict> + Send>>),
 }
 
+impl Judged {
+    /// The answer, if the host finds it at once.
+    pub(crate) fn poll_once(self, cx: &mut Context<'_>) -> Self {
+        let Self::Asked(mut question) = self else { return self };
+        match Pin::new(&mut question).poll(cx) {
+            Poll::Ready(answer) => Self::Now(answer),
+            Poll::Pending => Self::Asked(question),
+        }
+    }
+}
+
 impl Checks {
     pub(crate) fn allow(
         allow: impl Fn(SocketAddr, SocketAddrUse) -> bool + Send + Sync + 'static,

@@ -34,11 +34,40 @@ impl Receiver {
     }
 }
 
-/// Datagrams kept from a guest.
-#[derive(Default)]
-struct Withheld {
+/// Datagrams kept from a guest, counted when a call is through with them.
+struct Withheld<'socket> {
+    socket: &'socket UdpSocket,
     by_policy: u64,
     not_from_peer: u64,
+    /// Those that the call loses if the host's policy panics.
+    at_stake: u64,
+}
+
+impl<'socket> Withheld<'socket> {
+    fn new(socket: &'socket UdpSocket) -> Self {
+        Self { socket, by_policy: 0, not_from_peer: 0, at_stake: 0 }
+    }
+
+    fn is_any(&self) -> bool {
+        self.by_policy + self.not_from_peer > 0
+    }
+}
+
+impl Drop for Withheld<'_> {
+    fn drop(&mut self) {
+        self.by_policy += self.at_stake;
+        if !self.is_any() {
+            return;
+        }
+        let Self { socket: UdpSocket { ctx, driver, .. }, by_policy, not_from_peer, .. } = *self;
+        let counters = &ctx.account.counters;
+        counters.dropped_by_policy.add(by_policy);
+        counters.dropped_not_from_peer.add(not_from_peer);
+        driver.count(|stats| {
+            stats.dropped_by_policy += by_policy;
+            stats.dropped_not_from_peer += not_from_peer;
+        });
+    }
 }
 
 /// What a call that does not wait has found.
@@ -128,26 +157,31 @@ impl UdpSocket {
                 Batch::Asked => return Ok(Vec::new()),
                 Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
                 Batch::Withheld => continue,
-                Batch::Empty if self.driver.has_deferred() => true,
+                Batch::Empty if self.driver.may_miss(self.bound_slot()) => true,
                 Batch::Empty => {
                     self.reap()?;
                     continue;
                 }
                 Batch::UnknownPeer => false,
             };
-            // Boxed, because few guests receive right after several sends, and few sockets hear from another
-            // address than they have asked for.
-            Box::pin(self.prepare(is_peer_known)).await?;
+            // Boxed, because few guests receive right after several sends, or on another thread than before, and
+            // few sockets hear from another address than they have asked for.
+            Box::pin(self.prepare(receiver, is_peer_known)).await?;
         }
     }
 
     /// What comes before another look at the queue.
-    async fn prepare(&self, is_peer_known: bool) -> Result<(), Errno> {
+    async fn prepare(&self, receiver: &Receiver, is_peer_known: bool) -> Result<(), Errno> {
         if !is_peer_known {
             return self.ask_for_peer().await;
         }
         // What comes next may be the answer to what the guest has sent, perhaps to a socket of its own.
-        let mut flush = self.driver.flush_deferred(self.ctx.guest)?;
+        let guest = self.ctx.guest;
+        let receive_now = self.driver.receive_now(guest, self.bound_slot(), &receiver.queue)?;
+        if let Some(receive_now) = receive_now {
+            return receive_now.result().await.map(drop);
+        }
+        let mut flush = self.driver.flush_deferred(guest)?;
         poll_fn(|cx| flush.poll(&self.driver, cx)).await?;
         self.reap()
     }
@@ -163,7 +197,7 @@ impl UdpSocket {
         most: QueueLimits,
         cx: &mut Context<'_>,
     ) -> Result<Batch, Errno> {
-        let mut withheld = Withheld::default();
+        let mut withheld = Withheld::new(self);
         let Poll::Ready(first) = self.poll_front(receiver, cx, &mut withheld) else {
             return receiver.queue.take_error().map_or(Ok(Batch::Asked), Err);
         };
@@ -179,13 +213,13 @@ impl UdpSocket {
                 (Ok(batch), resumes)
             }
         };
-        let is_withheld = self.count(&withheld);
         if resumes {
             // With all in the queue that is put back into it.
             self.resume(receiver);
         }
         let batch = batch?;
-        Ok(if is_withheld && matches!(batch, Batch::Empty) { Batch::Withheld } else { batch })
+        let is_withheld = withheld.is_any() && matches!(batch, Batch::Empty);
+        Ok(if is_withheld { Batch::Withheld } else { batch })
     }
 
     /// What of these datagrams the guest may see, the first of which it may if `is_admitted`.
@@ -194,7 +228,7 @@ impl UdpSocket {
         receiver: &Receiver,
         mut datagrams: Vec<Datagram>,
         mut is_admitted: bool,
-        withheld: &mut Withheld,
+        withheld: &mut Withheld<'_>,
         cx: &mut Context<'_>,
     ) -> Batch {
         if datagrams.is_empty() {
@@ -210,6 +244,7 @@ impl UdpSocket {
         let (mut admitted, mut judged) = (0, 0);
         let mut is_asked = false;
         while let Some(datagram) = datagrams.get(judged) {
+            withheld.at_stake = (datagrams.len() - judged + admitted) as u64;
             let is_next = if std::mem::take(&mut is_admitted) {
                 Admission::Given
             } else {
@@ -232,6 +267,7 @@ impl UdpSocket {
             }
             judged += 1;
         }
+        withheld.at_stake = 0;
         datagrams.truncate(admitted);
         self.ctx.stretch.take(judged);
         match (admitted, is_asked) {
@@ -339,21 +375,19 @@ impl UdpSocket {
     /// Takes arrivals, the one in front of the queue first, until the guest may see one; the others are dropped,
     /// and after a budget of them the task is to yield. Errors always pass.
     fn take_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Found {
-        let mut withheld = Withheld::default();
-        let found = match self.poll_front(receiver, cx, &mut withheld) {
+        let mut withheld = Withheld::new(self);
+        match self.poll_front(receiver, cx, &mut withheld) {
             Poll::Pending => Found::Asked,
             Poll::Ready(Some(datagram)) => Found::Next(Next::Arrival(Ok(datagram))),
             Poll::Ready(None) => self.take_queued(receiver, cx, &mut withheld),
-        };
-        self.count(&withheld);
-        found
+        }
     }
 
     fn take_queued(
         &self,
         receiver: &Receiver,
         cx: &mut Context<'_>,
-        withheld: &mut Withheld,
+        withheld: &mut Withheld<'_>,
     ) -> Found {
         let mut has_resumed = false;
         let found = loop {
@@ -374,7 +408,10 @@ impl UdpSocket {
                 receiver.queue.put_back(vec![datagram]);
                 break Found::Next(Next::UnknownPeer);
             }
-            match self.admit(datagram.from, remote, cx, withheld) {
+            withheld.at_stake = 1;
+            let admission = self.admit(datagram.from, remote, cx, withheld);
+            withheld.at_stake = 0;
+            match admission {
                 Admission::Given => break Found::Next(Next::Arrival(Ok(datagram))),
                 Admission::Withheld => {}
                 Admission::Asked(question) => {
@@ -400,14 +437,17 @@ impl UdpSocket {
         &self,
         receiver: &Receiver,
         cx: &mut Context<'_>,
-        withheld: &mut Withheld,
+        withheld: &mut Withheld<'_>,
     ) -> Poll<Option<Datagram>> {
         let mut asked = match receiver.take_front() {
             None => return Poll::Ready(None),
             Some(Front::Admitted(datagram)) => return Poll::Ready(Some(datagram)),
             Some(Front::Asked(asked)) => asked,
         };
-        let Poll::Ready(answer) = Pin::new(&mut asked.question).poll(cx) else {
+        withheld.at_stake = 1;
+        let polled = Pin::new(&mut asked.question).poll(cx);
+        withheld.at_stake = 0;
+        let Poll::Ready(answer) = polled else {
             receiver.keep_front(Front::Asked(asked));
             return Poll::Pending;
         };
@@ -423,14 +463,11 @@ impl UdpSocket {
         from: SocketAddr,
         remote: Option<Remote>,
         cx: &mut Context<'_>,
-        withheld: &mut Withheld,
+        withheld: &mut Withheld<'_>,
     ) -> Admission {
-        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false) {
+        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false).poll_once(cx) {
             Judged::Now(answer) => answer,
-            Judged::Asked(mut question) => match Pin::new(&mut question).poll(cx) {
-                Poll::Ready(answer) => answer,
-                Poll::Pending => return Admission::Asked(question),
-            },
+            Judged::Asked(question) => return Admission::Asked(question),
         };
         if self.is_admitted(answer, from, remote, withheld) {
             Admission::Given
@@ -444,7 +481,7 @@ impl UdpSocket {
         answer: Result<(), Reason>,
         from: SocketAddr,
         remote: Option<Remote>,
-        withheld: &mut Withheld,
+        withheld: &mut Withheld<'_>,
     ) -> bool {
         if let Err(reason) = answer {
             withheld.by_policy += 1;
@@ -475,21 +512,6 @@ impl UdpSocket {
     pub(super) fn take_error(&self) -> Result<(), ErrorCode> {
         let error = self.receiver.get().and_then(|receiver| receiver.queue.take_error());
         error.map_or(Ok(()), |errno| Err(errno.into()))
-    }
-
-    /// Whether there was something to count.
-    fn count(&self, Withheld { by_policy, not_from_peer }: &Withheld) -> bool {
-        let is_any = by_policy + not_from_peer > 0;
-        if is_any {
-            let counters = &self.ctx.account.counters;
-            counters.dropped_by_policy.add(*by_policy);
-            counters.dropped_not_from_peer.add(*not_from_peer);
-            self.driver.count(|stats| {
-                stats.dropped_by_policy += by_policy;
-                stats.dropped_not_from_peer += not_from_peer;
-            });
-        }
-        is_any
     }
 
     fn resume(&self, receiver: &Receiver) {

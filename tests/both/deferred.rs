@@ -73,7 +73,6 @@ fn what_was_deferred_is_sent_although_its_socket_or_guest_goes<G: Guest>() {
                     }
                     let stats: Stats = guest.rig().stats();
                     deferred = stats.datagrams_deferred;
-                    assert_eq!(stats.closed_instead.busy, 0);
                     cached += stats.sockets_cached;
                 }
                 (deferred, cached)

@@ -333,6 +333,43 @@ fn a_guest_that_asks_another_and_computes_on_does_not_keep_it_from_answering() {
     }
 }
 
+/// Kills: a `receive`, which does not wait, that takes only what this thread has armed.
+#[test]
+fn a_receive_finds_what_waits_for_a_thread_that_computes() {
+    const ROUNDS: usize = 200;
+    let (give, take) = mpsc::channel();
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            block_on(async {
+                let mut rig = Rig::on_ring(&uring()).await;
+                let endpoint = rig.endpoint(LOOPBACK).await;
+                assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]), "armed");
+                give.send((rig, endpoint)).ok().unwrap();
+                while !is_done.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        });
+        let (mut rig, endpoint) = take.recv_timeout(BOUND).unwrap();
+        block_on(async {
+            let mut found = 0;
+            for n in 0..ROUNDS {
+                let datagram = n.to_ne_bytes();
+                rig.send_one(endpoint.outgoing, &datagram, Some(endpoint.local)).await.unwrap();
+                let received = rig.receive(endpoint.incoming, 2).await.unwrap();
+                found += usize::from(payloads(&received) == [datagram]);
+                if received.is_empty() {
+                    rig.receive_exactly(endpoint.incoming, 1).await;
+                }
+            }
+            is_done.store(true, Ordering::Relaxed);
+            // The kernel itself may be late, where a processor has much to do.
+            assert!(found > ROUNDS / 2, "{found} of {ROUNDS}");
+        });
+    });
+}
+
 /// Kills: datagrams that wait for the timer tick of the thread that has armed the receive.
 #[test]
 fn a_worker_that_computes_is_interrupted_while_datagrams_come_for_what_it_has_armed() {

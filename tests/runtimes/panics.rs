@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Wake, Waker};
 
-use wasi_uring::Uring;
+use wasi_uring::{SocketAddrUse, Uring};
 
-use crate::common::{LOOPBACK, Rig, block_on, eventually, payloads, uring, within};
+use crate::common::{
+    Backend, LOOPBACK, Rig, Setup, block_on, eventually, native, own_ip, payloads, uring, within,
+};
 use crate::{echo, echo_in_a_store_of_its_own};
 
 /// A waker that panics once it is set to.
@@ -74,5 +76,37 @@ fn a_waker_that_panics_stops_no_other_guest() {
             assert_eq!(payloads(&waiting.receive(to.incoming, 1).await.unwrap()), [[round]]);
             waiting.close(to).await;
         }
+    });
+}
+
+/// Kills: datagrams that a call has in hand when the host's policy panics, and that nobody counts.
+#[test]
+fn what_a_policy_that_panics_keeps_from_a_guest_is_counted() {
+    block_on(async {
+        let (stranger, from_stranger) = native::socket(own_ip());
+        let (friend, _) = native::socket(own_ip());
+        let setup = Setup::allow(move |addr, addr_use| {
+            let is_sender = matches!(addr_use, SocketAddrUse::UdpReceive);
+            assert!(!is_sender || addr != from_stranger, "a stranger");
+            true
+        });
+        let mut rig = Rig::new(Backend::Uring, setup).await;
+        let uring = rig.uring.clone();
+        let counters = rig.counters();
+        let endpoint = rig.endpoint(LOOPBACK).await;
+        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]), "armed");
+        for native in [&friend, &stranger, &friend] {
+            native.send_to(b"x", endpoint.local).unwrap();
+        }
+        eventually("all are there", || {
+            let _ = uring.stats();
+            counters.stats().datagrams_received == 3
+        })
+        .await;
+        let receives = tokio::spawn(async move { rig.receive(endpoint.incoming, 10).await });
+        assert!(receives.await.unwrap_err().is_panic());
+        let stats = counters.stats();
+        assert_eq!((stats.dropped_by_policy, stats.dropped_at_close), (3, 0));
+        assert_eq!(uring.stats().dropped_by_policy, 3);
     });
 }

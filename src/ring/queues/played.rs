@@ -323,6 +323,11 @@ impl Sqe {
         self.flags & flag.bits() != 0
     }
 
+    /// For send buffer, or for something to receive.
+    fn waits(&self) -> bool {
+        self.op_flags & libc::MSG_DONTWAIT.cast_unsigned() == 0
+    }
+
     fn slot(&self) -> usize {
         usize::try_from(self.fd).expect("a slot")
     }
@@ -716,10 +721,7 @@ impl Kernel {
             }
             opcode::Send::CODE | opcode::SendMsg::CODE => {
                 if file.room == 0 && file.error.is_none() {
-                    if sqe.op_flags & libc::MSG_DONTWAIT.cast_unsigned() == 0 {
-                        return None;
-                    }
-                    return Some(-libc::EAGAIN);
+                    return (!sqe.waits()).then_some(-libc::EAGAIN);
                 }
                 self.send(sqe, id)
             }
@@ -961,7 +963,7 @@ impl Kernel {
                 return self.end(id, -errno);
             }
             if file.inbox.is_empty() {
-                return;
+                break;
             }
             let Some((buffer, at)) = self.take_buffer() else {
                 return self.end(id, -libc::ENOBUFS);
@@ -1007,7 +1009,12 @@ impl Kernel {
             }
             self.post(sqe.user_data, result, flags | 2);
         }
-        self.work.push_back(Work::Go(id));
+        if !sqe.waits() {
+            return self.end(id, -libc::EAGAIN);
+        }
+        if !self.files[&file].inbox.is_empty() {
+            self.work.push_back(Work::Go(id));
+        }
     }
 
     /// The next buffer that the ring has given to the kernel: its number, and where it is.
