@@ -1,18 +1,23 @@
 //! Guests of each toolchain and both versions, through each host, all at once on a multi-thread
 //! runtime. wasmtime-wasi's own UDP is not allowed in these hosts, so what works is the ring's.
 
+use std::cell::RefCell;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 
+use opentelemetry::metrics::MeterProvider;
 use tokio::sync::Semaphore;
-use wasi_uring::Uring;
+use wasi_uring::{Quota, Uring};
+use wasmtime::Store;
 use wasmtime::component::Component;
 use wasmtime_wasi::p2::pipe::MemoryOutputPipe;
 use wasmtime_wasi::{I32Exit, WasiCtx, WasiCtxBuilder};
 
 use crate::common::filter::with_filter;
 use crate::common::{block_on, engine, eventually, uring_with, within};
-use crate::{fallback, generic_store, multi_thread, one_line};
+use crate::policies::exported;
+use crate::{fallback, generic_store, multi_thread, one_line, otel, tenants};
 
 /// A command, and what it prints.
 struct Program {
@@ -64,10 +69,11 @@ fn programs() -> &'static [Program] {
     })
 }
 
-/// Runs every program in a host, each with a ring handle of its own, so that what its guests open is told
+/// Runs every program in hosts, each with a ring handle of its own, so that what its guests open is told
 /// apart.
-fn all_run<F>(run: impl Fn(&'static Component, WasiCtxBuilder, Uring) -> F)
+fn all_run<H, F>(host: impl Fn(Uring) -> H)
 where
+    H: Fn(&'static Component, WasiCtxBuilder) -> F,
     F: Future<Output = wasmtime::Result<Result<(), ()>>> + Send + 'static,
 {
     let runtime =
@@ -76,11 +82,12 @@ where
         let rings: Vec<_> = programs().iter().map(|_| uring_with(1024)).collect();
         let mut guests = Vec::new();
         for (program, uring) in programs().iter().zip(&rings) {
+            let run = host(uring.clone());
             for _ in 0..program.guests {
                 let stdout = MemoryOutputPipe::new(PRINTED_BYTES_MAX);
                 let mut wasi = WasiCtx::builder();
                 wasi.args(program.args).stdout(stdout.clone());
-                let ran = tokio::spawn(run(&program.component, wasi, uring.clone()));
+                let ran = tokio::spawn(run(&program.component, wasi));
                 guests.push((program, stdout, ran));
             }
         }
@@ -105,10 +112,12 @@ where
 #[test]
 fn one_line_serves_guests_of_every_kind() {
     let linker = Arc::new(one_line::linker(engine()).unwrap());
-    all_run(|component, mut wasi, uring| {
+    all_run(|uring| {
         let linker = Arc::clone(&linker);
-        async move {
-            one_line::run(&linker, component, one_line::Guest::new(wasi.build(), &uring)).await
+        move |component, mut wasi| {
+            let linker = Arc::clone(&linker);
+            let guest = one_line::Guest::new(wasi.build(), &uring);
+            async move { one_line::run(&linker, component, guest).await }
         }
     });
 }
@@ -118,27 +127,75 @@ fn generic_store_serves_guests_of_every_kind() {
     let linker = Arc::new(generic_store::linker(engine()).unwrap());
     let sockets = Arc::new(Semaphore::new(4096));
     let limit = Arc::clone(&sockets);
-    all_run(|component, mut wasi, uring| {
-        let linker = Arc::clone(&linker);
-        let state = generic_store::State::new(48_u32, wasi.build(), &uring, &sockets);
-        async move { generic_store::run(&linker, component, state).await }
+    all_run(|uring| {
+        let (linker, sockets) = (Arc::clone(&linker), Arc::clone(&sockets));
+        move |component, mut wasi| {
+            let linker = Arc::clone(&linker);
+            let state = generic_store::State::new(48_u32, wasi.build(), &uring, &sockets);
+            async move { generic_store::run(&linker, component, state).await }
+        }
     });
     assert_eq!(limit.available_permits(), 4096, "every permit is back");
 }
 
+/// As a host that serves many guests does it.
+fn server(uring: Uring) -> impl Fn(&'static Component, WasiCtxBuilder) -> Ran {
+    move |component, mut wasi| {
+        let server = multi_thread::Server::new(component, &uring).unwrap();
+        Box::pin(server.run(wasi.build()))
+    }
+}
+
+type Ran = Pin<Box<dyn Future<Output = wasmtime::Result<Result<(), ()>>> + Send>>;
+
 #[test]
 fn multi_thread_serves_guests_of_every_kind() {
-    all_run(|component, mut wasi, uring| {
-        multi_thread::Server::new(component, &uring).unwrap().run(wasi.build())
+    all_run(server);
+}
+
+#[test]
+fn tenants_serves_guests_of_every_kind() {
+    let linker = Arc::new(tenants::linker(engine()).unwrap());
+    let host = Quota::new(4096);
+    all_run(|uring| {
+        let (linker, tenant) = (Arc::clone(&linker), tenants::Tenant::new(&uring, &host));
+        move |component, mut wasi| {
+            let mut workload = tenants::Workload::default();
+            let part = workload.add(&tenant, wasi.build());
+            let (linker, mut store) = (Arc::clone(&linker), Store::new(engine(), workload));
+            async move { tenants::run(&mut store, &linker, component, part).await }
+        }
     });
+    assert_eq!((host.in_use(), host.refusals()), (0, 0));
+}
+
+#[test]
+fn otel_sees_guests_of_every_kind() {
+    let observed = RefCell::new(Vec::new());
+    all_run(|uring| {
+        let (provider, exporter) = otel::provider();
+        otel::observe(&provider.meter("guests"), &uring);
+        observed.borrow_mut().push((uring.clone(), provider, exporter));
+        server(uring)
+    });
+    for (uring, provider, exporter) in observed.take() {
+        provider.force_flush().unwrap();
+        let stats = uring.stats();
+        let created = exported(&exporter, "wasi_uring.sockets.created");
+        assert_eq!(created, [stats.sockets_created]);
+        assert_eq!(exported(&exporter, "wasi_uring.datagrams.sent"), [stats.datagrams_sent]);
+        provider.shutdown().unwrap();
+    }
 }
 
 #[test]
 fn fallback_serves_guests_of_every_kind_where_there_are_rings() {
-    all_run(|component, mut wasi, uring| {
+    all_run(|uring| {
         let sockets = fallback::Sockets::of(Ok(uring));
-        let (linker, guest) = (sockets.linker(engine()).unwrap(), sockets.guest(&mut wasi));
-        async move { fallback::run(&linker, component, guest).await }
+        move |component, mut wasi| {
+            let (linker, guest) = (sockets.linker(engine()).unwrap(), sockets.guest(&mut wasi));
+            async move { fallback::run(&linker, component, guest).await }
+        }
     });
 }
 

@@ -15,8 +15,13 @@ mod generic_store;
 mod multi_thread;
 #[allow(dead_code, reason = "main, and what only it calls")]
 mod one_line;
+#[allow(dead_code, reason = "main, and what only it calls")]
+mod otel;
+#[allow(dead_code, reason = "main, and what only it calls")]
+mod tenants;
 
 mod guests;
 mod limit;
 mod older_wit;
 mod options;
+mod policies;

@@ -61,7 +61,6 @@ pub(crate) fn provider() -> (SdkMeterProvider, InMemoryMetricExporter) {
     (SdkMeterProvider::builder().with_reader(reader).build(), exporter)
 }
 
-#[allow(dead_code, reason = "a test includes this file as a module")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let uring = Uring::builder().build()?;
     let (provider, exporter) = provider();

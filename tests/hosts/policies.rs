@@ -1,21 +1,18 @@
-//! Runs the examples `tenants` and `otel` with guests.
-
-#[allow(dead_code, reason = "what only its main uses")]
-mod otel;
-#[allow(dead_code, reason = "what only its main uses")]
-mod tenants;
-
-use std::time::Duration;
+//! What the hosts `tenants` and `otel` are there for.
 
 use opentelemetry::metrics::MeterProvider;
+use opentelemetry_sdk::metrics::InMemoryMetricExporter;
 use opentelemetry_sdk::metrics::data::{
-    AggregatedMetrics, GaugeDataPoint, MetricData, ResourceMetrics, ScopeMetrics, SumDataPoint,
+    AggregatedMetrics, GaugeDataPoint, MetricData, ScopeMetrics, SumDataPoint,
 };
-use tenants::{Tenant, Workload, linker, run};
 use wasi_uring::{Quota, Uring};
+use wasmtime::Store;
 use wasmtime::component::Component;
-use wasmtime::{Engine, Store};
 use wasmtime_wasi::WasiCtx;
+
+use crate::common::{engine, eventually};
+use crate::otel;
+use crate::tenants::{Tenant, Workload, linker, run};
 
 /// The command's guest, which sends a datagram each way between two sockets so many times.
 const GUEST: &str = include_str!("../../src/cli/guests/cycle2.wat");
@@ -28,13 +25,13 @@ fn echoing(times: usize) -> WasiCtx {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tenants_of_one_store_have_rules_quotas_and_counters_of_their_own() {
-    let engine = Engine::default();
-    let component = Component::new(&engine, GUEST).unwrap();
+    let engine = engine();
+    let component = Component::new(engine, GUEST).unwrap();
     let (uring, host) = (Uring::builder().sockets(64).build().unwrap(), Quota::new(64));
     let [good, bad] = [(); 2].map(|()| Tenant::new(&uring, &host));
     bad.suspend();
-    let linker = linker(&engine).unwrap();
-    let mut store = Store::new(&engine, Workload::default());
+    let linker = linker(engine).unwrap();
+    let mut store = Store::new(engine, Workload::default());
     let parts = [(&good, 5), (&bad, 5), (&good, 7)]
         .map(|(tenant, times)| store.data_mut().add(tenant, echoing(times)));
     let mut ended = Vec::new();
@@ -50,45 +47,45 @@ async fn tenants_of_one_store_have_rules_quotas_and_counters_of_their_own() {
     assert_eq!(stats[1].denials[0].reason, "tenant is suspended");
     // A tenant has its quota for all its stores.
     let refused = host.refusals();
-    let mut another = Store::new(&engine, Workload::default());
+    let mut another = Store::new(engine, Workload::default());
     let part = another.data_mut().add(&good, echoing(3));
     run(&mut another, &linker, &component, part).await.unwrap().unwrap();
     assert_eq!(host.refusals(), refused);
     drop((store, another));
-    let all_are_back = async {
-        while host.in_use() > 0 {
-            let _ = uring.stats();
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_mins(1), all_are_back).await.unwrap();
+    eventually("all are back", || {
+        let _ = uring.stats();
+        host.in_use() == 0
+    })
+    .await;
     assert_eq!(good.quota.in_use(), 0);
+}
+
+/// The values of an instrument, of which the last export has some.
+pub(crate) fn exported(exporter: &InMemoryMetricExporter, name: &str) -> Vec<u64> {
+    let all = exporter.get_finished_metrics().unwrap();
+    let metrics = all.last().unwrap().scope_metrics().flat_map(ScopeMetrics::metrics);
+    let metric = { metrics }.find(|metric| metric.name() == name).expect("it is observed");
+    let AggregatedMetrics::U64(data) = metric.data() else { panic!("{name} is no u64") };
+    match data {
+        MetricData::Sum(sum) => sum.data_points().map(SumDataPoint::value).collect(),
+        MetricData::Gauge(gauge) => gauge.data_points().map(GaugeDataPoint::value).collect(),
+        MetricData::Histogram(_) | MetricData::ExponentialHistogram(_) => panic!("{name}"),
+    }
 }
 
 #[tokio::test]
 async fn open_telemetry_sees_what_the_rings_have_counted() {
-    let engine = Engine::default();
-    let component = Component::new(&engine, GUEST).unwrap();
+    let engine = engine();
+    let component = Component::new(engine, GUEST).unwrap();
     let uring = Uring::builder().sockets(16).build().unwrap();
     let (provider, exporter) = otel::provider();
     otel::observe(&provider.meter("test"), &uring);
     let tenant = Tenant::new(&uring, &Quota::new(16));
-    let mut store = Store::new(&engine, Workload::default());
+    let mut store = Store::new(engine, Workload::default());
     let part = store.data_mut().add(&tenant, echoing(9));
-    run(&mut store, &linker(&engine).unwrap(), &component, part).await.unwrap().unwrap();
+    run(&mut store, &linker(engine).unwrap(), &component, part).await.unwrap().unwrap();
     provider.force_flush().unwrap();
-    let all = exporter.get_finished_metrics().unwrap();
-    let metrics = all.iter().flat_map(ResourceMetrics::scope_metrics);
-    let metrics: Vec<_> = metrics.flat_map(ScopeMetrics::metrics).collect();
-    let values = |name: &str| -> Vec<u64> {
-        let metric = metrics.iter().find(|metric| metric.name() == name).expect("it is observed");
-        let AggregatedMetrics::U64(data) = metric.data() else { panic!("{name} is no u64") };
-        match data {
-            MetricData::Sum(sum) => sum.data_points().map(SumDataPoint::value).collect(),
-            MetricData::Gauge(gauge) => gauge.data_points().map(GaugeDataPoint::value).collect(),
-            MetricData::Histogram(_) | MetricData::ExponentialHistogram(_) => panic!("{name}"),
-        }
-    };
+    let values = |name| exported(&exporter, name);
     assert_eq!(values("wasi_uring.datagrams.sent"), [18]);
     assert_eq!(values("wasi_uring.datagrams.received"), [18]);
     assert_eq!(values("wasi_uring.received"), [18 * 64]);

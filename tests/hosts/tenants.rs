@@ -14,12 +14,7 @@ use wasi_uring::{
 };
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Engine, Result, Store};
-use wasmtime_wasi::p2::bindings::Command;
-use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
-
-/// Sockets of all tenants, and of each.
-const HOST_SOCKETS: u32 = 10_000;
-const TENANT_SOCKETS: u32 = 100;
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView, p2, p3};
 
 /// What all components of a tenant share, in whichever stores they are.
 pub(crate) struct Tenant {
@@ -40,31 +35,30 @@ impl Policy for Rules {
         if self.is_suspended.load(Ordering::Relaxed) {
             return Verdict::deny("tenant is suspended");
         }
-        // What the guest has not chosen: any address, with a port of the kernel's choice. Whom it hears
-        // there is asked about.
-        if event.is_implicit || event.addr.ip().to_canonical().is_loopback() {
+        if event.addr.ip().to_canonical().is_loopback() {
             return Verdict::Allow;
         }
         if matches!(event.addr_use, SocketAddrUse::UdpBind) {
-            return Verdict::deny("listens on all addresses");
+            // A port of the kernel's choice is a client's. Whom it hears there is asked about.
+            let is_client = event.is_implicit || event.addr.port() == 0;
+            let denied = Verdict::deny("listens on all addresses");
+            return if is_client { Verdict::Allow } else { denied };
         }
         // Only this is worth a look elsewhere. Datagrams that came to the same socket behind one that is looked
         // up wait with it, so a look-up should have a time-out.
-        let event = *event;
-        Verdict::ask(async move { look_up(event).await })
+        let port = event.addr.port();
+        Verdict::ask(async move {
+            // Stands for a directory of what tenants may reach.
+            tokio::task::yield_now().await;
+            if port == 53 { Verdict::Allow } else { Verdict::deny("not in the directory") }
+        })
     }
-}
-
-/// Stands for a directory of what tenants may reach.
-async fn look_up(event: AddrEvent) -> Verdict {
-    tokio::task::yield_now().await;
-    if event.addr.port() == 53 { Verdict::Allow } else { Verdict::deny("not in the directory") }
 }
 
 impl Tenant {
     pub(crate) fn new(uring: &Uring, host: &Quota) -> Self {
         let rules = Arc::new(Rules::default());
-        let quota = Quota::within(host, TENANT_SOCKETS);
+        let quota = Quota::within(host, 512);
         let udp = UdpCtx::builder(uring).policy(Arc::clone(&rules)).quota(&quota);
         Self { rules, quota, udp }
     }
@@ -109,7 +103,7 @@ impl UdpView for Workload {
     }
 }
 
-/// Runs a component of the store to its end, with its own part active.
+/// Runs a component of the store, of WASI 0.2 or 0.3, to its end, with its own part active.
 pub(crate) async fn run(
     store: &mut Store<Workload>,
     linker: &Linker<Workload>,
@@ -117,21 +111,28 @@ pub(crate) async fn run(
     part: usize,
 ) -> Result<Result<(), ()>> {
     store.data_mut().active = part;
-    let command = Command::instantiate_async(&mut *store, component, linker).await?;
-    command.wasi_cli_run().call_run(store).await
+    let pre = linker.instantiate_pre(component)?;
+    if let Ok(pre) = p3::bindings::CommandPre::new(pre.clone()) {
+        let command = pre.instantiate_async(&mut *store).await?;
+        let run = async |store: &_| command.wasi_cli_run().call_run(store).await;
+        store.run_concurrent(run).await?
+    } else {
+        let command = p2::bindings::CommandPre::new(pre)?.instantiate_async(&mut *store).await?;
+        command.wasi_cli_run().call_run(store).await
+    }
 }
 
 pub(crate) fn linker(engine: &Engine) -> Result<Linker<Workload>> {
     let mut linker = Linker::new(engine);
     wasi_uring::p2::add_to_linker(&mut linker)?;
+    wasi_uring::p3::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 
-#[allow(dead_code, reason = "a test includes this file as a module")]
 #[tokio::main]
 async fn main() -> Result<()> {
     let engine = Engine::default();
-    let (uring, host) = (Uring::builder().build()?, Quota::new(HOST_SOCKETS));
+    let (uring, host) = (Uring::builder().build()?, Quota::new(10_000));
     let (linker, tenant) = (linker(&engine)?, Tenant::new(&uring, &host));
     let mut store = Store::new(&engine, Workload::default());
     for file in std::env::args().skip(1) {
