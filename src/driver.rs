@@ -308,5 +308,6 @@ impl Driver {
             account.forsake();
             core.call_after(LINGER);
         }
+        core.rest();
     }
 }

@@ -166,16 +166,12 @@ pub(crate) const OUTSIDE_PATIENCE: Duration = Duration::from_millis(2);
 pub(crate) const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a close may take before the ring's own thread gets on with it, and the longest interval at
-/// which that looks: a guest that computes on keeps a port for no longer. (To look costs up to 20 µs of CPU
-/// in a virtual machine, for the timer alone.)
+/// which that tries again: a guest that computes on keeps a port for no longer. (To wake it costs up to 20 µs of
+/// CPU in a virtual machine.)
 pub(crate) const OVERDUE: Duration = Duration::from_micros(1700);
 
-/// When that looks again after it has got on with a close which did not end at once; later each time.
+/// When that tries again with a close which did not end at once; later each time.
 pub(crate) const OVERDUE_AGAIN: Duration = Duration::from_micros(50);
-
-/// Looks without a close before the thread that looks goes to sleep: to wake it costs more than a few
-/// looks.
-pub(crate) const QUIET_LOOKS_MAX: u32 = 8;
 
 /// Rings that a pool may have: each has some descriptors and, in virtual memory, 8.5 MiB of buffers.
 pub(crate) const RINGS_MAX: usize = 1024;
@@ -244,7 +240,6 @@ const _: () = {
     assert!(CHAIN_ENTRIES_MAX <= SQ_ENTRIES as usize, "a chain fits one submission");
     assert!(BATCH_DATAGRAMS_MAX <= CHAIN_ENTRIES_MAX, "a batch is one chain");
     assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS as u32, "submissions and arrivals both fit");
-    assert!(DEFERRED_TIME_MAX.as_micros() <= OVERDUE.as_micros(), "seen by the thread that looks");
     assert!(BATCH_DATAGRAMS_MAX <= SEGMENTS_MAX, "no run is longer than a message");
     assert!(BUFFERS.is_power_of_two(), "the kernel masks the buffer ring's tail");
     assert!(

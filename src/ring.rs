@@ -31,6 +31,7 @@ mod socket_filter;
 #[cfg(test)]
 mod tests;
 pub(crate) mod thread_clock;
+pub(crate) mod timer;
 pub(crate) mod trials;
 
 use std::sync::Arc;

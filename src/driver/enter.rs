@@ -164,6 +164,12 @@ impl LockedCore<'_> {
         after.wake_later(core.overdue.call_after(time));
     }
 
+    /// A guest is gone: the ring's own thread need not run if nothing is left to do.
+    pub(super) fn rest(&mut self) {
+        let (core, after) = self.split();
+        after.wake_later(core.overdue.rest());
+    }
+
     /// Takes note of the oldest close that goes on.
     pub(super) fn watch_closes(&mut self) {
         let (core, after) = self.split();
@@ -207,7 +213,7 @@ impl Driver {
         queue_limits: QueueLimits,
         held_up: &Arc<HeldUp>,
     ) -> Arc<Self> {
-        let setup::Built { process, ring, share, eventfd, known } = built;
+        let setup::Built { process, ring, share, eventfd, timer, known } = built;
         Arc::new_cyclic(|driver: &Weak<Self>| Self {
             process,
             is_closed: AtomicBool::new(false),
@@ -225,7 +231,7 @@ impl Driver {
                 batching: Batching::default(),
                 runtimes: Runtimes::default(),
                 flush_wakers: Vec::new(),
-                overdue: Overdue::new(driver.clone()),
+                overdue: Overdue::new(driver.clone(), timer),
                 refusals: Refusals::default(),
                 #[cfg(test)]
                 is_call_due: false,

@@ -2,18 +2,22 @@
 //!
 //! The CLOSE of a dropped socket is left to the flusher of its guest's runtime, which may not run for long:
 //! the guest computes on, or nobody polls the runtime any more. And the end of a receive waits for the
-//! thread that armed it to enter the kernel. So while sockets are closed this thread looks now and then
-//! whether that takes longer than [`OVERDUE`], and has the driver get on with it. It is the driver's clock,
-//! too, for what is to be done at some time. While there is neither it sleeps.
+//! thread that armed it to enter the kernel. So a close that takes longer than [`OVERDUE`] this thread has the
+//! driver get on with. It is the driver's clock, too, for what is to be done at some time.
+//!
+//! It waits for a timer, which the guests' threads set. So it runs only when something is overdue, or was
+//! begun so long ago: while it runs, what other threads unmap has to interrupt its processor, which costs
+//! a host with many short stores more than all it does.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Wake, Waker};
-use std::thread::{self, Thread};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::limits::{OVERDUE, OVERDUE_AGAIN, QUIET_LOOKS_MAX};
+use crate::limits::{OVERDUE, OVERDUE_AGAIN};
 use crate::ring::port_order::CloseId;
+use crate::ring::timer::Timer;
 
 /// What the thread looks after: a driver.
 pub(super) trait Watched: Send + Sync {
@@ -22,218 +26,341 @@ pub(super) trait Watched: Send + Sync {
 
     /// The time has come that was given to [`Overdue::call_after`].
     fn on_time(&self);
-
-    /// Whether the thread is to sleep until its next call, or until [`Overdue::note`] or
-    /// [`Overdue::call_after`] has it woken.
-    fn may_sleep(&self) -> bool;
 }
 
 /// What the driver's lock guards of it.
 pub(super) struct Overdue {
     watcher: Arc<Watcher>,
-    pub(super) is_asleep: bool,
     oldest: Option<CloseId>,
 }
 
-/// The thread, which starts when it is first woken.
+/// The timer, and what it is set for. The times are nanoseconds from `begun`; 0: none. Those that are due
+/// guests' threads write under the driver's lock, which the thread does not take to read them. So that neither side
+/// misses the other: who writes what is due looks at `expires_at` afterwards, and who writes that, to be none,
+/// looks at what is due.
 struct Watcher {
     driver: Weak<dyn Watched>,
-    thread: OnceLock<Thread>,
-    /// It could not be started, and is to be when it is next woken.
-    has_not_started: AtomicBool,
-    /// Since when the oldest close goes on, in nanoseconds from `begun`; 0: there is none.
-    /// Written under the driver's lock, which the thread does not take to look.
+    timer: Arc<Timer>,
+    /// Taken to set the timer.
+    setting: Mutex<()>,
+    expires_at: AtomicU64,
+    /// The thread, which starts when the timer is first set, runs.
+    has_started: AtomicBool,
+    /// Since when the oldest close goes on.
     closing_since: AtomicU64,
-    /// When the driver is to be called, as above.
+    /// Not to get on with closes again before.
+    again_at: AtomicU64,
+    /// When the driver is to be called.
     call_at: AtomicU64,
     begun: Instant,
 }
 
 impl Wake for Watcher {
+    /// Sets the timer to what is due now.
     fn wake(self: Arc<Self>) {
-        if let Some(thread) = self.thread.get() {
-            return thread.unpark();
+        self.set_timer();
+        if self.has_started.swap(true, Ordering::Relaxed) {
+            return;
         }
         let watcher = Arc::downgrade(&self);
         let named = thread::Builder::new().name("wasi-uring-due".to_owned());
-        match named.spawn(move || watch(&watcher)) {
-            // Nobody else starts one meanwhile: it counts as awake until it sleeps, and says who it is
-            // before.
-            Ok(_started) => {}
-            Err(error) => {
-                tracing::error!(%error, "no thread that gets on with what guests leave, for now");
-                self.has_not_started.store(true, Ordering::Relaxed);
-            }
+        if let Err(error) = named.spawn(move || watch(&watcher)) {
+            tracing::error!(%error, "no thread that gets on with what guests leave, for now");
+            self.has_started.store(false, Ordering::Relaxed);
+            // So that the next to whom something is due tries again.
+            self.expires_at.store(0, Ordering::SeqCst);
         }
     }
 }
 
 impl Watcher {
     fn at(&self, time: Instant) -> u64 {
-        let since = time.saturating_duration_since(self.begun);
-        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).max(1)
+        nanos(time.saturating_duration_since(self.begun)).max(1)
     }
 
     fn now(&self) -> u64 {
         self.at(Instant::now())
     }
 
-    /// How long the oldest close has been going on.
-    fn closing_for(&self) -> Option<Duration> {
-        let since = self.closing_since.load(Ordering::Relaxed);
-        (since != 0).then(|| Duration::from_nanos(self.now().saturating_sub(since)))
+    /// When a close is overdue, or when to get on with it again.
+    fn overdue_at(&self) -> Option<u64> {
+        let since = self.closing_since.load(Ordering::SeqCst);
+        let again_at = self.again_at.load(Ordering::Relaxed);
+        (since != 0).then(|| since.saturating_add(nanos(OVERDUE)).max(again_at))
     }
 
-    /// How long until the driver is to be called, if it is.
-    fn call_in(&self) -> Option<Duration> {
-        let call_at = self.call_at.load(Ordering::Relaxed);
-        (call_at != 0).then(|| Duration::from_nanos(call_at.saturating_sub(self.now())))
+    fn call_at(&self) -> Option<u64> {
+        let at = self.call_at.load(Ordering::SeqCst);
+        (at != 0).then_some(at)
+    }
+
+    fn due_at(&self) -> Option<u64> {
+        let (overdue_at, call_at) = (self.overdue_at(), self.call_at());
+        overdue_at.into_iter().chain(call_at).min()
+    }
+
+    /// Whether the timer is to be set because something is due.
+    fn is_late(&self) -> bool {
+        let expires_at = self.expires_at.load(Ordering::SeqCst);
+        self.due_at().is_some_and(|due| expires_at == 0 || due < expires_at)
+    }
+
+    /// Has the timer expire when something is due, unless it will before; or not at all if nothing is.
+    fn set_timer(&self) {
+        let _setting = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.expires_at.swap(0, Ordering::SeqCst);
+        let Some(due) = self.due_at() else {
+            if before != 0 {
+                self.timer.set(None);
+            }
+            return;
+        };
+        let at = if before == 0 { due } else { due.min(before) };
+        if at != before {
+            self.timer.set(Some(Duration::from_nanos(at.saturating_sub(self.now()))));
+        }
+        self.expires_at.store(at, Ordering::SeqCst);
+    }
+
+    /// The timer has expired: does what is due, and sets it anew. `false`: the driver is gone.
+    fn look(&self) -> bool {
+        {
+            let _setting = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+            self.expires_at.store(0, Ordering::SeqCst);
+        }
+        let Some(driver) = self.driver.upgrade() else { return false };
+        let is_due = |at: Option<u64>| at.is_some_and(|at| at <= self.now());
+        if is_due(self.call_at()) {
+            driver.on_time();
+        }
+        if is_due(self.overdue_at()) {
+            // What it has begun goes on elsewhere, most often for microseconds: it looks again soon, and then
+            // later each time.
+            let began = self.closing_since.load(Ordering::Relaxed);
+            let closing_for = Duration::from_nanos(self.now().saturating_sub(began));
+            driver.enter_overdue();
+            let pause = closing_for.saturating_sub(OVERDUE).clamp(OVERDUE_AGAIN, OVERDUE);
+            self.again_at.store(self.now().saturating_add(nanos(pause)), Ordering::Relaxed);
+        }
+        drop(driver);
+        self.set_timer();
+        true
     }
 }
 
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
 impl Overdue {
-    pub(super) fn new(driver: Weak<dyn Watched>) -> Self {
+    pub(super) fn new(driver: Weak<dyn Watched>, timer: Timer) -> Self {
         let watcher = Watcher {
             driver,
-            thread: OnceLock::new(),
-            has_not_started: AtomicBool::new(false),
+            timer: Arc::new(timer),
+            setting: Mutex::new(()),
+            expires_at: AtomicU64::new(0),
+            has_started: AtomicBool::new(false),
             closing_since: AtomicU64::new(0),
+            again_at: AtomicU64::new(0),
             call_at: AtomicU64::new(0),
             begun: Instant::now(),
         };
-        Self { watcher: Arc::new(watcher), is_asleep: true, oldest: None }
+        Self { watcher: Arc::new(watcher), oldest: None }
     }
 
-    /// Takes note of the oldest close that goes on. The waker is the thread's, if it is to look.
+    /// Takes note of the oldest close that goes on. The waker, as that of all here, sets the timer.
     pub(super) fn note(&mut self, oldest: Option<(CloseId, Instant)>) -> Option<Waker> {
         let watcher = &self.watcher;
         let close = oldest.map(|(close, _)| close);
-        if close != self.oldest {
-            self.oldest = close;
-            let since = oldest.map_or(0, |(_, begun)| watcher.at(begun));
-            watcher.closing_since.store(since, Ordering::Relaxed);
+        if close == self.oldest {
+            return None;
         }
-        if oldest.is_some() { self.wake() } else { None }
+        self.oldest = close;
+        let since = oldest.map_or(0, |(_, begun)| watcher.at(begun));
+        watcher.closing_since.store(since, Ordering::SeqCst);
+        self.wake_if(watcher.is_late())
     }
 
-    /// Has the thread call the driver after this time, or before if that was wanted. The waker is the
-    /// thread's, if it sleeps.
+    /// Has the thread call the driver after this time, or before if that was wanted.
     pub(super) fn call_after(&mut self, time: Duration) -> Option<Waker> {
-        let Watcher { call_at, .. } = &*self.watcher;
-        let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let at = self.watcher.now().saturating_add(time);
-        let before = call_at.load(Ordering::Relaxed);
-        if before == 0 || at < before {
-            call_at.store(at, Ordering::Relaxed);
+        let watcher = &self.watcher;
+        let at = watcher.now().saturating_add(nanos(time));
+        if watcher.call_at().is_none_or(|before| at < before) {
+            watcher.call_at.store(at, Ordering::SeqCst);
         }
-        self.wake()
+        self.wake_if(watcher.is_late())
     }
 
     /// The driver is called.
     pub(super) fn end_call(&mut self) {
-        self.is_asleep = false;
-        self.watcher.call_at.store(0, Ordering::Relaxed);
+        self.watcher.call_at.store(0, Ordering::SeqCst);
     }
 
-    fn wake(&mut self) -> Option<Waker> {
-        let has_not_started = self.watcher.has_not_started.swap(false, Ordering::Relaxed);
-        let wakes = std::mem::take(&mut self.is_asleep) || has_not_started;
+    /// A guest is gone, perhaps the last one for now: if nothing is due any more the thread need not run.
+    pub(super) fn rest(&self) -> Option<Waker> {
+        let expires = self.watcher.expires_at.load(Ordering::SeqCst) != 0;
+        self.wake_if(expires && self.watcher.due_at().is_none())
+    }
+
+    fn wake_if(&self, wakes: bool) -> Option<Waker> {
         wakes.then(|| Waker::from(Arc::clone(&self.watcher)))
     }
 
     /// The ring is gone: the thread ends.
     pub(super) fn end(&self) {
-        if let Some(thread) = self.watcher.thread.get() {
-            thread.unpark();
-        }
+        // Due for ever, so that nobody sets the timer to anything else.
+        self.watcher.call_at.store(1, Ordering::SeqCst);
+        self.watcher.set_timer();
+    }
+
+    /// Whether closes go on that the thread will get on with.
+    #[cfg(test)]
+    pub(super) fn watches(&self) -> bool {
+        self.watcher.expires_at.load(Ordering::SeqCst) != 0 && self.watcher.overdue_at().is_some()
     }
 }
 
-/// The thread, for as long as the ring lives. It looks without the driver's lock: so a look costs the
-/// guests' threads nothing.
+/// The thread, for as long as the ring lives.
 fn watch(watcher: &Weak<Watcher>) {
-    let mut quiet_looks = 0;
-    let mut time = OVERDUE;
-    // What it has begun goes on elsewhere, most often for microseconds.
-    let mut soon = OVERDUE_AGAIN;
+    let Some(timer) = watcher.upgrade().map(|watcher| Arc::clone(&watcher.timer)) else { return };
     loop {
-        let Some(call_in) = watcher.upgrade().map(|watcher| watcher.call_in()) else { return };
-        // Woken early only to end.
-        thread::park_timeout(call_in.map_or(time, |call_in| time.min(call_in)));
-        let Some(watcher) = watcher.upgrade() else { return };
-        watcher.thread.get_or_init(thread::current);
-        if watcher.call_in() == Some(Duration::ZERO) {
-            let Some(driver) = watcher.driver.upgrade() else { return };
-            driver.on_time();
+        if let Err(error) = timer.wait() {
+            return tracing::error!(%error, "no thread that gets on with what guests leave");
         }
-        let closing_for = watcher.closing_for();
-        quiet_looks = if closing_for.is_none() { quiet_looks + 1 } else { 0 };
-        time = OVERDUE;
-        match closing_for {
-            Some(elapsed) if elapsed < OVERDUE => time = OVERDUE.saturating_sub(elapsed),
-            None if quiet_looks < QUIET_LOOKS_MAX => {}
-            Some(_) | None => {
-                let Some(driver) = watcher.driver.upgrade() else { return };
-                if closing_for.is_some() {
-                    let goes_on = driver.enter_overdue();
-                    time = if goes_on { soon } else { OVERDUE };
-                    soon = if goes_on { OVERDUE.min(2 * soon) } else { OVERDUE_AGAIN };
-                } else if driver.may_sleep() {
-                    drop(driver);
-                    // After `may_sleep`: from there on a call that is asked for wakes this thread.
-                    let call_in = watcher.call_in();
-                    drop(watcher);
-                    match call_in {
-                        Some(time) => thread::park_timeout(time),
-                        None => thread::park(),
-                    }
-                }
-            }
+        if !watcher.upgrade().is_some_and(|watcher| watcher.look()) {
+            return;
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::atomic::AtomicUsize;
 
-    /// Has nothing for the thread to do.
+    use super::*;
+    use crate::datagram::Family;
+    use crate::ring::port_order::{Port, PortOrder};
+
+    /// A driver that counts.
     #[derive(Default)]
-    struct Idle {
-        sleeps: AtomicBool,
+    struct Counting {
+        enters: AtomicUsize,
+        calls: AtomicUsize,
     }
 
-    impl Watched for Idle {
+    impl Watched for Counting {
         fn enter_overdue(&self) -> bool {
-            false
-        }
-
-        fn on_time(&self) {}
-
-        fn may_sleep(&self) -> bool {
-            self.sleeps.store(true, Ordering::SeqCst);
+            self.enters.fetch_add(1, Ordering::SeqCst);
             true
         }
+
+        fn on_time(&self) {
+            self.calls.fetch_add(1, Ordering::SeqCst);
+        }
     }
 
-    /// Kills: a thread that goes to sleep before the one that has started it, and was held up, says who it
-    /// is: the next that wakes it starts a second one, and one of the two sleeps for ever.
-    #[test]
-    fn the_thread_is_known_before_it_first_sleeps() {
-        let idle = Arc::new(Idle::default());
-        let driver: Arc<dyn Watched> = idle.clone();
-        let overdue = Overdue::new(Arc::downgrade(&driver));
-        let watcher = Arc::downgrade(&overdue.watcher);
-        let thread = thread::spawn(move || watch(&watcher));
+    struct Rig {
+        driver: Arc<Counting>,
+        overdue: Overdue,
+        closes: PortOrder,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let driver = Arc::new(Counting::default());
+            let watched: Arc<dyn Watched> = driver.clone();
+            let overdue = Overdue::new(Arc::downgrade(&watched), Timer::new().unwrap());
+            Self { driver, overdue, closes: PortOrder::default() }
+        }
+
+        /// What the driver does when a close begins.
+        fn begin_close(&mut self) -> CloseId {
+            let port = Port { family: Family::V4, number: None };
+            let close = self.closes.begin_close(port, Instant::now());
+            self.note();
+            close
+        }
+
+        fn end_close(&mut self, close: CloseId) {
+            self.closes.end_close(close);
+            self.note();
+        }
+
+        fn note(&mut self) {
+            self.overdue.note(self.closes.oldest()).into_iter().for_each(Waker::wake);
+        }
+
+        fn expires(&self) -> bool {
+            self.overdue.watcher.expires_at.load(Ordering::SeqCst) != 0
+        }
+    }
+
+    fn wait_until(what: &str, is_so: impl Fn() -> bool) {
         let begun = Instant::now();
-        while !idle.sleeps.load(Ordering::SeqCst) {
-            assert!(begun.elapsed() < Duration::from_mins(1), "it does not sleep");
+        while !is_so() {
+            assert!(begun.elapsed() < Duration::from_mins(1), "it never is: {what}");
             thread::yield_now();
         }
-        let known = overdue.watcher.thread.get().map(Thread::id);
-        drop(overdue);
-        thread.thread().unpark();
-        assert_eq!(known, Some(thread.thread().id()));
-        thread.join().unwrap();
+    }
+
+    /// Kills: a thread that misses what becomes due while it looks, or that goes to sleep.
+    #[test]
+    fn every_close_that_takes_long_is_got_on_with_again_and_again() {
+        let mut rig = Rig::new();
+        for _ in 0..100 {
+            let before = rig.driver.enters.load(Ordering::SeqCst);
+            let close = rig.begin_close();
+            wait_until("got on with, twice", || {
+                rig.driver.enters.load(Ordering::SeqCst) >= before + 2
+            });
+            rig.end_close(close);
+        }
+    }
+
+    /// Kills: a thread that runs for each guest.
+    #[test]
+    fn where_closes_end_in_time_and_guests_go_the_thread_does_not_run() {
+        let mut rig = Rig::new();
+        let close = rig.begin_close();
+        assert!(rig.expires());
+        rig.end_close(close);
+        rig.overdue.rest().into_iter().for_each(Waker::wake);
+        assert!(!rig.expires());
+        // Not if something else is due.
+        rig.overdue.call_after(Duration::from_hours(1)).into_iter().for_each(Waker::wake);
+        let close = rig.begin_close();
+        rig.end_close(close);
+        assert!(rig.overdue.rest().is_none() && rig.expires());
+    }
+
+    /// Kills: a timer that waits for the later of two, or that is not set while the thread calls.
+    #[test]
+    fn the_driver_is_called_in_time_once() {
+        let mut rig = Rig::new();
+        for calls in 1..=100 {
+            rig.overdue.call_after(Duration::from_hours(1)).into_iter().for_each(Waker::wake);
+            rig.overdue.call_after(Duration::from_micros(100)).into_iter().for_each(Waker::wake);
+            wait_until("called", || rig.driver.calls.load(Ordering::SeqCst) >= calls);
+            rig.overdue.end_call();
+            assert_eq!(rig.driver.enters.load(Ordering::SeqCst), 0);
+        }
+    }
+
+    /// Kills: a thread that waits for ever for a timer of a ring that is gone.
+    #[test]
+    fn the_thread_ends_with_its_driver() {
+        for is_closing in [false, true] {
+            let mut rig = Rig::new();
+            let close = rig.begin_close();
+            wait_until("it runs", || rig.driver.enters.load(Ordering::SeqCst) > 0);
+            if !is_closing {
+                rig.end_close(close);
+            }
+            let timer = Arc::clone(&rig.overdue.watcher.timer);
+            drop(rig.driver);
+            rig.overdue.end();
+            drop(rig.overdue);
+            wait_until("the thread has ended", || Arc::strong_count(&timer) == 1);
+        }
     }
 }

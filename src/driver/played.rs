@@ -8,6 +8,7 @@ use super::overdue::{Overdue, Watched};
 use crate::ring::queues::played::{Audit, Played, Sizes, build};
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::rcu::played::PlayedThread;
+use crate::ring::timer::Timer;
 
 impl Driver {
     pub(crate) fn played(
@@ -19,7 +20,7 @@ impl Driver {
         let (built, played, thread) = build(seed, sizes, meanwhile);
         let driver = Self::new(built, limits, &HeldUp::new());
         // Of no driver: the thread ends as soon as it has begun.
-        driver.core.lock().overdue = Overdue::new(Weak::<Self>::new());
+        driver.core.lock().overdue = Overdue::new(Weak::<Self>::new(), Timer::new().unwrap());
         (driver, played, thread)
     }
 
@@ -61,11 +62,9 @@ impl Driver {
         is_due
     }
 
-    /// Does what the ring's own thread does about closes that take too long, if it is awake; whether some
-    /// go on.
+    /// Does what the ring's own thread does about closes that take too long; whether some go on.
     pub(crate) fn play_watch(&self) -> bool {
-        let is_asleep = self.core.lock().overdue.is_asleep;
-        !is_asleep && (self.enter_overdue() || !self.may_sleep())
+        self.core.lock().overdue.watches() && self.enter_overdue()
     }
 
     pub(crate) fn audit(&self, played: &Played) -> Audit {

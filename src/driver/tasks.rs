@@ -296,10 +296,4 @@ impl Watched for Driver {
             drop(self.enter_for_all(core, was_refused));
         }
     }
-
-    fn may_sleep(&self) -> bool {
-        let Some(mut core) = self.lock() else { return true };
-        core.overdue.is_asleep = !core.ring.ports().is_closing();
-        core.overdue.is_asleep
-    }
 }

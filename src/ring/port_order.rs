@@ -57,7 +57,7 @@ pub(crate) struct PortOrder {
 }
 
 impl PortOrder {
-    pub(super) fn begin_close(&mut self, port: Port, now: Instant) -> CloseId {
+    pub(crate) fn begin_close(&mut self, port: Port, now: Instant) -> CloseId {
         let close = self.next();
         self.closes.push_back(Some((port, now)));
         close
@@ -68,7 +68,7 @@ impl PortOrder {
     }
 
     /// A close has given up its port, or has none to give up. May be called more than once.
-    pub(super) fn end_close(&mut self, close: CloseId) {
+    pub(crate) fn end_close(&mut self, close: CloseId) {
         let Some(at) = self.at(close) else { return };
         let Some((port, _)) = self.closes.get_mut(at).and_then(Option::take) else { return };
         for bind in &mut self.waiting {

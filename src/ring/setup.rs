@@ -22,6 +22,7 @@ use super::recycle::self_test::{self, Support};
 use super::rlimits::{are_rings_charged_to_memlock, soft_limit};
 use super::share::Share;
 use super::socket_filter;
+use super::timer::Timer;
 use super::trials::{TRIALS, Trial, Tried, answers_names};
 use crate::error::SetupError;
 use crate::limits::{CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
@@ -35,6 +36,8 @@ pub(crate) struct Built {
     pub(crate) share: Arc<Share>,
     /// The kernel signals it for completions.
     pub(crate) eventfd: EventFd,
+    /// Of the ring's own thread.
+    pub(crate) timer: Timer,
     pub(crate) known: Known,
 }
 
@@ -80,7 +83,7 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     }
     let (recycle, support) = recyclable(recycle);
     let (slots, recycle) = fit(sockets, recycle);
-    let (mut queues, buffers, eventfd) = equip(io, &codes, slots + recycle.quarantined_max)?;
+    let (mut queues, buffers, signals) = equip(io, &codes, slots + recycle.quarantined_max)?;
     for trial in TRIALS {
         try_out(trial, &mut queues)?;
     }
@@ -88,15 +91,15 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     let defaults = Defaults::query()?;
     membarrier::enable_kicks();
     let known = Known { slots, recycle, support, defaults, has_names };
-    Ok(assemble(process, queues, buffers, eventfd, known))
+    Ok(assemble(process, queues, buffers, signals, known))
 }
 
 /// Builds another ring of the pool, for which nothing is tried that the first has shown.
 pub(crate) fn build_another(known: &Known) -> Result<Built, SetupError> {
     let (process, io, codes) = begin()?;
     let slots = known.slots + known.recycle.quarantined_max;
-    let (queues, buffers, eventfd) = equip(io, &codes, slots)?;
-    Ok(assemble(process, queues, buffers, eventfd, known.clone()))
+    let (queues, buffers, signals) = equip(io, &codes, slots)?;
+    Ok(assemble(process, queues, buffers, signals, known.clone()))
 }
 
 /// A ring that is disabled and has nothing yet, and the operations that it knows.
@@ -113,7 +116,7 @@ fn equip(
     io: IoUring,
     codes: &Probe,
     slots: u32,
-) -> Result<(Queues, BufferRing, EventFd), SetupError> {
+) -> Result<(Queues, BufferRing, (EventFd, Timer)), SetupError> {
     register_table(&io, slots)?;
     let buffers = register_buffers(&io)?;
     let eventfd = EventFd::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
@@ -121,20 +124,21 @@ fn equip(
         .register_eventfd(eventfd.as_raw_fd())
         .map_err(step("registering the eventfd"))?;
     restrict(&io, codes)?;
-    Ok((Queues::new(io), buffers, eventfd))
+    let timer = Timer::new().map_err(|errno| SetupError::Io { step: "timerfd_create", errno })?;
+    Ok((Queues::new(io), buffers, (eventfd, timer)))
 }
 
 fn assemble(
     process: Process,
     queues: Queues,
     buffers: BufferRing,
-    eventfd: EventFd,
+    (eventfd, timer): (EventFd, Timer),
     known: Known,
 ) -> Built {
     let share = Share::new(0);
     let recycler = Recycler::new(known.recycle, known.support.clone(), Rcu::new(eventfd.clone()));
     let ring = Ring::new(process, queues, buffers, known.slots, Arc::clone(&share), recycler);
-    Built { process, ring, share, eventfd, known }
+    Built { process, ring, share, eventfd, timer, known }
 }
 
 /// How many slots of a table are for guests' sockets, and how many sockets are cached beside them: the

@@ -36,6 +36,7 @@ use crate::ring::recycle::self_test::{FamilySupport, Support};
 use crate::ring::setup::{Built, Known};
 use crate::ring::share::Share;
 use crate::ring::slots::SlotState;
+use crate::ring::timer::Timer;
 use crate::stats::Stats;
 
 // ---- what `queues` uses of io_uring -----------------------------------------------------------------
@@ -1177,6 +1178,7 @@ pub(crate) fn build(
 ) -> (Built, Arc<Played>, PlayedThread) {
     static DEFAULTS: OnceLock<Defaults> = OnceLock::new();
     let eventfd = EventFd::new().expect("a descriptor");
+    let timer = Timer::new().expect("a descriptor");
     let (buffers, entries) = BufferRing::played().expect("memory");
     let kernel = Kernel {
         dice: Dice::new(seed),
@@ -1215,7 +1217,7 @@ pub(crate) fn build(
     let ring = Ring::new(process, queues, buffers, sizes.sockets, Arc::clone(&share), recycler);
     let defaults = *DEFAULTS.get_or_init(|| Defaults::query().expect("plain sockets"));
     let known = Known::played(sizes.sockets, sizes.recycle, support, defaults);
-    (Built { process, ring, share, eventfd, known }, played, thread)
+    (Built { process, ring, share, eventfd, timer, known }, played, thread)
 }
 
 /// What a ring has.
