@@ -92,6 +92,8 @@ struct State {
     /// what it waits for: the bind, or what was sent before.
     first: Option<Waker>,
     options: Options,
+    /// What the last bind was asked for, if that is for a policy to hear.
+    asked_local: Option<Box<SocketAddr>>,
     /// The kernel's last answer, if no operation since then may have changed it.
     local: Option<Box<SocketAddr>>,
     remote: Option<Box<Remote>>,
@@ -216,6 +218,7 @@ impl UdpSocket {
                 bind: BindState::Unbound,
                 first: None,
                 options: Options::default(),
+                asked_local: None,
                 local: None,
                 remote: None,
                 unsettled: None,
@@ -265,7 +268,7 @@ impl UdpSocket {
             addr_use,
             addr,
             is_implicit,
-            local_addr: self.lock().local.as_deref().copied(),
+            local_addr: self.lock().known_local(),
         })
     }
 
@@ -440,6 +443,12 @@ impl State {
 
     fn is_bound(&self) -> bool {
         matches!(self.bind, BindState::Settled(Ok(())) | BindState::Bound)
+    }
+
+    /// Where the socket is bound, as far as is known.
+    fn known_local(&self) -> Option<SocketAddr> {
+        let known = self.local.as_deref().or(self.asked_local.as_deref());
+        known.filter(|_| self.is_bound()).copied()
     }
 
     /// A send to a peer is on its way: whether one of so many bytes has reached it before. (If this one fails,

@@ -82,7 +82,9 @@ impl UdpSocket {
         let slot = self.slot.get().copied();
         let (slot, in_flight) = self.driver.submit_bind(self.ctx.guest, slot, bind)?;
         self.slot.get_or_init(|| slot);
+        let asked_local = self.ctx.checks.hears_local_addr().then(|| Box::new(addr));
         let mut state = self.lock();
+        state.asked_local = asked_local;
         state.bind = BindState::Binding(Box::new(in_flight));
         state.local = None;
         Ok(())

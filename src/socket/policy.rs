@@ -98,7 +98,9 @@ pub struct AddrEvent {
     pub addr: SocketAddr,
     /// Of a bind: the guest has not asked for it, but connects or sends without one (WASI 0.3).
     pub is_implicit: bool,
-    /// Where the socket is bound, if the guest has asked that since its last connect.
+    /// Where the socket is bound, if it is, as far as the kernel need not be asked: what the guest has bound it to,
+    /// with port 0 where the kernel has chosen one; or the address that the kernel has given it, if the guest has
+    /// asked for that since its last connect.
     pub local_addr: Option<SocketAddr>,
 }
 
@@ -203,6 +205,11 @@ impl Checks {
     /// Whether the guest may have UDP sockets at all.
     pub(crate) fn udp(&self) -> Result<(), Reason> {
         if matches!(self, Self::None) { Err(NO_POLICY) } else { Ok(()) }
+    }
+
+    /// Whether it is told where sockets are bound.
+    pub(crate) fn hears_local_addr(&self) -> bool {
+        matches!(self, Self::Policy(_))
     }
 
     pub(crate) fn socket_created(&self, socket: SocketId) -> Result<(), Reason> {

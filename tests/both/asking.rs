@@ -270,7 +270,7 @@ fn a_policy_hears_which_socket_and_where_it_is_bound<G: Guest>() {
             events.iter().map(told).collect::<Vec<_>>(),
             [
                 (first, "UdpBind".to_owned(), LOOPBACK, None),
-                (first, send.clone(), peer, None),
+                (first, send.clone(), peer, Some(LOOPBACK)),
                 (first, send, peer, Some(local)),
             ]
         );
