@@ -4,12 +4,16 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use wasmtime::component::{HasData, ResourceTable};
 
 use crate::datagram::Family;
 use crate::error::ErrorCode;
-use crate::limits::{GUEST_QUEUE_BYTES_DEFAULT, GUEST_SEND_BYTES_DEFAULT, GUEST_SOCKETS_DEFAULT};
+use crate::limits::{
+    DEFERRED_TIME_DEFAULT, GUEST_QUEUE_BYTES_DEFAULT, GUEST_SEND_BYTES_DEFAULT,
+    GUEST_SOCKETS_DEFAULT,
+};
 use crate::ring::account::{Account, GuestLimits};
 use crate::ring::quota::Quota;
 use crate::socket::UdpSocket;
@@ -70,6 +74,7 @@ impl UdpCtx {
                 quota: None,
                 queue_bytes: GUEST_QUEUE_BYTES_DEFAULT,
                 send_bytes: GUEST_SEND_BYTES_DEFAULT,
+                deferred_time: DEFERRED_TIME_DEFAULT,
             },
         }
     }
@@ -216,6 +221,19 @@ impl UdpCtxBuilder {
         self
     }
 
+    /// How long a datagram that the guest is told is sent may wait for others that go the same way; any time, by
+    /// default [`DEFERRED_TIME_DEFAULT`]. With 0 none does: each `send` has reached the kernel when it returns, as
+    /// wasmtime-wasi's has, and a guest that sends datagrams one by one pays for an enter each.
+    ///
+    /// What a guest sends on to a peer that its socket has reached lately is deferred. It leaves before, as soon as
+    /// the guest suspends or receives, with what any other guest of its ring submits, and when the socket has 64
+    /// datagrams or 32 KiB of it; what is left of this time counts only for a guest that computes on. One
+    /// that has not sent for so long counts as having suspended meanwhile.
+    pub fn deferred_time(mut self, deferred_time: Duration) -> Self {
+        self.limits.deferred_time = deferred_time;
+        self
+    }
+
     /// The finished configuration.
     #[must_use]
     pub fn build(self) -> UdpCtx {
@@ -227,7 +245,6 @@ impl UdpCtxBuilder {
 mod tests {
     use std::sync::mpsc::channel;
     use std::thread;
-    use std::time::Duration;
 
     use super::*;
 

@@ -46,9 +46,7 @@ pub(crate) use self::in_flight::{InFlight, Progress};
 pub(crate) use self::send_now::{Given, SendNow};
 use crate::clock;
 use crate::error::Errno;
-use crate::limits::{
-    CLOSE_LOOKS_MIN, CLOSE_PATIENCE, CLOSE_PATIENCE_MAX, DEFERRED_TIME_MAX, LINGER,
-};
+use crate::limits::{CLOSE_LOOKS_MIN, CLOSE_PATIENCE, CLOSE_PATIENCE_MAX, LINGER};
 use crate::ring::account::Account;
 use crate::ring::kernel_defaults::Defaults;
 use crate::ring::membarrier::kick;
@@ -117,7 +115,7 @@ impl Driver {
     }
 
     /// Takes over datagrams that their guest is told are sent. They leave when any guest next enters, at the
-    /// latest when this one suspends, or if it computes on, soon after (`DEFERRED_TIME_MAX`). No other send of
+    /// latest when this one suspends, or if it computes on, after the time that its host has set. No other send of
     /// the socket is in flight.
     pub(crate) fn defer(
         self: &Arc<Self>,
@@ -144,7 +142,7 @@ impl Driver {
         if is_full {
             drop(self.combine(core));
         } else if !core.entering {
-            core.call_after(DEFERRED_TIME_MAX);
+            core.call_after(account.deferred_time);
             self.leave_to_any_flusher(core);
         }
         deferred

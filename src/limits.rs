@@ -57,12 +57,8 @@ pub(crate) const DEFERRED_DATAGRAMS_MAX: usize = 64;
 /// processor's cache any more.
 pub(crate) const DEFERRED_BYTES_MAX: usize = 32 * 1024;
 
-/// How long a datagram may be deferred, if its guest computes on.
-pub(crate) const DEFERRED_TIME_MAX: Duration = Duration::from_millis(1);
-
-/// Longest time between two sends of a guest that goes on sending, in the belief that it has not suspended in
-/// between.
-pub(crate) const SENDS_ON_MAX: Duration = Duration::from_millis(1);
+/// Default of [`UdpCtxBuilder::deferred_time`](crate::UdpCtxBuilder::deferred_time).
+pub const DEFERRED_TIME_DEFAULT: Duration = Duration::from_millis(1);
 
 /// Peers that a socket is known to have reached: enough for one that answers several.
 pub(crate) const REACHED_MAX: usize = 4;

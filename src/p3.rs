@@ -13,7 +13,7 @@
 //! |---|---|---|---|
 //! | `create`, and what binds | `other(none)` when the process has no descriptors left | `other(some("new-socket-limit"))` when the table or the guest's quota is full | WASI 0.3 has no code for it |
 //! | `connect`, `send` of an unbound socket | when no port is left `other(none)`, and `send` waits | `address-in-use` | WIT names this code |
-//! | `send` to a peer that was just reached, by a guest that goes on sending, or while another thread is inside the ring | the kernel has the datagram when it returns | it is deferred: it leaves with the others when the guest suspends or receives, after 2 ms at the latest; the first error of theirs is the next `send`'s, and the others are sent | many datagrams are one message, and the call is done at once |
+//! | `send` to a peer that was just reached, by a guest that goes on sending, or while another thread is inside the ring | the kernel has the datagram when it returns | it is deferred: it leaves with the others when the guest suspends or receives, after 2 ms at the latest (or what [`deferred_time`](crate::UdpCtxBuilder::deferred_time) says); the first error of theirs is the next `send`'s, and the others are sent | many datagrams are one message, and the call is done at once |
 //! | `connect` behind such sends, while there is no send buffer | does not wait | waits until they are sent | they are for the peer of their time |
 //! | `send`s that wait for send buffer | leave in the order of the calls, most often | in the order of the calls | the first of them waits, the others behind it |
 //! | `receive`, several at once | the last call is served first | in the order of the calls | fair, and as one would expect |

@@ -27,7 +27,7 @@ use crate::clock;
 use crate::datagram::Family;
 use crate::driver::Driver;
 use crate::error::ErrorCode;
-use crate::limits::SHUTDOWN_PATIENCE;
+use crate::limits::{DEFERRED_TIME_DEFAULT, SHUTDOWN_PATIENCE};
 use crate::pool::Pool;
 use crate::ring::account::{Account, GuestLimits};
 use crate::ring::queues::played::{Dice, Faults, Played, PlayedPanic, Sizes, Stamp};
@@ -1148,7 +1148,8 @@ fn live(seed: u64, runtime: &Rc<Runtime>) {
 }
 
 fn guest_limits(sockets: u32, queue_bytes: usize, send_bytes: usize) -> GuestLimits {
-    GuestLimits { sockets, quota: None, queue_bytes, send_bytes }
+    let deferred_time = DEFERRED_TIME_DEFAULT;
+    GuestLimits { sockets, quota: None, queue_bytes, send_bytes, deferred_time }
 }
 
 fn number(variable: &str, otherwise: u64) -> u64 {

@@ -9,12 +9,11 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::limits::{
     BATCH_BYTES_MAX, BATCH_GUESTS_MAX, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS, QUOTA_RETRIES_MAX,
-    SENDS_ON_MAX,
 };
 
 /// Names a guest among those of all rings.
@@ -161,12 +160,16 @@ pub(crate) struct Stretch {
     taken: AtomicUsize,
     /// When it last sent, in nanoseconds from `begun`; 0: it has not.
     sent_at: AtomicU64,
+    /// Longest time between two sends of a guest that goes on sending, in the belief that it has not suspended in
+    /// between.
+    pause_max: Duration,
     begun: Instant,
 }
 
 impl Stretch {
-    pub(crate) fn new() -> Self {
-        Self { taken: AtomicUsize::new(0), sent_at: AtomicU64::new(0), begun: clock::now() }
+    pub(crate) fn new(pause_max: Duration) -> Self {
+        let (taken, sent_at) = (AtomicUsize::new(0), AtomicU64::new(0));
+        Self { taken, sent_at, pause_max, begun: clock::now() }
     }
 
     /// The guest has suspended.
@@ -194,7 +197,7 @@ impl Stretch {
         let now = clock::since(self.begun).as_nanos();
         let now = u64::try_from(now).unwrap_or(u64::MAX).max(1);
         let sent_at = self.sent_at.swap(now, Ordering::Relaxed);
-        sent_at != 0 && u128::from(now.saturating_sub(sent_at)) < SENDS_ON_MAX.as_nanos()
+        sent_at != 0 && u128::from(now.saturating_sub(sent_at)) < self.pause_max.as_nanos()
     }
 }
 
@@ -202,7 +205,7 @@ impl Stretch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::{BUDGET_BATCHED, BUDGET_DATAGRAMS};
+    use crate::limits::{BUDGET_BATCHED, BUDGET_DATAGRAMS, DEFERRED_TIME_DEFAULT};
 
     const A: Guest = Guest(u64::MAX - 1);
     const B: Guest = Guest(u64::MAX);
@@ -331,7 +334,7 @@ mod tests {
     #[test]
     fn a_budget_is_sixty_four_datagrams_or_thirty_two_in_batches() {
         for (max, datagrams) in [(BUDGET_DATAGRAMS, 64), (BUDGET_BATCHED, 32)] {
-            let stretch = Stretch::new();
+            let stretch = Stretch::new(Duration::ZERO);
             stretch.take(datagrams - 1);
             assert!(!stretch.is_budget_spent(max));
             stretch.take(1);
@@ -344,7 +347,7 @@ mod tests {
     #[test]
     fn a_guest_sends_on_until_it_suspends_or_a_millisecond_is_over() {
         clock::played::start();
-        let stretch = Stretch::new();
+        let stretch = Stretch::new(DEFERRED_TIME_DEFAULT);
         assert!(!stretch.send(), "the first");
         assert!(stretch.send() && stretch.send());
         stretch.end();
@@ -353,9 +356,11 @@ mod tests {
         stretch.end_sends();
         assert!(!stretch.send(), "the first since it has heard all");
         assert!(stretch.send());
-        clock::played::pass(SENDS_ON_MAX);
+        clock::played::pass(DEFERRED_TIME_DEFAULT);
         assert!(!stretch.send(), "it has most likely suspended elsewhere");
         assert!(stretch.send());
+        let never = Stretch::new(Duration::ZERO);
+        assert!(!never.send() && !never.send(), "its host has it defer nothing");
         clock::played::end();
     }
 

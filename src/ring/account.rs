@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::quota::{ByteQuota, Level, Quota};
 use crate::clock;
+#[cfg(any(test, feature = "bare"))]
+use crate::limits::DEFERRED_TIME_DEFAULT;
 use crate::limits::{DENIAL_REASONS_MAX, OTHER_REASONS};
 use crate::stats::{Denials, GuestStats};
 
@@ -19,6 +21,8 @@ pub(crate) struct GuestLimits {
     pub(crate) quota: Option<Quota>,
     pub(crate) queue_bytes: usize,
     pub(crate) send_bytes: usize,
+    /// How long a datagram that it is told is sent may be deferred.
+    pub(crate) deferred_time: Duration,
 }
 
 #[derive(Debug)]
@@ -29,6 +33,7 @@ pub(crate) struct Account {
     /// Bytes of sends that wait for send buffer.
     pub(crate) sending: ByteQuota,
     pub(crate) counters: Counters,
+    pub(crate) deferred_time: Duration,
     /// When the guest was gone.
     forsaken: OnceLock<Instant>,
 }
@@ -40,6 +45,7 @@ impl Account {
             queued: ByteQuota::new(limits.queue_bytes),
             sending: ByteQuota::new(limits.send_bytes),
             counters: Counters::default(),
+            deferred_time: limits.deferred_time,
             forsaken: OnceLock::new(),
         })
     }
@@ -48,7 +54,8 @@ impl Account {
     #[cfg(any(test, feature = "bare"))]
     pub(crate) fn of_sockets(sockets: u32) -> Arc<Self> {
         let (queue_bytes, send_bytes) = (usize::MAX, usize::MAX);
-        Self::new(GuestLimits { sockets, quota: None, queue_bytes, send_bytes })
+        let deferred_time = DEFERRED_TIME_DEFAULT;
+        Self::new(GuestLimits { sockets, quota: None, queue_bytes, send_bytes, deferred_time })
     }
 
     /// The guest is gone; the units in use are of what it has left.

@@ -276,6 +276,8 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::super::account::GuestLimits;
     use super::*;
 
@@ -348,9 +350,13 @@ mod tests {
     #[test]
     fn the_queues_of_a_guest_pause_at_half_its_quota_and_drop_beyond_it_all_but_one() {
         let each = 100 + PLACE;
-        let (queue_bytes, send_bytes) = (4 * each, 0);
-        let account =
-            Account::new(GuestLimits { sockets: 1, quota: None, queue_bytes, send_bytes });
+        let account = Account::new(GuestLimits {
+            sockets: 1,
+            quota: None,
+            queue_bytes: 4 * each,
+            send_bytes: 0,
+            deferred_time: Duration::ZERO,
+        });
         let new = || {
             let limits = QueueLimits { datagrams: 100, bytes: 1 << 20 };
             ReceiveQueue::new(limits, Arc::clone(&account))

@@ -36,8 +36,8 @@ impl GuestCtx {
             guest: Guest::new(),
             numbered: AtomicU64::new(0),
             checks,
+            stretch: Stretch::new(limits.deferred_time),
             account: Account::new(limits),
-            stretch: Stretch::new(),
         }
     }
 

@@ -300,8 +300,10 @@ impl UdpSocket {
             self.take_error()?;
             let (guest, slot) = (self.ctx.guest, self.bound_slot());
             // What went well lately will again: it may be another thread's to submit.
-            let may_defer = (is_reached && !is_used_up).then_some(&self.ctx.account);
-            let send = SendNow::new(&self.driver, guest, slot, datagram, may_defer);
+            let account = &self.ctx.account;
+            let may_defer = is_reached && !is_used_up && !account.deferred_time.is_zero();
+            let send =
+                SendNow::new(&self.driver, guest, slot, datagram, may_defer.then_some(account));
             match send.given().await? {
                 Given::Deferred(deferred) => {
                     self.set_answered(Box::new(deferred));

@@ -1,15 +1,28 @@
-//! Sends that are answered before they are submitted: a guest that goes on sending. How far it gets within
-//! the millisecond that this takes depends on the machine, so some of these try until it was far enough.
+//! Sends that are answered before they are submitted: a guest that goes on sending.
 
 use std::net::{Ipv4Addr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
 
-use wasi_uring::Stats;
+use wasi_uring::{Stats, UdpCtxBuilder};
 
 use crate::common::{Backend, ErrorCode, LOOPBACK, Setup, native, own_ip, rest};
 use crate::guest::{Guest, on, on_both};
 
 const BURST: u8 = 16;
-const TRIES: usize = 200;
+
+/// Of a guest that has a minute between two sends, so that the machine may be slow.
+fn unhurried() -> Setup {
+    defers(Duration::from_mins(1))
+}
+
+fn defers(deferred_time: Duration) -> Setup {
+    let configure = move |udp: UdpCtxBuilder| {
+        let udp = udp.allow(|_addr, _use| true);
+        udp.deferred_time(deferred_time)
+    };
+    Setup { configure: Some(Arc::new(configure)), ..Setup::default() }
+}
 
 /// Sends datagrams of one size, each with a number, to a witness.
 async fn send_burst<G: Guest>(guest: &mut G, socket: u32, witness: &UdpSocket) {
@@ -30,28 +43,35 @@ fn assert_hears_burst(witness: &UdpSocket) {
 in_both!(sends_of_a_guest_that_goes_on_leave_in_one_message_behind_the_first);
 /// Kills: an enter for each datagram; datagrams that leave apart.
 fn sends_of_a_guest_that_goes_on_leave_in_one_message_behind_the_first<G: Guest>() {
-    on::<G, ()>(Backend::Uring, Setup::default(), async |guest| {
+    on::<G, ()>(Backend::Uring, unhurried(), async |guest| {
         let (witness, _) = native::socket(Ipv4Addr::LOCALHOST);
         let (socket, _) = guest.bound(LOOPBACK).await;
-        for attempt in 0.. {
-            assert!(attempt < TRIES, "its datagrams do not leave together");
-            let before = guest.rig().stats();
-            send_burst(guest, socket, &witness).await;
-            let sent = guest.rig().stats();
-            rest().await;
-            assert_hears_burst(&witness);
-            let after = guest.rig().stats();
-            let (coalesced, deferred) = (
-                after.datagrams_coalesced - before.datagrams_coalesced,
-                after.datagrams_deferred - before.datagrams_deferred,
-            );
-            assert_eq!(after.datagrams_sent - before.datagrams_sent, BURST.into());
-            // To look at the counters submits what is deferred.
-            let enters = sent.enters - before.enters;
-            if (enters, coalesced, deferred) == (2, 15, 15) {
-                break;
-            }
-        }
+        let before = guest.rig().stats();
+        send_burst(guest, socket, &witness).await;
+        let sent = guest.rig().stats();
+        rest().await;
+        assert_hears_burst(&witness);
+        let after = guest.rig().stats();
+        // To look at the counters submits what is deferred.
+        assert_eq!(sent.enters - before.enters, 2);
+        assert_eq!(after.datagrams_coalesced - before.datagrams_coalesced, 15);
+        assert_eq!(after.datagrams_deferred - before.datagrams_deferred, 15);
+        assert_eq!(after.datagrams_sent - before.datagrams_sent, BURST.into());
+    });
+}
+
+in_both!(a_host_may_have_nothing_deferred);
+/// Kills: a time of 0 that is taken for none.
+fn a_host_may_have_nothing_deferred<G: Guest>() {
+    on::<G, ()>(Backend::Uring, defers(Duration::ZERO), async |guest| {
+        let (witness, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let (socket, _) = guest.bound(LOOPBACK).await;
+        let before = guest.rig().stats();
+        send_burst(guest, socket, &witness).await;
+        let sent = guest.rig().stats();
+        assert_hears_burst(&witness);
+        assert_eq!(sent.enters - before.enters, BURST.into());
+        assert_eq!(sent.datagrams_deferred, 0);
     });
 }
 
@@ -62,7 +82,7 @@ fn what_was_deferred_is_sent_although_its_socket_or_guest_goes<G: Guest>() {
         let mut recycled = 0;
         for _ in 0..5 {
             let (witness, _) = native::socket(Ipv4Addr::LOCALHOST);
-            let (deferred, cached) = on::<G, _>(Backend::Uring, Setup::default(), async |guest| {
+            let (deferred, cached) = on::<G, _>(Backend::Uring, unhurried(), async |guest| {
                 let (mut deferred, mut cached) = (0, 0);
                 for _ in 0..4 {
                     let (socket, _) = guest.bound(LOOPBACK).await;
@@ -95,30 +115,24 @@ in_both!(
 fn the_refusal_of_a_deferred_datagram_is_answered_to_the_next_send_once_and_the_others_are_sent<
     G: Guest,
 >() {
-    on::<G, ()>(Backend::Uring, Setup::default(), async |guest| {
-        for attempt in 0.. {
-            assert!(attempt < TRIES, "none is deferred");
-            let closed = native::closed_port(own_ip());
-            let socket = guest.connected(closed).await;
-            let before = guest.rig().stats();
-            let mut answers = Vec::new();
-            for _ in 0..3 {
-                answers.push(guest.send(socket, b"anybody?", None).await);
-            }
-            rest().await;
-            let after = guest.rig().stats();
-            if after.datagrams_deferred - before.datagrams_deferred == 2 && answers == [Ok(()); 3] {
-                // The second met the refusal of the first, and the third was sent.
-                assert_eq!(after.datagrams_sent - before.datagrams_sent, 2);
-                let refused = Err(ErrorCode::ConnectionRefused);
-                assert_eq!(guest.send(socket, b"the second's", None).await, refused);
-                rest().await;
-                assert_eq!(guest.send(socket, b"the third's", None).await, refused);
-                rest().await;
-                assert_eq!(guest.send(socket, b"anybody now?", None).await, Ok(()));
-                break;
-            }
+    on::<G, ()>(Backend::Uring, unhurried(), async |guest| {
+        let closed = native::closed_port(own_ip());
+        let socket = guest.connected(closed).await;
+        let before = guest.rig().stats();
+        for _ in 0..3 {
+            assert_eq!(guest.send(socket, b"anybody?", None).await, Ok(()));
         }
+        rest().await;
+        let after = guest.rig().stats();
+        assert_eq!(after.datagrams_deferred - before.datagrams_deferred, 2);
+        // The second met the refusal of the first, and the third was sent.
+        assert_eq!(after.datagrams_sent - before.datagrams_sent, 2);
+        let refused = Err(ErrorCode::ConnectionRefused);
+        assert_eq!(guest.send(socket, b"the second's", None).await, refused);
+        rest().await;
+        assert_eq!(guest.send(socket, b"the third's", None).await, refused);
+        rest().await;
+        assert_eq!(guest.send(socket, b"anybody now?", None).await, Ok(()));
     });
 }
 
