@@ -170,7 +170,7 @@
 //! | `ring::gro_key` | one socket for all rings, so that `UDP_GRO` stays on in the kernel |
 //! | `ring::process`, `ring::mapping` | which process this is, after a fork; memory of our own |
 //! | `ring::membarrier` | waiting for the kernel's other processors, and interrupting threads |
-//! | `ring::thread_clock`, `ring::timer` | how long a thread has run; what the ring's own thread waits for |
+//! | `ring::thread_clock`, `ring::thread_tag`, `ring::timer` | how long a thread has run, and which it is; what the ring's own thread waits for |
 //! | `ring::rlimits` | the process's limits, and whether rings are charged to that of locked memory |
 //! | `datagram` | socket addresses, control data and messages as bytes |
 //! | `error` | [`SetupError`] for hosts; one errno table for guests |

@@ -31,6 +31,7 @@ mod socket_filter;
 #[cfg(test)]
 mod tests;
 pub(crate) mod thread_clock;
+mod thread_tag;
 pub(crate) mod timer;
 pub(crate) mod trials;
 
@@ -57,6 +58,7 @@ use self::recycle::{Next, Recycler};
 use self::send::SendOp;
 use self::share::Share;
 use self::slots::{Receive, Releasing, SlotState, SlotTable};
+use self::thread_tag::ThreadTag;
 use crate::clock;
 use crate::error::Errno;
 use crate::limits::{
@@ -300,7 +302,7 @@ impl Ring {
         if self.arming.is_empty() {
             return;
         }
-        let here = std::thread::current().id();
+        let here = ThreadTag::current();
         for slot in self.arming.drain(..) {
             if let Some(receive) = &mut self.slots.get(slot).receive {
                 receive.armed_by = Some(here);
@@ -311,7 +313,7 @@ impl Ring {
     /// Whether datagrams of a socket may wait in the kernel until another thread enters.
     pub(crate) fn is_armed_elsewhere(&mut self, slot: SlotIndex) -> bool {
         let armed_by = self.slots.get(slot).receive.and_then(|receive| receive.armed_by);
-        armed_by.is_some_and(|thread| thread != std::thread::current().id())
+        armed_by.is_some_and(|thread| thread != ThreadTag::current())
     }
 
     /// Submits a receive of what is in the socket now, and before it what was deferred: that may be what is to be

@@ -275,9 +275,9 @@ impl UdpSocket {
     /// Ready when the guest may use an address, or may not. In WASI 0.3 other calls may come between.
     fn may_use(&self, addr: SocketAddr, addr_use: SocketAddrUse, is_implicit: bool) -> May<'_> {
         let ctx = &*self.ctx;
-        match self.judge(addr, addr_use, is_implicit) {
+        match self.judge(addr, addr_use, is_implicit).poll_once() {
             Judged::Now(answer) => May::Now(answer.map_err(|reason| ctx.deny(reason))),
-            Judged::Asked(question) => May::Asked(ctx, question),
+            Judged::Asked(question) => May::Asked(Box::new((ctx, question))),
         }
     }
 
@@ -419,7 +419,7 @@ impl Drop for Place<'_> {
 /// Whether the guest may. A call that waits for it has it in its future, so it is small.
 enum May<'ctx> {
     Now(Result<(), ErrorCode>),
-    Asked(&'ctx GuestCtx, Question),
+    Asked(Box<(&'ctx GuestCtx, Question)>),
 }
 
 impl Future for May<'_> {
@@ -428,7 +428,8 @@ impl Future for May<'_> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut *self {
             Self::Now(answer) => Poll::Ready(*answer),
-            Self::Asked(ctx, question) => {
+            Self::Asked(asked) => {
+                let (ctx, question) = &mut **asked;
                 let answer = ready!(Pin::new(question).poll(cx));
                 Poll::Ready(answer.map_err(|reason| ctx.deny(reason)))
             }

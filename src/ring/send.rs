@@ -5,6 +5,7 @@ use std::sync::Arc;
 use io_uring::opcode;
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::Fixed;
+use smallvec::SmallVec;
 
 use crate::datagram::{GsoMessage, Outgoing, front_run};
 use crate::error::Errno;
@@ -30,7 +31,7 @@ pub(crate) struct SendOp {
     /// The guest was told that they are sent: one that the kernel refuses does not keep back the others.
     is_answered: bool,
     /// This attempt's messages, of the datagrams behind those that are over.
-    messages: Vec<Message>,
+    messages: SmallVec<[Message; 1]>,
     /// The kernel refused the last attempt's coalesced message. If this attempt, with datagrams of
     /// more than so many bytes apart, goes better, coalescing was the reason.
     suspected: Option<usize>,
@@ -88,7 +89,7 @@ impl SendOp {
             refusal: None,
             coalesced: 0,
             is_answered: false,
-            messages: Vec::new(),
+            messages: SmallVec::new(),
             suspected: None,
             attempts: 0,
             charge: None,

@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU16;
 use std::sync::Arc;
-use std::thread::ThreadId;
 use std::time::Duration;
 
 use super::account::Account;
@@ -11,6 +10,7 @@ use super::port_order::{CloseId, Port};
 use super::queues::{OpKey, SlotIndex};
 use super::recycle::taint::Taint;
 use super::send::SegmentLimit;
+use super::thread_tag::ThreadTag;
 use crate::datagram::Family;
 
 /// Whose a slot is.
@@ -46,7 +46,7 @@ pub(super) struct Receive {
     /// A cancel for it has been queued.
     pub(super) is_cancelled: bool,
     /// The thread that it completes on, once it has been brought to the kernel.
-    pub(super) armed_by: Option<ThreadId>,
+    pub(super) armed_by: Option<ThreadTag>,
 }
 
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 pub use wasmtime_wasi::sockets::SocketAddrUse;
 
@@ -179,10 +179,10 @@ pub(crate) enum Question {
 }
 
 impl Judged {
-    /// The answer, if the host finds it at once.
-    pub(crate) fn poll_once(self, cx: &mut Context<'_>) -> Self {
+    /// The answer, if the host finds it at once. Else the question is to be polled again, since it wakes nobody.
+    pub(crate) fn poll_once(self) -> Self {
         let Self::Asked(mut question) = self else { return self };
-        match Pin::new(&mut question).poll(cx) {
+        match Pin::new(&mut question).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(answer) => Self::Now(answer),
             Poll::Pending => Self::Asked(question),
         }

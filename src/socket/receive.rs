@@ -465,9 +465,12 @@ impl UdpSocket {
         cx: &mut Context<'_>,
         withheld: &mut Withheld<'_>,
     ) -> Admission {
-        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false).poll_once(cx) {
+        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false) {
             Judged::Now(answer) => answer,
-            Judged::Asked(question) => return Admission::Asked(question),
+            Judged::Asked(mut question) => match Pin::new(&mut question).poll(cx) {
+                Poll::Ready(answer) => answer,
+                Poll::Pending => return Admission::Asked(question),
+            },
         };
         if self.is_admitted(answer, from, remote, withheld) {
             Admission::Given

@@ -39,10 +39,7 @@ impl UdpSocket {
         self.settled().await?;
         let remote = self.remote();
         let mut batch = Checked::new(datagrams.len());
-        let mut check =
-            |cx: &mut Context<'_>| self.check_batch(&mut datagrams, remote, &mut batch, cx);
-        let asked = poll_fn(|cx| Poll::Ready(check(cx))).await;
-        if let Some(asked) = asked {
+        if let Some(asked) = self.check_batch(&mut datagrams, remote, &mut batch) {
             // Boxed, because few hosts have to be waited for.
             batch = Box::pin(self.check_asked(asked, datagrams, remote, batch)).await;
         }
@@ -340,7 +337,6 @@ impl UdpSocket {
         datagrams: &mut impl Iterator<Item = (Vec<u8>, Option<SocketAddr>)>,
         remote: Option<Remote>,
         batch: &mut Checked,
-        cx: &mut Context<'_>,
     ) -> Option<(Outgoing, Question)> {
         for (payload, to) in datagrams {
             let effective = match self.destination(&payload, to, remote) {
@@ -352,7 +348,7 @@ impl UdpSocket {
             };
             let bytes = payload.len();
             let datagram = Outgoing { payload, to: named(effective, remote) };
-            match self.judge(effective, SocketAddrUse::UdpSend, false).poll_once(cx) {
+            match self.judge(effective, SocketAddrUse::UdpSend, false).poll_once() {
                 Judged::Now(Ok(())) => {
                     batch.reach(self, effective, bytes);
                     batch.accepted.push(datagram);
@@ -383,9 +379,7 @@ impl UdpSocket {
                 return batch;
             }
             batch.accepted.push(datagram);
-            let mut check =
-                |cx: &mut Context<'_>| self.check_batch(&mut datagrams, remote, &mut batch, cx);
-            match poll_fn(|cx| Poll::Ready(check(cx))).await {
+            match self.check_batch(&mut datagrams, remote, &mut batch) {
                 Some(next) => asked = next,
                 None => return batch,
             }
