@@ -92,10 +92,7 @@ struct State {
     /// what it waits for: the bind, or what was sent before.
     first: Option<Waker>,
     options: Options,
-    /// What the last bind was asked for, if that is for a policy to hear.
-    asked_local: Option<Box<SocketAddr>>,
-    /// The kernel's last answer, if no operation since then may have changed it.
-    local: Option<Box<SocketAddr>>,
+    local: Option<Box<Local>>,
     remote: Option<Box<Remote>>,
     /// A connect whose call was told that the kernel refuses enters. It is still queued.
     unsettled: Option<Box<Unsettled>>,
@@ -107,6 +104,15 @@ struct State {
     answered: Option<Box<InFlight>>,
     /// Whom sends have reached lately.
     reached: Option<Box<Peers>>,
+}
+
+/// Where a socket is bound, or being bound.
+#[derive(Default)]
+struct Local {
+    /// What its guest has asked for, if that is for a policy to hear.
+    asked: Option<SocketAddr>,
+    /// The kernel's last answer, if no operation since then may have changed it.
+    answered: Option<SocketAddr>,
 }
 
 /// Whom a socket is connected to.
@@ -218,7 +224,6 @@ impl UdpSocket {
                 bind: BindState::Unbound,
                 first: None,
                 options: Options::default(),
-                asked_local: None,
                 local: None,
                 remote: None,
                 unsettled: None,
@@ -328,12 +333,12 @@ impl UdpSocket {
         if !self.is_bound().await {
             return Err(ErrorCode::InvalidState);
         }
-        if let Some(local) = self.lock().local.as_deref() {
-            return Ok(*local);
+        if let Some(answered) = self.lock().local.as_ref().and_then(|local| local.answered) {
+            return Ok(answered);
         }
         let local = self.query(Whose::Own).await?;
         if local.port() != 0 {
-            self.lock().local = Some(Box::new(local));
+            self.lock().local.get_or_insert_default().answered = Some(local);
         }
         Ok(local)
     }
@@ -448,8 +453,8 @@ impl State {
 
     /// Where the socket is bound, as far as is known.
     fn known_local(&self) -> Option<SocketAddr> {
-        let known = self.local.as_deref().or(self.asked_local.as_deref());
-        known.filter(|_| self.is_bound()).copied()
+        let local = self.local.as_ref().filter(|_| self.is_bound())?;
+        local.answered.or(local.asked)
     }
 
     /// A send to a peer is on its way: whether one of so many bytes has reached it before. (If this one fails,

@@ -10,7 +10,7 @@ use crate::datagram::Family;
 use crate::error::{Errno, ErrorCode};
 use crate::ring::op::BindOp;
 use crate::socket::policy::{SocketAddrUse, is_of_family};
-use crate::socket::{BindState, May, UdpSocket};
+use crate::socket::{BindState, Local, May, UdpSocket};
 
 impl UdpSocket {
     /// Validates the address, asks the policy and submits the bind.
@@ -82,11 +82,11 @@ impl UdpSocket {
         let slot = self.slot.get().copied();
         let (slot, in_flight) = self.driver.submit_bind(self.ctx.guest, slot, bind)?;
         self.slot.get_or_init(|| slot);
-        let asked_local = self.ctx.checks.hears_local_addr().then(|| Box::new(addr));
+        let asked = Local { asked: Some(addr), answered: None };
+        let local = self.ctx.checks.hears_local_addr().then(|| Box::new(asked));
         let mut state = self.lock();
-        state.asked_local = asked_local;
+        state.local = local;
         state.bind = BindState::Binding(Box::new(in_flight));
-        state.local = None;
         Ok(())
     }
 

@@ -92,7 +92,9 @@ impl UdpSocket {
         let addr = to.map_or_else(RawAddr::unspec, RawAddr::from);
         let mut connect = self.submit(Op::Connect(Box::new(addr)))?;
         // The kernel may choose another source address.
-        self.lock().local = None;
+        if let Some(local) = &mut self.lock().local {
+            local.answered = None;
+        }
         let result = poll_fn(|cx| connect.poll_result(cx)).await.map(drop);
         if connect.has_ended() {
             if result.is_ok() {

@@ -11,14 +11,14 @@ mod ports;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::{
     BOUND, Backend, Endpoint, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, enters_while,
     eventually, native, payloads, shared_enters_while, side_by_side, uring, within,
 };
 use tokio::runtime::Builder;
-use wasi_uring::Uring;
+use wasi_uring::{UdpCtxBuilder, Uring};
 
 /// Binds two sockets, sends both ways, drops both.
 async fn echo(rig: &mut Rig) {
@@ -167,37 +167,38 @@ fn queues_of_one_datagram_pause_and_resume_under_two_workers() {
 
 /// A guest sends twice, of which the second is deferred, and computes on until both have come.
 async fn send_twice_and_compute(uring: &Uring) {
-    let mut rig = Rig::on_ring(uring).await;
+    // Time enough for a slow machine to get to the second.
+    let deferred_time = Duration::from_millis(100);
+    let configure = move |udp: UdpCtxBuilder| {
+        let udp = udp.allow(|_addr, _use| true);
+        udp.deferred_time(deferred_time)
+    };
+    let setup = Setup { configure: Some(Arc::new(configure)), ..Setup::of(uring) };
+    let mut rig = Rig::new(Backend::Uring, setup).await;
     let endpoint = rig.endpoint(LOOPBACK).await;
-    for attempt in 0.. {
-        assert!(attempt < 200, "none is deferred");
-        let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
-        let heard = Arc::new(AtomicBool::new(false));
-        let listener = std::thread::spawn({
-            let heard = Arc::clone(&heard);
-            move || {
-                for n in [1, 2] {
-                    let mut buffer = [0; 2];
-                    assert_eq!(native::receive(&witness, &mut buffer), 1);
-                    assert_eq!(buffer[0], n);
-                }
-                heard.store(true, Ordering::Relaxed);
+    let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
+    let heard = Arc::new(AtomicBool::new(false));
+    let listener = std::thread::spawn({
+        let heard = Arc::clone(&heard);
+        move || {
+            for n in [1, 2] {
+                let mut buffer = [0; 2];
+                assert_eq!(native::receive(&witness, &mut buffer), 1);
+                assert_eq!(buffer[0], n);
             }
-        });
-        let before = uring.stats().datagrams_deferred;
-        for n in [1, 2] {
-            rig.send_one(endpoint.outgoing, &[n], Some(to)).await.unwrap();
+            heard.store(true, Ordering::Relaxed);
         }
-        let begun = Instant::now();
-        while !heard.load(Ordering::Relaxed) {
-            assert!(begun.elapsed() < BOUND, "the second does not leave while its guest computes");
-            std::hint::spin_loop();
-        }
-        listener.join().unwrap();
-        if uring.stats().datagrams_deferred > before {
-            return;
-        }
+    });
+    for n in [1, 2] {
+        rig.send_one(endpoint.outgoing, &[n], Some(to)).await.unwrap();
     }
+    let begun = Instant::now();
+    while !heard.load(Ordering::Relaxed) {
+        assert!(begun.elapsed() < BOUND, "the second does not leave while its guest computes");
+        std::hint::spin_loop();
+    }
+    listener.join().unwrap();
+    assert_eq!(uring.stats().datagrams_deferred, 1);
 }
 
 /// Kills: a deferred datagram that waits until its guest suspends.
@@ -461,6 +462,7 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
             }
         };
         let enters = shared_enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
-        assert!(enters <= GUESTS * CYCLES / 10, "{enters}, {:?}", uring.stats());
+        // A machine on which a cycle takes milliseconds has the ring's own thread enter, too.
+        assert!(enters <= GUESTS * CYCLES / 3, "{enters}, {:?}", uring.stats());
     });
 }
