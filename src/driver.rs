@@ -9,8 +9,8 @@
 //!
 //! The locks:
 //! 1. A thread takes them in this order: a socket's state; the driver's; a receive queue's. (What a
-//!    receiver has in front of its queue has a lock of its own, and so have a guest's reasons for denials:
-//!    under them no other is taken.)
+//!    receiver has in front of its queue has a lock of its own, and so have a guest's reasons for denials, and the
+//!    timer of the ring's own thread: under them no other is taken.)
 //! 2. It holds at most one of each kind, and while it enters none.
 //! 3. Under the driver's and a queue's it wakes, clones and drops no waker,
 //! 4. and runs no other code of the host's: neither a policy, nor a verdict that it is to find, nor a tracing
@@ -187,12 +187,10 @@ impl Driver {
         drop(self.combine(core));
     }
 
-    /// Whether `reap` may miss datagrams that are there for a socket: what guests have deferred, and what the
-    /// kernel keeps for another thread.
+    /// Whether `reap` may miss datagrams that are there for a socket: what guests have deferred; what the kernel
+    /// keeps for another thread; and all, while one is inside.
     pub(crate) fn may_miss(&self, slot: SlotIndex) -> bool {
-        self.lock().is_some_and(|mut core| {
-            core.ring.has_deferred() || core.entering || core.ring.is_armed_elsewhere(slot)
-        })
+        self.lock().is_some_and(|mut core| core.ring.has_deferred() || core.is_elsewhere(slot))
     }
 
     /// Has what is in a socket come to its queue, whichever thread has armed its receive; `None` if `reap` does.
@@ -203,7 +201,7 @@ impl Driver {
         queue: &Arc<ReceiveQueue>,
     ) -> Result<Option<InFlight>, Errno> {
         let mut core = self.lock_to_queue()?;
-        if !core.entering && !core.ring.is_armed_elsewhere(slot) {
+        if !core.is_elsewhere(slot) {
             return Ok(None);
         }
         core.batching.queue(guest);

@@ -183,7 +183,7 @@ pub(crate) const COMPUTES_PERCENT_MIN: u32 = 75;
 
 /// How often a thread that computes is interrupted while datagrams come: as long may one wait for it. (An
 /// interrupt costs some 30 µs of CPU in a virtual machine, of which the timer has 20.)
-pub(crate) const INTERRUPT_EVERY: Duration = Duration::from_micros(250);
+pub(crate) const INTERRUPT_EVERY: Duration = Duration::from_micros(175);
 
 /// The same when none has come for long: as often as the kernel's timer does, at 250 Hz.
 pub(crate) const INTERRUPT_EVERY_MAX: Duration = Duration::from_millis(4);

@@ -84,8 +84,8 @@ pub(crate) struct Ring {
     recycling: Vec<(SlotIndex, Op)>,
     /// Binds that have ended, with the rest of their chain still queued.
     cut: Vec<(OpKey, Box<BindOp>)>,
-    /// Slots with receives that the next flush arms. As `chain`.
-    arming: Vec<SlotIndex>,
+    /// Slots with receives that the kernel has yet to take, and up to which entry. As `chain`.
+    arming: Vec<(SlotIndex, u64)>,
     /// Slots with sends that the next flush queues, unless that was done before.
     deferred: Vec<SlotIndex>,
     /// Payload bytes queued or deferred since the last flush.
@@ -168,7 +168,7 @@ impl Ring {
         if let Op::Bind(bind) = op {
             bind.queued = self.queues.queued();
         } else if matches!(op, Op::Receive(_)) {
-            self.arming.push(slot);
+            self.arming.push((slot, self.queues.queued()));
         }
     }
 
@@ -297,17 +297,20 @@ impl Ring {
         }
     }
 
-    /// This thread brings queued receives to the kernel, and is where they complete.
+    /// This thread has brought receives to the kernel, and is where they complete.
     fn note_armed(&mut self) {
         if self.arming.is_empty() {
             return;
         }
-        let here = ThreadTag::current();
-        for slot in self.arming.drain(..) {
-            if let Some(receive) = &mut self.slots.get(slot).receive {
+        let (here, submitted) = (ThreadTag::current(), self.submitted());
+        let slots = &mut self.slots;
+        self.arming.retain(|(slot, queued)| {
+            let is_taken = *queued <= submitted;
+            if let (true, Some(receive)) = (is_taken, &mut slots.get(*slot).receive) {
                 receive.armed_by = Some(here);
             }
-        }
+            !is_taken
+        });
     }
 
     /// Whether datagrams of a socket may wait in the kernel until another thread enters.
@@ -358,9 +361,15 @@ impl Ring {
             return self.end_receive(key, slot, &queue);
         }
         if !self.slots.get(slot).is_owned() {
-            self.stats.dropped_at_close += queue.discard();
+            self.discard(&queue);
         }
         self.end(key, slot, Ok(Output::Done));
+    }
+
+    /// Of a guest whose ring is being closed; one that has dropped its socket waits no more.
+    fn discard(&mut self, queue: &ReceiveQueue) {
+        self.wakers.extend(queue.take_waker());
+        self.stats.dropped_at_close += queue.discard();
     }
 
     /// A receive has had its last completion. Zero-length datagrams, pending errors, an empty buffer
@@ -369,7 +378,10 @@ impl Ring {
     fn end_receive(&mut self, key: OpKey, slot: SlotIndex, queue: &Arc<ReceiveQueue>) {
         let owned = self.slots.get(slot);
         let is_wanted = owned.is_owned() && !self.is_ending && !queue.is_paused();
-        if is_wanted && owned.receive.is_some_and(|receive| !receive.is_cancelled) {
+        if is_wanted
+            && let Some(receive) = owned.receive.as_mut().filter(|receive| !receive.is_cancelled)
+        {
+            receive.armed_by = None;
             self.stats.rearms += 1;
             self.ops.restart(key);
             return self.queue(key);
@@ -377,9 +389,7 @@ impl Ring {
         owned.receive = None;
         self.receives_armed -= 1;
         if !owned.is_owned() {
-            // Of a guest whose ring is being closed; one that has dropped its socket waits no more.
-            self.wakers.extend(queue.take_waker());
-            self.stats.dropped_at_close += queue.discard();
+            self.discard(queue);
         }
         self.end(key, slot, Ok(Output::Done));
         if is_wanted {
@@ -609,14 +619,14 @@ impl Ring {
         }
         self.queue_all_deferred();
         self.unsent_bytes = 0;
-        self.note_armed();
         self.queues.flush()
     }
 
-    /// An `io_uring_enter` has returned, with so many entries taken.
+    /// An `io_uring_enter` of this thread has returned, with so many entries taken.
     pub(crate) fn end_submission(&mut self, taken: u32) {
         self.stats.submissions += u64::from(taken);
         self.queues.end_submission();
+        self.note_armed();
     }
 
     /// Payload bytes that wait for a flush, deferred or queued.

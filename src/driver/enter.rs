@@ -20,7 +20,7 @@ use crate::ring::membarrier::kick;
 use crate::ring::op::OpResult;
 use crate::ring::op_table::{Leftover, Registered};
 use crate::ring::process::Process;
-use crate::ring::queues::{Enter, OpKey};
+use crate::ring::queues::{Enter, OpKey, SlotIndex};
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
 use crate::ring::setup::Known;
@@ -90,6 +90,12 @@ impl Core {
     /// Whether entries are queued that the kernel has not taken, or will be with the next flush.
     pub(super) fn has_queued(&self) -> bool {
         self.ring.queued() > self.ring.submitted() || self.ring.has_deferred()
+    }
+
+    /// Whether what the kernel has for a socket is another thread's to reap: of the one that is inside, or that
+    /// has armed its receive.
+    pub(super) fn is_elsewhere(&mut self, slot: SlotIndex) -> bool {
+        self.entering || self.ring.is_armed_elsewhere(slot)
     }
 
     /// Whether a thread can enter now, and the kernel has not just refused another's.

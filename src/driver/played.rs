@@ -19,7 +19,7 @@ impl Driver {
     ) -> (Arc<Self>, Arc<Played>, PlayedThread) {
         let (built, played, thread) = build(seed, sizes, meanwhile);
         let driver = Self::new(built, limits, &HeldUp::new());
-        // Of no driver: the thread ends as soon as it has begun.
+        // Of no driver: the thread ends when the timer first expires, and changes nothing.
         driver.core.lock().overdue = Overdue::new(Weak::<Self>::new(), Timer::new().unwrap());
         (driver, played, thread)
     }
@@ -64,7 +64,11 @@ impl Driver {
 
     /// Does what the ring's own thread does about closes that take too long; whether some go on.
     pub(crate) fn play_watch(&self) -> bool {
-        self.core.lock().overdue.watches() && self.enter_overdue()
+        if !self.core.lock().overdue.watches() {
+            return false;
+        }
+        self.enter_overdue();
+        self.core.lock().ring.ports().is_closing()
     }
 
     pub(crate) fn audit(&self, played: &Played) -> Audit {

@@ -264,21 +264,19 @@ impl Driver {
 }
 
 impl Watched for Driver {
-    fn enter_overdue(&self) -> bool {
-        let Some(mut core) = self.lock() else { return false };
+    fn enter_overdue(&self) {
+        let Some(mut core) = self.lock() else { return };
         // A thread that is inside does this when it comes out. What the kernel refuses is tried again in
         // time.
         if core.may_enter() {
             core.ring.give_up_on_sends();
             core = self.enter_for_all(core, false);
         }
-        let is_closing = core.ring.ports().is_closing();
-        let is_held_up = is_closing && core.ring.has_task_work();
+        let is_held_up = core.ring.ports().is_closing() && core.ring.has_task_work();
         drop(core);
         if is_held_up {
             kick();
         }
-        is_closing
     }
 
     fn on_time(&self) {

@@ -44,7 +44,7 @@ pub(crate) enum Op {
     AwaitWritable,
     /// Multishot: completes once for each message, into this queue.
     Receive(Arc<ReceiveQueue>),
-    /// The same without waiting: ends when nothing is left in the socket.
+    /// The same without waiting: ends when nothing is left in the socket, at the latest.
     ReceiveNow(Arc<ReceiveQueue>),
     /// `FIXED_FD_INSTALL`: makes a file descriptor of the direct one.
     Install,

@@ -436,6 +436,26 @@ fn a_receive_that_does_not_wait_pauses_the_armed_one_and_ends_alone() {
     rig.finish();
 }
 
+/// Kills: the thread that queued the entry, or tried to submit it, taken for the one whose enter the kernel has
+/// taken it in.
+#[test]
+fn a_receive_is_armed_by_the_thread_whose_enter_brought_it_to_the_kernel() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let entries = rig.ring.flush();
+    assert!(!rig.ring.is_armed_elsewhere(slot), "by none yet");
+    std::thread::scope(|scope| scope.spawn(|| rig.ring.end_submission(0)).join().unwrap());
+    assert!(!rig.ring.is_armed_elsewhere(slot), "the kernel has taken nothing");
+    std::thread::scope(|scope| scope.spawn(|| rig.ring.end_submission(entries)).join().unwrap());
+    assert!(rig.ring.is_armed_elsewhere(slot));
+    let receive = rig.receive_in_kernel(slot).unwrap();
+    // It ends, and is armed again.
+    rig.deliver(receive, &[1], false);
+    let entries = rig.ring.flush();
+    rig.ring.end_submission(entries);
+    assert!(!rig.ring.is_armed_elsewhere(slot));
+}
+
 /// Kills: a slot given to the next socket while a receive of its last one is in flight; datagrams that come with
 /// the close, and that nobody counts.
 #[test]
@@ -458,6 +478,27 @@ fn what_comes_while_a_socket_is_closed_is_counted_and_holds_the_close_up() {
     rig.complete(close, 0, 0);
     assert_eq!(rig.ring.snapshot().dropped_at_close, 3);
     assert_eq!(queue.account().stats().dropped_at_close, 3);
+    rig.finish();
+}
+
+/// Kills: a waker that is dropped, under the driver's lock, with the queue of a ring that is being closed.
+#[test]
+fn who_waits_is_woken_whichever_receive_of_a_ring_that_is_being_closed_ends_first() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let armed = rig.receive_in_kernel(slot).unwrap();
+    let queue = Arc::clone(&rig.sockets.pop().unwrap().queue);
+    let key = rig.ring.receive_now(slot, &queue);
+    drop(rig.ring.detach(key));
+    assert!(queue.register(Waker::noop().clone()).is_none());
+    rig.ring.begin_shutdown();
+    assert!(!rig.ring.has_wakers());
+    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    rig.complete(now, -libc::EAGAIN, 0);
+    assert_eq!(rig.ring.take_wakers().count(), 1);
+    rig.complete(armed, -libc::ECANCELED, 0);
+    let close = rig.close_in_kernel(slot);
+    rig.complete(close, 0, 0);
     rig.finish();
 }
 

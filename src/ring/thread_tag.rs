@@ -3,7 +3,7 @@
 use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-/// Tells a thread from the 65,534 that start before it and after it.
+/// Tells a thread from the 65,534 that ask for one before it and after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ThreadTag(NonZeroU16);
 
@@ -16,7 +16,7 @@ thread_local! {
 impl ThreadTag {
     fn next() -> Self {
         let number = LAST.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
-        Self(NonZeroU16::new(number).unwrap_or(NonZeroU16::MIN))
+        NonZeroU16::new(number).map_or_else(Self::next, Self)
     }
 
     pub(super) fn current() -> Self {

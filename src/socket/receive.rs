@@ -34,31 +34,31 @@ impl Receiver {
     }
 }
 
-/// Datagrams kept from a guest, counted when a call is through with them.
-struct Withheld<'socket> {
+/// What a call that takes datagrams has done, and what is left to do when it is through, also if the host's
+/// policy panics.
+struct Taking<'socket> {
     socket: &'socket UdpSocket,
+    receiver: &'socket Receiver,
+    /// Datagrams kept from the guest.
     by_policy: u64,
     not_from_peer: u64,
-    /// Those that the call loses if the host's policy panics.
+    /// Those that are lost if the policy panics.
     at_stake: u64,
+    /// The receive is to be armed again: not before, because it would go on for as long as datagrams arrive, and
+    /// with all in the queue that is put back into it.
+    resumes: bool,
 }
 
-impl<'socket> Withheld<'socket> {
-    fn new(socket: &'socket UdpSocket) -> Self {
-        Self { socket, by_policy: 0, not_from_peer: 0, at_stake: 0 }
+impl<'socket> Taking<'socket> {
+    fn new(socket: &'socket UdpSocket, receiver: &'socket Receiver) -> Self {
+        Self { socket, receiver, by_policy: 0, not_from_peer: 0, at_stake: 0, resumes: false }
     }
 
-    fn is_any(&self) -> bool {
+    fn has_withheld(&self) -> bool {
         self.by_policy + self.not_from_peer > 0
     }
-}
 
-impl Drop for Withheld<'_> {
-    fn drop(&mut self) {
-        self.by_policy += self.at_stake;
-        if !self.is_any() {
-            return;
-        }
+    fn count(&self) {
         let Self { socket: UdpSocket { ctx, driver, .. }, by_policy, not_from_peer, .. } = *self;
         let counters = &ctx.account.counters;
         counters.dropped_by_policy.add(by_policy);
@@ -67,6 +67,19 @@ impl Drop for Withheld<'_> {
             stats.dropped_by_policy += by_policy;
             stats.dropped_not_from_peer += not_from_peer;
         });
+    }
+}
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        self.by_policy += self.at_stake;
+        if self.has_withheld() {
+            self.count();
+        }
+        if self.resumes {
+            let Self { socket, receiver, .. } = *self;
+            socket.driver.resume(socket.ctx.guest, socket.bound_slot(), &receiver.queue);
+        }
     }
 }
 
@@ -197,28 +210,18 @@ impl UdpSocket {
         most: QueueLimits,
         cx: &mut Context<'_>,
     ) -> Result<Batch, Errno> {
-        let mut withheld = Withheld::new(self);
-        let Poll::Ready(first) = self.poll_front(receiver, cx, &mut withheld) else {
+        let mut taking = Taking::new(self, receiver);
+        let Poll::Ready(first) = self.poll_front(receiver, cx, &mut taking) else {
             return receiver.queue.take_error().map_or(Ok(Batch::Asked), Err);
         };
         let is_admitted = first.is_some();
-        let taken = receiver.queue.take(first, most);
-        let (batch, resumes) = match taken {
-            Err(errno) => (Err(errno), false),
-            Ok(Taken { arrivals, resumes, is_drained }) => {
-                if is_drained {
-                    self.ctx.stretch.end_sends();
-                }
-                let batch = self.judge_batch(receiver, arrivals, is_admitted, &mut withheld, cx);
-                (Ok(batch), resumes)
-            }
-        };
-        if resumes {
-            // With all in the queue that is put back into it.
-            self.resume(receiver);
+        let Taken { arrivals, resumes, is_drained } = receiver.queue.take(first, most)?;
+        taking.resumes = resumes;
+        if is_drained {
+            self.ctx.stretch.end_sends();
         }
-        let batch = batch?;
-        let is_withheld = withheld.is_any() && matches!(batch, Batch::Empty);
+        let batch = self.judge_batch(receiver, arrivals, is_admitted, &mut taking, cx);
+        let is_withheld = taking.has_withheld() && matches!(batch, Batch::Empty);
         Ok(if is_withheld { Batch::Withheld } else { batch })
     }
 
@@ -228,7 +231,7 @@ impl UdpSocket {
         receiver: &Receiver,
         mut datagrams: Vec<Datagram>,
         mut is_admitted: bool,
-        withheld: &mut Withheld<'_>,
+        taking: &mut Taking<'_>,
         cx: &mut Context<'_>,
     ) -> Batch {
         if datagrams.is_empty() {
@@ -244,11 +247,11 @@ impl UdpSocket {
         let (mut admitted, mut judged) = (0, 0);
         let mut is_asked = false;
         while let Some(datagram) = datagrams.get(judged) {
-            withheld.at_stake = (datagrams.len() - judged + admitted) as u64;
+            taking.at_stake = (datagrams.len() - judged + admitted) as u64;
             let is_next = if std::mem::take(&mut is_admitted) {
                 Admission::Given
             } else {
-                self.admit(datagram.from, remote, cx, withheld)
+                self.admit(datagram.from, remote, cx, taking)
             };
             match is_next {
                 Admission::Given => {
@@ -267,7 +270,7 @@ impl UdpSocket {
             }
             judged += 1;
         }
-        withheld.at_stake = 0;
+        taking.at_stake = 0;
         datagrams.truncate(admitted);
         self.ctx.stretch.take(judged);
         match (admitted, is_asked) {
@@ -375,11 +378,11 @@ impl UdpSocket {
     /// Takes arrivals, the one in front of the queue first, until the guest may see one; the others are dropped,
     /// and after a budget of them the task is to yield. Errors always pass.
     fn take_arrival(&self, receiver: &Receiver, cx: &mut Context<'_>) -> Found {
-        let mut withheld = Withheld::new(self);
-        match self.poll_front(receiver, cx, &mut withheld) {
+        let mut taking = Taking::new(self, receiver);
+        match self.poll_front(receiver, cx, &mut taking) {
             Poll::Pending => Found::Asked,
             Poll::Ready(Some(datagram)) => Found::Next(Next::Arrival(Ok(datagram))),
-            Poll::Ready(None) => self.take_queued(receiver, cx, &mut withheld),
+            Poll::Ready(None) => self.take_queued(receiver, cx, &mut taking),
         }
     }
 
@@ -387,15 +390,14 @@ impl UdpSocket {
         &self,
         receiver: &Receiver,
         cx: &mut Context<'_>,
-        withheld: &mut Withheld<'_>,
+        taking: &mut Taking<'_>,
     ) -> Found {
-        let mut has_resumed = false;
-        let found = loop {
+        loop {
             let Taken { arrivals: arrival, resumes, is_drained } = receiver.queue.take_first();
             if is_drained {
                 self.ctx.stretch.end_sends();
             }
-            has_resumed |= resumes;
+            taking.resumes |= resumes;
             let datagram = match arrival {
                 None => break Found::Nothing,
                 Some(Err(errno)) => break Found::Next(Next::Arrival(Err(errno))),
@@ -408,9 +410,9 @@ impl UdpSocket {
                 receiver.queue.put_back(vec![datagram]);
                 break Found::Next(Next::UnknownPeer);
             }
-            withheld.at_stake = 1;
-            let admission = self.admit(datagram.from, remote, cx, withheld);
-            withheld.at_stake = 0;
+            taking.at_stake = 1;
+            let admission = self.admit(datagram.from, remote, cx, taking);
+            taking.at_stake = 0;
             match admission {
                 Admission::Given => break Found::Next(Next::Arrival(Ok(datagram))),
                 Admission::Withheld => {}
@@ -423,12 +425,7 @@ impl UdpSocket {
             if self.ctx.stretch.is_budget_spent(BUDGET_DATAGRAMS) {
                 break Found::Next(Next::BudgetIsSpent);
             }
-        };
-        // Not in the loop, which would go on for as long as datagrams arrive.
-        if has_resumed {
-            self.resume(receiver);
         }
-        found
     }
 
     /// Ready with the datagram in front of the queue, unless the guest may not see it; pending while the host
@@ -437,22 +434,22 @@ impl UdpSocket {
         &self,
         receiver: &Receiver,
         cx: &mut Context<'_>,
-        withheld: &mut Withheld<'_>,
+        taking: &mut Taking<'_>,
     ) -> Poll<Option<Datagram>> {
         let mut asked = match receiver.take_front() {
             None => return Poll::Ready(None),
             Some(Front::Admitted(datagram)) => return Poll::Ready(Some(datagram)),
             Some(Front::Asked(asked)) => asked,
         };
-        withheld.at_stake = 1;
+        taking.at_stake = 1;
         let polled = Pin::new(&mut asked.question).poll(cx);
-        withheld.at_stake = 0;
+        taking.at_stake = 0;
         let Poll::Ready(answer) = polled else {
             receiver.keep_front(Front::Asked(asked));
             return Poll::Pending;
         };
         let datagram = asked.datagram;
-        let is_admitted = self.is_admitted(answer, datagram.from, self.remote(), withheld);
+        let is_admitted = self.is_admitted(answer, datagram.from, self.remote(), taking);
         Poll::Ready(is_admitted.then_some(datagram))
     }
 
@@ -463,7 +460,7 @@ impl UdpSocket {
         from: SocketAddr,
         remote: Option<Remote>,
         cx: &mut Context<'_>,
-        withheld: &mut Withheld<'_>,
+        taking: &mut Taking<'_>,
     ) -> Admission {
         let answer = match self.judge(from, SocketAddrUse::UdpReceive, false) {
             Judged::Now(answer) => answer,
@@ -472,7 +469,7 @@ impl UdpSocket {
                 Poll::Pending => return Admission::Asked(question),
             },
         };
-        if self.is_admitted(answer, from, remote, withheld) {
+        if self.is_admitted(answer, from, remote, taking) {
             Admission::Given
         } else {
             Admission::Withheld
@@ -484,16 +481,16 @@ impl UdpSocket {
         answer: Result<(), Reason>,
         from: SocketAddr,
         remote: Option<Remote>,
-        withheld: &mut Withheld<'_>,
+        taking: &mut Taking<'_>,
     ) -> bool {
         if let Err(reason) = answer {
-            withheld.by_policy += 1;
+            taking.by_policy += 1;
             self.ctx.deny(reason);
             return false;
         }
         // The kernel filters what arrives after the connect, not what was queued before.
         let is_peer = remote.is_none_or(|remote| remote.known() == from);
-        withheld.not_from_peer += u64::from(!is_peer);
+        taking.not_from_peer += u64::from(!is_peer);
         is_peer
     }
 
@@ -515,10 +512,6 @@ impl UdpSocket {
     pub(super) fn take_error(&self) -> Result<(), ErrorCode> {
         let error = self.receiver.get().and_then(|receiver| receiver.queue.take_error());
         error.map_or(Ok(()), |errno| Err(errno.into()))
-    }
-
-    fn resume(&self, receiver: &Receiver) {
-        self.driver.resume(self.ctx.guest, self.bound_slot(), &receiver.queue);
     }
 }
 
