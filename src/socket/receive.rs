@@ -517,8 +517,14 @@ impl UdpSocket {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::pin::pin;
+    use std::task::Poll;
+    use std::time::{Duration, Instant};
+
     use crate::datagram::Family;
-    use crate::{UdpCtx, Uring};
+    use crate::{SocketAddrUse, UdpCtx, Uring};
 
     /// Wasmtime moves a call's future twice before it is polled. Up to 128 bytes compilers move in
     /// registers; beyond that each move is a call of memcpy, of some 50 instructions.
@@ -529,5 +535,50 @@ mod tests {
         let socket = ctx.new_socket(Family::V4).unwrap();
         assert!(size_of_val(&socket.receive(16)) <= 128);
         assert!(size_of_val(&socket.receivable()) <= 128);
+    }
+
+    /// Kills: a receive that stays paused because the call that was to resume it has panicked.
+    #[test]
+    fn a_socket_hears_on_after_its_policy_has_panicked() {
+        let [stranger, friend] =
+            [(); 2].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        let from_stranger = stranger.local_addr().unwrap();
+        let uring = Uring::builder().sockets(1).queue_datagrams(1).queue_bytes(1).build().unwrap();
+        let ctx = UdpCtx::builder(&uring).allow(move |addr, addr_use| {
+            let is_sender = matches!(addr_use, SocketAddrUse::UdpReceive);
+            assert!(!is_sender || addr != from_stranger, "a stranger");
+            true
+        });
+        let socket = ctx.build().new_socket(Family::V4).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            socket.bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+            let local = socket.local_address().await.unwrap();
+            assert_eq!(socket.receive(1).await.map(|datagrams| datagrams.len()), Ok(0), "armed");
+            stranger.send_to(b"x", local).unwrap();
+            while uring.stats().pauses == 0 {
+                tokio::task::yield_now().await;
+            }
+            {
+                let mut receives = pin!(socket.receive(1));
+                let panics = poll_fn(|cx| {
+                    match catch_unwind(AssertUnwindSafe(|| receives.as_mut().poll(cx))) {
+                        Ok(poll) => poll.map(|_| false),
+                        Err(_panic) => Poll::Ready(true),
+                    }
+                });
+                assert!(panics.await);
+            }
+            friend.send_to(b"y", local).unwrap();
+            let begun = Instant::now();
+            let heard = loop {
+                match socket.receive(1).await.unwrap().pop() {
+                    Some(heard) => break heard,
+                    None => tokio::task::yield_now().await,
+                }
+                assert!(begun.elapsed() < Duration::from_mins(1), "it is deaf");
+            };
+            assert_eq!(heard.payload, b"y");
+        });
     }
 }
