@@ -280,7 +280,7 @@ impl UdpSocket {
     /// Ready when the guest may use an address, or may not. In WASI 0.3 other calls may come between.
     fn may_use(&self, addr: SocketAddr, addr_use: SocketAddrUse, is_implicit: bool) -> May<'_> {
         let ctx = &*self.ctx;
-        match self.judge(addr, addr_use, is_implicit).poll_once() {
+        match self.judge(addr, addr_use, is_implicit).at_once() {
             Judged::Now(answer) => May::Now(answer.map_err(|reason| ctx.deny(reason))),
             Judged::Asked(question) => May::Asked(Box::new((ctx, question))),
         }

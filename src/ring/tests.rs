@@ -78,8 +78,23 @@ impl Rig {
         self.in_kernel(slot, |op| matches!(op, Op::Receive(_)))
     }
 
+    fn receive_now_in_kernel(&mut self, slot: SlotIndex) -> Option<u64> {
+        self.in_kernel(slot, |op| matches!(op, Op::ReceiveNow(_)))
+    }
+
+    /// Submits a receive that does not wait: its caller's key, and the kernel's.
+    fn receive_now(&mut self, slot: SlotIndex, queue: &Arc<ReceiveQueue>) -> (OpKey, u64) {
+        let key = self.ring.receive_now(slot, queue);
+        (key, self.receive_now_in_kernel(slot).expect("it was submitted"))
+    }
+
     fn close_in_kernel(&mut self, slot: SlotIndex) -> u64 {
         self.in_kernel(slot, |op| matches!(op, Op::Close)).expect("a CLOSE was submitted")
+    }
+
+    fn complete_close(&mut self, slot: SlotIndex) {
+        let close = self.close_in_kernel(slot);
+        self.complete(close, 0, 0);
     }
 
     /// Completes the operations of a socket that receives in bursts.
@@ -191,8 +206,7 @@ proptest! {
                     }
                     rig.complete_asides(slot);
                     prop_assert_eq!(rig.table.in_use(), taken, "it is not closed yet");
-                    let close = rig.close_in_kernel(slot);
-                    rig.complete(close, 0, 0);
+                    rig.complete_close(slot);
                     prop_assert_eq!(rig.table.in_use(), taken - 1);
                 }
                 // A completion that should not be: its operation has ended.
@@ -261,8 +275,7 @@ fn a_bind_that_is_refused_a_port_is_tried_once_more_after_the_close_that_may_hol
             None => panic!("no third attempt"),
         }
         rig.ring.close(new, &rig.account, 0);
-        let close = rig.close_in_kernel(new);
-        rig.complete(close, 0, 0);
+        rig.complete_close(new);
     }
     rig.finish();
 }
@@ -282,8 +295,7 @@ fn a_bind_is_tried_again_although_the_close_has_ended_before_the_refusal_came() 
     let old = bound(&mut rig, 5000);
     rig.ring.close(old, &rig.account, 0);
     let (new, key) = begun(&mut rig, 5000);
-    let close = rig.close_in_kernel(old);
-    rig.complete(close, 0, 0);
+    rig.complete_close(old);
     assert_eq!(rig.queued_by(|rig| rig.complete(key.user_data(), IN_USE, 0)), 1, "BIND");
     rig.complete(key.user_data(), 0, 0);
     assert!(matches!(rig.ring.take_result(key), Some(Ok(_))));
@@ -372,8 +384,7 @@ fn a_send_that_waits_keeps_its_guests_quota_and_the_file_but_holds_up_no_bind() 
     assert_eq!(rig.queued_by(|rig| rig.complete_send(send, &[10])), 1, "the CLOSE");
     assert!(rig.account.sockets.take_exclusive().is_ok());
     assert_eq!(rig.table.in_use(), 2);
-    let close = rig.close_in_kernel(slot);
-    rig.complete(close, 0, 0);
+    rig.complete_close(slot);
     assert_eq!(rig.table.in_use(), 1);
     rig.ring.close(new, &rig.account, 0);
     rig.finish();
@@ -402,10 +413,6 @@ fn a_queue_filled_again_before_its_receive_is_resumed_stays_paused() {
     rig.finish();
 }
 
-fn receive_now_in_kernel(rig: &mut Rig, slot: SlotIndex) -> Option<u64> {
-    rig.in_kernel(slot, |op| matches!(op, Op::ReceiveNow(_)))
-}
-
 /// Kills: an armed receive that goes on to fill a queue that a receive beside it has filled; EAGAIN as the
 /// socket's error.
 #[test]
@@ -414,16 +421,14 @@ fn a_receive_that_does_not_wait_pauses_the_armed_one_and_ends_alone() {
     let slot = rig.opened();
     let queue = Arc::clone(&rig.sockets[0].queue);
     let armed = rig.receive_in_kernel(slot).unwrap();
-    let key = rig.ring.receive_now(slot, &queue);
-    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    let (key, now) = rig.receive_now(slot, &queue);
     rig.deliver(now, &[1, 2, 3], true);
     assert_eq!(rig.queued_by(|rig| rig.complete(now, -libc::EAGAIN, 0)), 0);
     assert!(matches!(rig.ring.take_result(key), Some(Ok(Output::Done))));
-    assert!(receive_now_in_kernel(&mut rig, slot).is_none());
+    assert!(rig.receive_now_in_kernel(slot).is_none());
     assert_eq!((rig.receive_in_kernel(slot), queue.take_error()), (Some(armed), None));
 
-    let key = rig.ring.receive_now(slot, &queue);
-    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    let (key, now) = rig.receive_now(slot, &queue);
     rig.deliver(now, &[4], false);
     assert!(rig.ring.slots.get(slot).receive.unwrap().is_cancelled);
     assert!(rig.ring.take_result(key).is_some());
@@ -466,16 +471,14 @@ fn what_comes_while_a_socket_is_closed_is_counted_and_holds_the_close_up() {
     let slot = rig.opened();
     let armed = rig.receive_in_kernel(slot).unwrap();
     let Socket { queue, .. } = rig.sockets.pop().unwrap();
-    let key = rig.ring.receive_now(slot, &queue);
-    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
+    let (key, now) = rig.receive_now(slot, &queue);
     drop(rig.ring.detach(key));
     rig.ring.close(slot, &rig.account, queue.discard());
     rig.deliver(armed, &[1, 2], true);
     rig.complete(armed, -libc::ECANCELED, 0);
     rig.deliver(now, &[3], true);
     assert_eq!(rig.queued_by(|rig| rig.complete(now, -libc::EAGAIN, 0)), 1, "the CLOSE");
-    let close = rig.close_in_kernel(slot);
-    rig.complete(close, 0, 0);
+    rig.complete_close(slot);
     assert_eq!(rig.ring.snapshot().dropped_at_close, 3);
     assert_eq!(queue.account().stats().dropped_at_close, 3);
     rig.finish();
@@ -488,17 +491,15 @@ fn who_waits_is_woken_whichever_receive_of_a_ring_that_is_being_closed_ends_firs
     let slot = rig.opened();
     let armed = rig.receive_in_kernel(slot).unwrap();
     let queue = Arc::clone(&rig.sockets.pop().unwrap().queue);
-    let key = rig.ring.receive_now(slot, &queue);
+    let (key, now) = rig.receive_now(slot, &queue);
     drop(rig.ring.detach(key));
     assert!(queue.register(Waker::noop().clone()).is_none());
     rig.ring.begin_shutdown();
     assert!(!rig.ring.has_wakers());
-    let now = receive_now_in_kernel(&mut rig, slot).unwrap();
     rig.complete(now, -libc::EAGAIN, 0);
     assert_eq!(rig.ring.take_wakers().count(), 1);
     rig.complete(armed, -libc::ECANCELED, 0);
-    let close = rig.close_in_kernel(slot);
-    rig.complete(close, 0, 0);
+    rig.complete_close(slot);
     rig.finish();
 }
 
@@ -520,8 +521,7 @@ fn a_cancel_that_misses_its_receive_is_sent_again() {
     let queued = rig.ring.queued();
     rig.complete(cancel, -libc::ENOENT, 0);
     assert_eq!(rig.ring.queued(), queued, "the receive has ended");
-    let close = rig.close_in_kernel(slot);
-    rig.complete(close, 0, 0);
+    rig.complete_close(slot);
     assert_eq!(rig.table.in_use(), 0);
     rig.finish();
 }
@@ -703,8 +703,7 @@ fn a_send_of_a_closing_slot_is_finished_before_its_close() {
         assert_eq!(rig.queued_by(|rig| rig.complete_send(key, &results)), 1, "the CLOSE");
         assert_eq!(rig.ring.stats.datagrams_sent, 4);
         assert_eq!(rig.table.in_use(), 1);
-        let close = rig.close_in_kernel(slot);
-        rig.complete(close, 0, 0);
+        rig.complete_close(slot);
         assert_eq!(rig.table.in_use(), 0);
         rig.finish();
     }

@@ -36,7 +36,7 @@ impl GuestCtx {
             guest: Guest::new(),
             numbered: AtomicU64::new(0),
             checks,
-            stretch: Stretch::new(limits.deferred_time),
+            stretch: Stretch::new(),
             account: Account::new(limits),
         }
     }
@@ -70,6 +70,11 @@ impl GuestCtx {
             // A guest's calls that create sockets come one after the other.
             self.rings.store(rings | ring.bit(), Ordering::Relaxed);
         }
+    }
+
+    /// The guest sends: whether it goes on sending, so that this may be deferred.
+    pub(crate) fn sends_on(&self) -> bool {
+        self.stretch.send(self.account.deferred_time)
     }
 
     /// Suspends a guest that has spent a budget of so many datagrams, so that the other tasks of its thread run.

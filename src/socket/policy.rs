@@ -179,10 +179,15 @@ pub(crate) enum Question {
 }
 
 impl Judged {
-    /// The answer, if the host finds it at once. Else the question is to be polled again, since it wakes nobody.
-    pub(crate) fn poll_once(self) -> Self {
+    /// The answer, if the host finds it at once. Else the question is to be polled again: this wakes nobody.
+    pub(crate) fn at_once(self) -> Self {
+        self.poll_once(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// The answer, if the host has found it.
+    pub(crate) fn poll_once(self, cx: &mut Context<'_>) -> Self {
         let Self::Asked(mut question) = self else { return self };
-        match Pin::new(&mut question).poll(&mut Context::from_waker(Waker::noop())) {
+        match Pin::new(&mut question).poll(cx) {
             Poll::Ready(answer) => Self::Now(answer),
             Poll::Pending => Self::Asked(question),
         }

@@ -462,12 +462,9 @@ impl UdpSocket {
         cx: &mut Context<'_>,
         taking: &mut Taking<'_>,
     ) -> Admission {
-        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false) {
+        let answer = match self.judge(from, SocketAddrUse::UdpReceive, false).poll_once(cx) {
             Judged::Now(answer) => answer,
-            Judged::Asked(mut question) => match Pin::new(&mut question).poll(cx) {
-                Poll::Ready(answer) => answer,
-                Poll::Pending => return Admission::Asked(question),
-            },
+            Judged::Asked(question) => return Admission::Asked(question),
         };
         if self.is_admitted(answer, from, remote, taking) {
             Admission::Given

@@ -1,10 +1,9 @@
 //! Sends that are answered before they are submitted: a guest that goes on sending.
 
 use std::net::{Ipv4Addr, UdpSocket};
-use std::sync::Arc;
 use std::time::Duration;
 
-use wasi_uring::{Stats, UdpCtxBuilder};
+use wasi_uring::Stats;
 
 use crate::common::{Backend, ErrorCode, LOOPBACK, Setup, native, own_ip, rest};
 use crate::guest::{Guest, on, on_both};
@@ -13,15 +12,7 @@ const BURST: u8 = 16;
 
 /// Of a guest that has a minute between two sends, so that the machine may be slow.
 fn unhurried() -> Setup {
-    defers(Duration::from_mins(1))
-}
-
-fn defers(deferred_time: Duration) -> Setup {
-    let configure = move |udp: UdpCtxBuilder| {
-        let udp = udp.allow(|_addr, _use| true);
-        udp.deferred_time(deferred_time)
-    };
-    Setup { configure: Some(Arc::new(configure)), ..Setup::default() }
+    Setup::default().deferring(Duration::from_mins(1))
 }
 
 /// Sends datagrams of one size, each with a number, to a witness.
@@ -63,7 +54,7 @@ fn sends_of_a_guest_that_goes_on_leave_in_one_message_behind_the_first<G: Guest>
 in_both!(a_host_may_have_nothing_deferred);
 /// Kills: a time of 0 that is taken for none.
 fn a_host_may_have_nothing_deferred<G: Guest>() {
-    on::<G, ()>(Backend::Uring, defers(Duration::ZERO), async |guest| {
+    on::<G, ()>(Backend::Uring, Setup::default().deferring(Duration::ZERO), async |guest| {
         let (witness, _) = native::socket(Ipv4Addr::LOCALHOST);
         let (socket, _) = guest.bound(LOOPBACK).await;
         let before = guest.rig().stats();

@@ -138,6 +138,15 @@ impl Setup {
         Self { uring: Some(uring.clone()), ..Self::default() }
     }
 
+    /// A guest whose sends may be deferred for so long.
+    pub fn deferring(self, deferred_time: Duration) -> Self {
+        let configure = move |udp: UdpCtxBuilder| {
+            let udp = udp.allow(|_addr, _use| true);
+            udp.deferred_time(deferred_time)
+        };
+        Self { configure: Some(Arc::new(configure)), ..self }
+    }
+
     /// A guest of the ring with this policy.
     pub fn policy(policy: impl Policy + Clone + 'static) -> Self {
         Self { configure: Some(Arc::new(move |udp| udp.policy(policy.clone()))), ..Self::default() }

@@ -18,7 +18,7 @@ use common::{
     eventually, native, payloads, shared_enters_while, side_by_side, uring, within,
 };
 use tokio::runtime::Builder;
-use wasi_uring::{UdpCtxBuilder, Uring};
+use wasi_uring::Uring;
 
 /// Binds two sockets, sends both ways, drops both.
 async fn echo(rig: &mut Rig) {
@@ -168,12 +168,7 @@ fn queues_of_one_datagram_pause_and_resume_under_two_workers() {
 /// A guest sends twice, of which the second is deferred, and computes on until both have come.
 async fn send_twice_and_compute(uring: &Uring) {
     // Time enough for a slow machine to get to the second.
-    let deferred_time = Duration::from_millis(100);
-    let configure = move |udp: UdpCtxBuilder| {
-        let udp = udp.allow(|_addr, _use| true);
-        udp.deferred_time(deferred_time)
-    };
-    let setup = Setup { configure: Some(Arc::new(configure)), ..Setup::of(uring) };
+    let setup = Setup::of(uring).deferring(Duration::from_millis(100));
     let mut rig = Rig::new(Backend::Uring, setup).await;
     let endpoint = rig.endpoint(LOOPBACK).await;
     let (witness, to) = native::socket(Ipv4Addr::LOCALHOST);
@@ -462,7 +457,8 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
             }
         };
         let enters = shared_enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
-        // A machine on which a cycle takes milliseconds has the ring's own thread enter, too.
-        assert!(enters <= GUESTS * CYCLES / 2, "{enters}, {:?}", uring.stats());
+        // Where a cycle takes milliseconds the ring's own thread gets in between.
+        let stats = uring.stats();
+        assert!(enters <= GUESTS * CYCLES / 10 + stats.enters_overdue, "{enters}, {stats:?}");
     });
 }
