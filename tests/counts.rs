@@ -182,7 +182,8 @@ fn ring_costs_at_most(recycles: bool, mode: &str, wasi: Wasi, most: Cost) {
     ] {
         assert!(ring <= most, "{mode} of {wasi:?}: {ring} {what}, {most} allowed");
     }
-    assert!(ring.bytes < stock.bytes, "{mode} of {wasi:?} allocates more than on stock");
+    let tables = if recycles { 200.0 } else { 0.0 };
+    assert!(ring.bytes < stock.bytes + tables, "{mode} of {wasi:?} allocates more than on stock");
 }
 
 #[test]
@@ -210,12 +211,13 @@ fn a_cycle_of_a_lone_guest_is_one_enter_with_three_entries() {
 }
 
 /// A grace period of the kernel's ends within each hundredth enter, or where an enter takes milliseconds within
-/// most: the thread inside enters once more then, for the cache, which allocates its lists.
+/// most: the thread inside enters once more then, for the cache, which allocates its lists. And the longer it
+/// takes, the more sockets are in quarantine: 200 bytes of tables for each cycle, if none comes out.
 #[test]
 fn a_cycle_with_recycled_sockets_is_one_enter_and_one_for_each_grace_period() {
     let most = Cost {
         allocations: 11.5,
-        bytes: 1400.0,
+        bytes: 1600.0,
         suspensions: 0.02,
         enters: 2.02,
         submissions: 4.6,
