@@ -125,11 +125,11 @@ pub const CACHED_SOCKETS_DEFAULT: u32 = 8192;
 /// Cached sockets that are drained, and closed, per tick.
 pub(crate) const TICK_BATCH: usize = 64;
 
-/// Sockets of a kind that are ready, as long as some are cached: for as many guests that bind at once.
+/// Of as many cached sockets of a kind half stay ready at each interval without a bind.
 pub(crate) const READY_MIN: usize = 128;
 
-/// Kernel memory of unread datagrams that a socket may be cached with, and so what a guest can leave
-/// behind of a flood: with 8192 sockets in quarantine 32 MiB, for each ring.
+/// Kernel memory of unread datagrams that is worth draining: with more of them a socket is closed, right
+/// behind its grace period.
 pub(crate) const CACHED_BYTES_MAX: u32 = 4096;
 
 /// Datagrams and errors drained before a cached socket is closed instead.

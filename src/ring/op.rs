@@ -53,10 +53,10 @@ pub(crate) enum Op {
     /// Counts what the kernel has dropped because the socket's receive buffer was full.
     CountDrops(Box<SocketMemory>),
     /// CONNECT with `AF_UNSPEC`, which dissolves the association and gives up a port that bind(2)
-    /// chose; and how much memory the socket then still holds.
-    Unbind(Box<SocketMemory>),
+    /// chose.
+    Unbind,
     /// Receives and drops one thing that waits in the socket, a datagram or an error; and how much
-    /// memory the socket still holds, if it had datagrams on their way out.
+    /// memory the socket still holds, if it had datagrams on their way out or some were left in it.
     Drain(Option<Box<SocketMemory>>),
     Close,
 }
@@ -160,8 +160,9 @@ impl Op {
     pub(crate) fn completions(&self) -> u32 {
         match self {
             Self::Send(send) => u32::try_from(send.messages()).unwrap_or(u32::MAX),
-            Self::Unbind(_) | Self::Drain(Some(_)) => 2,
+            Self::Drain(Some(_)) => 2,
             Self::Drain(None)
+            | Self::Unbind
             | Self::SendNow(_)
             | Self::AwaitWritable
             | Self::Bind(_)
@@ -194,7 +195,7 @@ impl Op {
             | Self::Install
             | Self::QueryName(_)
             | Self::CountDrops(_)
-            | Self::Unbind(_)
+            | Self::Unbind
             | Self::Drain(_)
             | Self::Close => {}
         }
@@ -232,9 +233,8 @@ impl Op {
             Self::Install => entries.push(opcode::FixedFdInstall::new(fd, 0).build()),
             Self::QueryName(name) => entries.push(name.entry(fd)),
             Self::CountDrops(memory) => entries.push(memory.entry(fd)),
-            Self::Unbind(memory) => {
+            Self::Unbind => {
                 entries.push(opcode::Connect::new(fd, UNSPEC.as_ptr(), UNSPEC.len()).build());
-                entries.push(memory.entry(fd));
             }
             Self::Drain(memory) => {
                 // Without room for a payload, which the kernel drops.
@@ -311,17 +311,14 @@ impl Op {
             Self::CountDrops(memory) if error.is_none() => {
                 record.stats.dropped_by_kernel += u64::from(memory.drops());
             }
-            Self::Unbind(memory) => {
-                if memory.unread() > CACHED_BYTES_MAX {
-                    record.taint.mark(Reason::Unread);
-                }
-                if memory.is_all_sent() {
-                    record.taint.sent_all();
-                }
-            }
             Self::Drain(memory) => {
-                if memory.as_ref().is_some_and(|memory| memory.is_all_sent()) {
-                    record.taint.sent_all();
+                if let Some(memory) = memory {
+                    if memory.unread() > CACHED_BYTES_MAX {
+                        record.taint.mark(Reason::Unread);
+                    }
+                    if memory.is_all_sent() {
+                        record.taint.sent_all();
+                    }
                 }
                 // EAGAIN ends a drain, and an error that was pending is drained like a datagram.
                 return Completed::Ended(result);
@@ -333,6 +330,7 @@ impl Op {
             | Self::Install
             | Self::QueryName(_)
             | Self::CountDrops(_)
+            | Self::Unbind
             | Self::Close => {}
         }
         if error.is_some() {

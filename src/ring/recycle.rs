@@ -102,7 +102,7 @@ impl Recycler {
             return None;
         }
         let is_admitted = self.pools.admit(slot, taint);
-        is_admitted.then(|| Op::Unbind(Box::new(SocketMemory::unknown())))
+        is_admitted.then_some(Op::Unbind)
     }
 
     /// The last operation on a slot that no guest owns has ended, with this result.
@@ -125,7 +125,7 @@ impl Recycler {
             Some(Cached::Draining { .. }) => {
                 let is_empty = matches!(result, Err(Errno(libc::EAGAIN)));
                 match self.pools.drained(slot, taint, is_empty) {
-                    Drained::Again => Next::Submit(drain(taint)),
+                    Drained::Again => Next::Submit(drain(true)),
                     Drained::Ready => Next::Keep,
                     Drained::Close => Next::Submit(Op::Close),
                 }
@@ -185,12 +185,12 @@ impl Recycler {
         }
         self.rcu.set_timer(self.pools.limits().idle);
         for _ in 0..TICK_BATCH {
-            let Some((slot, taint)) = self.pools.next_to_drain() else { break };
-            ops.push((slot, drain(taint)));
-        }
-        for _ in 0..TICK_BATCH {
             let Some(slot) = self.pools.next_to_close() else { break };
             ops.push((slot, Op::Close));
+        }
+        for _ in 0..TICK_BATCH {
+            let Some((slot, taint)) = self.pools.next_to_drain() else { break };
+            ops.push((slot, drain(taint.may_be_sending)));
         }
     }
 
@@ -265,9 +265,9 @@ impl Recycler {
     }
 }
 
-/// Receives and drops; and looks whether everything is sent, if it may not be.
-fn drain(taint: Taint) -> Op {
-    Op::Drain(taint.may_be_sending.then(|| Box::new(SocketMemory::unknown())))
+/// Receives and drops; and looks whether everything is sent, and how much is left.
+fn drain(looks: bool) -> Op {
+    Op::Drain(looks.then(|| Box::new(SocketMemory::unknown())))
 }
 
 #[cfg(test)]

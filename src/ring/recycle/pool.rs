@@ -13,9 +13,10 @@ use crate::stats::ClosedInstead;
 /// How many closed sockets a ring caches for new owners, and for how long:
 /// [`UringBuilder::recycle`](crate::UringBuilder::recycle).
 ///
-/// A cached socket takes about 3 KB of kernel memory, and up to 4 KB more for datagrams that its
-/// guest has not read; with more of those it is closed. So the default limits are about 50 MB at
-/// most, which takes 8192 sockets open at once or 400,000 closed per second.
+/// A cached socket takes about 3 KB of kernel memory: the default limits are about 50 MB at most, which
+/// takes 8192 sockets open at once or 400,000 closed per second. What its guest has not read takes more until
+/// the quarantine is over, as it has before the close; then it is dropped, and of more than 4 KiB the socket
+/// with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Recycle {
@@ -120,11 +121,6 @@ impl Pool {
 
     fn len(&self) -> usize {
         self.undrained.len() + self.draining + self.ready.len()
-    }
-
-    /// Whether few are ready, and more could be.
-    fn is_short(&self) -> bool {
-        self.ready.len() + self.draining < READY_MIN && !self.undrained.is_empty()
     }
 
     fn has_surplus(&self) -> bool {
@@ -241,7 +237,8 @@ impl Pools {
 
     /// It is over: its sockets go to their pools. One too many makes the oldest there surplus.
     pub(super) fn end_grace(&mut self) {
-        for slot in std::mem::take(&mut self.in_grace) {
+        let mut over = std::mem::take(&mut self.in_grace);
+        for slot in over.drain(..) {
             let Some(taint) = self.taint(slot) else { continue };
             let is_over = self.pooled() - self.surplus() >= self.limits.ready_max as usize;
             self.set_stage(slot, Some(Cached::Undrained), taint);
@@ -252,18 +249,20 @@ impl Pools {
                 pool.why_surplus = Reason::NoRoom;
             }
         }
+        // Its memory is reused.
+        self.in_grace = over;
     }
 
     // ---- drains -----------------------------------------------------------------------------
 
-    /// A socket that is to be drained now, of a kind of which few are ready: the youngest, most of
-    /// whose kernel memory is still in the processor's cache. The others stay undrained: the
-    /// cache would have evicted them before they are needed.
+    /// A socket that is to be drained now: the youngest, most of whose kernel memory is still in the
+    /// processor's cache. None waits for long, whether or not a bind needs it: what was left in them
+    /// takes memory.
     pub(super) fn next_to_drain(&mut self) -> Option<(SlotIndex, Taint)> {
         if self.spare() == 0 {
             return None;
         }
-        let pool = self.kinds.iter_mut().flatten().find(|pool| pool.is_short())?;
+        let pool = self.kinds.iter_mut().flatten().find(|pool| !pool.undrained.is_empty())?;
         let slot = pool.undrained.pop_back()?;
         pool.draining += 1;
         self.move_to(slot, Some(Cached::Draining { drains: 0 }));
@@ -276,11 +275,11 @@ impl Pools {
             unreachable!("a cached socket's drain ends while it is draining");
         };
         let drains = drains + 1;
-        if !is_empty && drains < DRAINS_MAX {
+        if !is_empty && drains < DRAINS_MAX && taint.reason.is_none() {
             self.set_stage(slot, Some(Cached::Draining { drains }), taint);
             return Drained::Again;
         }
-        let is_ready = is_empty && !taint.may_be_sending;
+        let is_ready = is_empty && !taint.may_be_sending && taint.reason.is_none();
         let stage = if is_ready { Cached::Ready } else { Cached::Closing };
         self.set_stage(slot, Some(stage), taint);
         let pool = self.pool(taint);
@@ -290,7 +289,7 @@ impl Pools {
             return Drained::Ready;
         }
         pool.has_shrunk();
-        self.count(Reason::Unclean);
+        self.count(taint.reason.unwrap_or(Reason::Unclean));
         Drained::Close
     }
 
@@ -322,10 +321,11 @@ impl Pools {
     }
 
     /// Called at the interval of `idle`: finds what no bind has needed since. All of that is
-    /// surplus, save for some ready ones.
+    /// surplus, save for a few ready ones.
     pub(super) fn idle(&mut self) {
         for pool in self.kinds.iter_mut().flatten() {
-            let surplus = pool.unneeded.saturating_sub(pool.ready.len() / 2);
+            let kept = pool.ready.len().min(READY_MIN) / 2;
+            let surplus = pool.unneeded.saturating_sub(kept);
             if surplus > pool.surplus {
                 (pool.surplus, pool.why_surplus) = (surplus, Reason::Idle);
             }
@@ -384,7 +384,7 @@ impl Pools {
     /// Whether there is something to drain or to close.
     pub(super) fn has_work(&self) -> bool {
         let mut pools = self.kinds.iter().flatten();
-        let has_pooled = pools.any(|pool| pool.is_short() || pool.has_surplus());
+        let has_pooled = pools.any(|pool| !pool.undrained.is_empty() || pool.has_surplus());
         !self.evicting.is_empty() || (has_pooled && self.spare() > 0)
     }
 
