@@ -11,6 +11,7 @@ use std::task::Waker;
 
 use crate::datagram::{Family, Outgoing, RawAddr};
 use crate::error::Errno;
+use crate::limits::BUFFERS;
 use crate::ring::account::Account;
 use crate::ring::op::{BindOp, Op, Output, SocketOption};
 use crate::ring::queues::{Enter, OpKey, SlotIndex};
@@ -69,7 +70,7 @@ impl Bare {
     /// A [`SetupError`](crate::SetupError), as an [`io::Error`].
     pub fn new(sockets: u32, recycle: Recycle) -> io::Result<Self> {
         let setup::Built { mut ring, share, known, .. } =
-            setup::build(sockets, recycle).map_err(io::Error::other)?;
+            setup::build(sockets, BUFFERS, recycle).map_err(io::Error::other)?;
         share.gain(&Share::new(known.slots), |all| all);
         // The only thread sleeps in io_uring_enter, so the kernel need not notify an eventfd.
         ring.disable_notifications();

@@ -67,6 +67,11 @@ pub(crate) const REACHED_MAX: usize = 4;
 /// cache; each goes back to the kernel as soon as its completion is reaped.
 pub(crate) const BUFFERS: u16 = 128;
 
+/// Fewest and most of them that a bench gives a ring.
+#[cfg(feature = "bare")]
+pub(crate) const BUFFERS_MIN: u16 = 16;
+pub(crate) const BUFFERS_MAX: u16 = 1024;
+
 /// Virtual size of one buffer; demand paging keeps the memory of small datagrams at 4 KiB.
 pub(crate) const BUFFER_BYTES: usize = 68 * 1024;
 
@@ -235,9 +240,10 @@ pub(crate) const TEARDOWN_ROUNDS_MAX: u32 = 64;
 const _: () = {
     assert!(CHAIN_ENTRIES_MAX <= SQ_ENTRIES as usize, "a chain fits one submission");
     assert!(BATCH_DATAGRAMS_MAX <= CHAIN_ENTRIES_MAX, "a batch is one chain");
-    assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS as u32, "submissions and arrivals both fit");
+    assert!(CQ_ENTRIES >= 2 * SQ_ENTRIES + BUFFERS_MAX as u32, "submissions and arrivals both fit");
     assert!(BATCH_DATAGRAMS_MAX <= SEGMENTS_MAX, "no run is longer than a message");
     assert!(BUFFERS.is_power_of_two(), "the kernel masks the buffer ring's tail");
+    assert!(BUFFERS_MAX.is_power_of_two() && BUFFERS <= BUFFERS_MAX);
     assert!(
         RECEIVE_HEADER_BYTES + NAME_BYTES + CONTROL_BYTES + DATAGRAM_BYTES_MAX <= BUFFER_BYTES,
         "a whole datagram fits one buffer",

@@ -63,6 +63,8 @@ pub(crate) struct Plan {
     /// `None`: as many as processors.
     pub(crate) rings: Option<usize>,
     pub(crate) are_built_at_once: bool,
+    /// Of each ring, for what is received.
+    pub(crate) buffers: u16,
     pub(crate) queue: QueueLimits,
     pub(crate) recycle: Recycle,
 }
@@ -70,7 +72,7 @@ pub(crate) struct Plan {
 impl Pool {
     pub(crate) fn build(plan: Plan) -> Result<Arc<Self>, SetupError> {
         let held_up = HeldUp::new();
-        let first = Driver::build(plan.sockets, plan.queue, plan.recycle, &held_up)?;
+        let first = Driver::build(plan.sockets, plan.buffers, plan.queue, plan.recycle, &held_up)?;
         let processors = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = plan.rings.unwrap_or_else(processors).clamp(1, RINGS_MAX);
         let needed = plan.sockets.div_ceil(first.slots()) as usize;
@@ -338,12 +340,20 @@ mod tests {
     use super::*;
     use crate::datagram::Family;
     use crate::driver::Guest;
+    use crate::limits::BUFFERS;
     use crate::ring::op::BindOp;
 
     fn pool(sockets: u32, rings: usize) -> Arc<Pool> {
         let queue = QueueLimits { datagrams: 4, bytes: 1 << 20 };
         let rings = Some(rings);
-        let plan = Plan { sockets, rings, are_built_at_once: false, queue, recycle: Recycle::OFF };
+        let plan = Plan {
+            sockets,
+            rings,
+            are_built_at_once: false,
+            buffers: BUFFERS,
+            queue,
+            recycle: Recycle::OFF,
+        };
         Pool::build(plan).expect("these tests need io_uring")
     }
 

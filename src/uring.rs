@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use crate::error::SetupError;
-use crate::limits::{QUEUE_BYTES_DEFAULT, QUEUE_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT};
+use crate::limits::{BUFFERS, QUEUE_BYTES_DEFAULT, QUEUE_DATAGRAMS_DEFAULT, SOCKETS_DEFAULT};
+#[cfg(feature = "bare")]
+use crate::limits::{BUFFERS_MAX, BUFFERS_MIN};
 use crate::pool::{Plan, Pool};
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::pool::Recycle;
@@ -34,6 +36,7 @@ impl Uring {
             sockets: SOCKETS_DEFAULT,
             rings: None,
             are_built_at_once: false,
+            buffers: BUFFERS,
             queue: QueueLimits { datagrams: QUEUE_DATAGRAMS_DEFAULT, bytes: QUEUE_BYTES_DEFAULT },
             recycle: Recycle::default(),
         })
@@ -167,6 +170,14 @@ impl UringBuilder {
     ///   `build`: the test is not made again.
     pub fn recycle(mut self, recycle: Recycle) -> Self {
         self.0.recycle = recycle;
+        self
+    }
+
+    /// Receive buffers of each ring: 16 to 1024, a power of two (other numbers count as the next larger), by default
+    /// 128. For the benches, which show what it changes, and no API to build on.
+    #[cfg(feature = "bare")]
+    pub fn buffers(mut self, buffers: u16) -> Self {
+        self.0.buffers = buffers.clamp(BUFFERS_MIN, BUFFERS_MAX).next_power_of_two();
         self
     }
 

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 use wasi_uring::Recycle;
 use wasi_uring::limits::SOCKETS_MAX;
 
@@ -37,6 +38,9 @@ pub(crate) enum Command {
     Report(ReportArgs),
     /// Show what this kernel and these limits allow, and what to change
     Doctor(DoctorArgs),
+    /// What `bench density` has measured in a process of its own; prints JSON
+    #[command(hide = true)]
+    Crowd(CrowdArgs),
 }
 
 /// Where a guest's UDP sockets come from.
@@ -62,7 +66,7 @@ pub(crate) enum RuntimeArg {
 }
 
 /// The version of WASI that a guest is written for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum WasiArg {
     /// Sockets with streams, and pollables to wait with
     #[value(name = "0.2")]
@@ -315,7 +319,8 @@ pub(crate) struct BenchArgs {
     /// Draw the results of speed into this directory, as SVG
     #[arg(long, value_name = "DIR")]
     pub(crate) plot: Option<PathBuf>,
-    /// Sockets for flood [default: 1000] and idle [default: 10000]
+    /// Sockets for flood [default: 1000], neighbour [16], idle [10000] and density [100000, under a limit of a fifth
+    /// as many open files]
     #[arg(long, value_name = "N")]
     pub(crate) sockets: Option<NonZeroUsize>,
     #[command(flatten)]
@@ -340,11 +345,17 @@ much; with MALLOC_TRIM_THRESHOLD_=1073741824 in the environment it keeps them."
 }
 
 #[derive(Args)]
+pub(crate) struct CrowdArgs {
+    /// How many sockets, of what, as JSON
+    pub(crate) crowd: String,
+}
+
+#[derive(Args)]
 #[command(after_help = "\
 `scripts/bench` measures what this reads. Nothing is measured here.")]
 pub(crate) struct ReportArgs {
-    /// Where results.json, guests.json, multi-thread.json and others.json are; README.md and the
-    /// pictures are written beside them
+    /// Where results.json, guests.json, multi-thread.json, others.json and density.json are; README.md
+    /// and the pictures are written beside them
     #[arg(value_name = "DIR")]
     pub(crate) dir: PathBuf,
     /// Also write the few most telling rows into this file, between `<!-- bench -->` and

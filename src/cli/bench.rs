@@ -9,13 +9,13 @@ use tokio::runtime::{Builder, Runtime};
 use wasmtime::error::Context;
 
 use crate::args::{BenchArgs, RuntimeArg};
-use crate::benches::{self, FLOOD, IDLE, NEIGHBOUR};
+use crate::benches::{self, DENSITY, FLOOD, IDLE, NEIGHBOUR};
 use crate::measure::idle::{self, Idleness};
 use crate::measure::{
-    BENCHES, Backend, Bench, Harness, Implementation, Work, compare, flood, neighbour,
+    BENCHES, Backend, Bench, Harness, Implementation, Work, compare, density, flood, neighbour,
 };
 use crate::open_files;
-use crate::report::{Report, tables};
+use crate::report::{Report, density as density_report, tables};
 use crate::terminal::{Failure, print, progress_bar, say};
 
 pub(crate) fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
@@ -90,6 +90,12 @@ fn measure(
     if wanted(IDLE.name) {
         let measured = idle_memory(args, report);
         tables::idle(report);
+        measured?;
+    }
+    if wanted(DENSITY.name) {
+        drop(harness);
+        let measured = crowds(args, report);
+        density_report::print_tables(report);
         measured?;
     }
     Ok(())
@@ -197,6 +203,25 @@ fn idle_memory(args: &BenchArgs, report: &mut Report) -> wasmtime::Result<()> {
     for wasi in &args.wasi {
         let idle = idle::measure(&command, *wasi, sockets, rounds, || progress.inc(1));
         idle?.iter().for_each(|idle| report.add_idle(idle));
+        write_so_far(args, report)?;
+    }
+    Ok(())
+}
+
+/// Many sockets in one process, and how many buffers they need.
+fn crowds(args: &BenchArgs, report: &mut Report) -> wasmtime::Result<()> {
+    let rounds = args.rounds.get();
+    let sockets = args.sockets.map_or(density::SOCKETS_DEFAULT, NonZeroUsize::get).max(2);
+    let command = std::env::current_exe()?;
+    for wasi in &args.wasi {
+        let (crowds, sweep) = (density::crowds(*wasi, sockets)?, density::sweep(*wasi, sockets));
+        let progress = progress_bar((crowds.len() + sweep.len()) * rounds);
+        let step = || progress.inc(1);
+        let measured = density::measure(&command, crowds, rounds, step)?;
+        measured.iter().for_each(|figures| report.add_crowd(figures));
+        write_so_far(args, report)?;
+        let measured = density::measure(&command, sweep, rounds, step)?;
+        measured.iter().for_each(|figures| report.add_sweep(figures));
         write_so_far(args, report)?;
     }
     Ok(())

@@ -149,11 +149,19 @@ pub(crate) const IDLE: Special = Special {
     what: "the memory of a socket that is bound, or waits for datagrams",
     kind: "memory",
 };
+pub(crate) const DENSITY: Special = Special {
+    name: "density",
+    what: "many sockets in one process: memory, opening, closing, a datagram to one of them; buffers of a ring",
+    kind: "density",
+};
+
+/// Every bench of something else than speed.
+const SPECIALS: [Special; 4] = [FLOOD, NEIGHBOUR, IDLE, DENSITY];
 
 /// Every bench: its name, what is measured, and what it does.
 pub(crate) fn all() -> impl Iterator<Item = (&'static str, &'static str, &'static str)> {
     let speed = BENCHES.iter().map(|bench| (bench.name, "speed", bench.what));
-    speed.chain([FLOOD, NEIGHBOUR, IDLE].map(|special| (special.name, special.kind, special.what)))
+    speed.chain(SPECIALS.map(|special| (special.name, special.kind, special.what)))
 }
 
 /// The same for people, a line each.

@@ -46,6 +46,7 @@ fn run_command(args: Vec<OsString>) -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Report(args) => report::report(&args),
+        Command::Crowd(args) => measure::density::print_outcome(&args),
         Command::Doctor(args) => match &args.seccomp {
             Some(default) => seccomp::profile(default),
             None => Ok(doctor::doctor(&args)),

@@ -1,6 +1,8 @@
 //! Measures: work, the implementations that do it, and what one run of it took.
 
 mod client;
+mod cpus;
+pub(crate) mod density;
 pub(crate) mod flood;
 mod harness;
 pub mod idle;

@@ -3,7 +3,7 @@
 use crate::terminal::say;
 
 /// What a process has open beside sockets.
-const SPARE: u64 = 64;
+pub(crate) const SPARE: u64 = 64;
 
 /// As many of the sockets wanted as wasmtime-wasi can have, each of which is a file; says so if they
 /// are fewer.

@@ -1,6 +1,7 @@
 //! What a run of the benches has shown, with where and how it was measured. JSON keeps it; tables,
 //! Markdown and pictures are made of it, at once or later by `wasi-uring report`.
 
+pub(crate) mod density;
 mod markdown;
 mod plot;
 pub(crate) mod tables;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use wasmtime::error::Context;
 use wasmtime::{bail, format_err};
 
+use self::density::{Crowd, Swept};
 use self::plot::Picture;
 use crate::args::ReportArgs;
 use crate::benches::Bench;
@@ -48,6 +50,12 @@ pub(crate) struct Report {
     #[serde(default)]
     neighbours: Vec<Neighbour>,
     idle: Vec<Memory>,
+    /// Many sockets in one process.
+    #[serde(default)]
+    crowds: Vec<Crowd>,
+    /// By the buffers of a ring.
+    #[serde(default)]
+    sweep: Vec<Swept>,
 }
 
 /// A bench at one number of guests.
@@ -287,6 +295,8 @@ impl Report {
             floods: Vec::new(),
             neighbours: Vec::new(),
             idle: Vec::new(),
+            crowds: Vec::new(),
+            sweep: Vec::new(),
         }
     }
 
@@ -295,6 +305,7 @@ impl Report {
             && self.floods.is_empty()
             && self.neighbours.is_empty()
             && self.idle.is_empty()
+            && self.crowds.is_empty()
     }
 
     pub(crate) fn add_speed(&mut self, row: &Row) {
@@ -380,16 +391,28 @@ impl Report {
 
     /// Draws pictures into a directory, as far as there are figures for them.
     fn draw(&self, pictures: &[Picture], dir: &Path) -> wasmtime::Result<Vec<PathBuf>> {
-        let Self { date, kernel, cpu, commit, .. } = self;
         let rows: Vec<_> = self.results.iter().map(plot::Row::from).collect();
-        let caption = format!("{date}, {kernel}, {cpu}, {commit}");
-        plot::draw(pictures, &rows, &caption, dir)
+        plot::draw(pictures, &rows, &self.caption(), dir)
             .with_context(|| format!("cannot draw into {}", dir.display()))
+    }
+
+    /// Likewise the one of buffers.
+    fn draw_buffers(&self, dir: &Path) -> wasmtime::Result<Option<PathBuf>> {
+        let swept: Vec<_> = self.sweep.iter().map(plot::buffers::Swept::from).collect();
+        plot::buffers::draw(&swept, &self.caption(), dir)
+            .with_context(|| format!("cannot draw into {}", dir.display()))
+    }
+
+    fn caption(&self) -> String {
+        let Self { date, kernel, cpu, commit, .. } = self;
+        format!("{date}, {kernel}, {cpu}, {commit}")
     }
 
     /// Draws every picture.
     pub(crate) fn plot(&self, dir: &Path) -> wasmtime::Result<Vec<PathBuf>> {
-        self.draw(&Picture::ALL, dir)
+        let mut drawn = self.draw(&Picture::ALL, dir)?;
+        drawn.extend(self.draw_buffers(dir)?);
+        Ok(drawn)
     }
 }
 
@@ -438,6 +461,8 @@ struct Kept {
     guests: Report,
     /// What is not speed.
     others: Report,
+    /// Many sockets in one process.
+    density: Report,
 }
 
 impl Kept {
@@ -448,6 +473,7 @@ impl Kept {
             multi_thread: read("multi-thread")?,
             guests: read("guests")?,
             others: read("others")?,
+            density: read("density")?,
         })
     }
 }
@@ -479,6 +505,7 @@ fn write_report(dir: &Path, kept: &Kept) -> wasmtime::Result<Vec<PathBuf>> {
     let mut written = vec![tables];
     written.extend(kept.results.draw(&Picture::OF_FEW_GUESTS, dir)?);
     written.extend(kept.guests.draw(&[Picture::Guests], dir)?);
+    written.extend(kept.density.draw_buffers(dir)?);
     Ok(written)
 }
 

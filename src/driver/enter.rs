@@ -202,11 +202,12 @@ impl LockedCore<'_> {
 impl Driver {
     pub(crate) fn build(
         sockets: u32,
+        buffers: u16,
         queue_limits: QueueLimits,
         recycle: Recycle,
         held_up: &Arc<HeldUp>,
     ) -> Result<Arc<Self>, SetupError> {
-        Ok(Self::new(setup::build(sockets, recycle)?, queue_limits, held_up))
+        Ok(Self::new(setup::build(sockets, buffers, recycle)?, queue_limits, held_up))
     }
 
     /// Another ring like this one, and of its pool.

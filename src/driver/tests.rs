@@ -18,7 +18,7 @@ use super::held_up::HeldUp;
 use super::in_flight::InFlight;
 use crate::datagram::Family;
 use crate::error::Errno;
-use crate::limits::{REFUSAL_PATIENCE, SQ_ENTRIES};
+use crate::limits::{BUFFERS, REFUSAL_PATIENCE, SQ_ENTRIES};
 use crate::ring::account::Account;
 use crate::ring::op::{BindOp, Op, OpResult, Output};
 use crate::ring::queues::SlotIndex;
@@ -28,7 +28,8 @@ use crate::ring::share::Share;
 
 fn driver() -> Arc<Driver> {
     let limits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
-    Driver::build(4, limits, Recycle::OFF, &HeldUp::new()).expect("these tests need io_uring")
+    Driver::build(4, BUFFERS, limits, Recycle::OFF, &HeldUp::new())
+        .expect("these tests need io_uring")
 }
 
 /// A bound socket.

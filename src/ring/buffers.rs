@@ -14,7 +14,7 @@ use io_uring::IoUring;
 use io_uring::types::BufRingEntry;
 
 use super::mapping::Mapping;
-use crate::limits::{BUFFER_BYTES, BUFFERS};
+use crate::limits::BUFFER_BYTES;
 
 /// The group that the ring's receive buffers are registered under.
 pub(super) const BUFFER_GROUP: u16 = 0;
@@ -26,46 +26,51 @@ pub(crate) struct BufferRing {
     /// `struct io_uring_buf_ring`: entries shared with the kernel, the tail within the first.
     entries: Mapping,
     bytes: Mapping,
+    /// A power of two.
+    count: u16,
     /// Our tail; the kernel reads its published copy.
     tail: u16,
 }
 
-const ENTRIES_BYTES: usize = BUFFERS as usize * size_of::<BufRingEntry>();
-const BYTES_BYTES: usize = BUFFERS as usize * BUFFER_BYTES;
-
 impl BufferRing {
-    /// Maps the buffers, registers them with the ring and gives all to the kernel.
+    /// Maps so many buffers, a power of two, registers them with the ring and gives all to the kernel.
     #[expect(unsafe_code, reason = "the kernel reads the entries from now on")]
-    pub(crate) fn register(io: &IoUring) -> io::Result<Self> {
-        let entries = Mapping::anonymous(ENTRIES_BYTES)?;
-        let bytes = Mapping::anonymous(BYTES_BYTES)?;
+    pub(crate) fn register(io: &IoUring, count: u16) -> io::Result<Self> {
+        let mut ring = Self::map(count)?;
         // Huge pages would make every small datagram cost 2 MiB; if the advice fails, it may.
-        let _ = bytes.advise(libc::MADV_NOHUGEPAGE);
-        // SAFETY: `entries` is page-aligned, holds BUFFERS entries and lives as long as the ring:
+        let _ = ring.bytes.advise(libc::MADV_NOHUGEPAGE);
+        // SAFETY: `entries` is page-aligned, holds `count` entries and lives as long as the ring:
         // `Ring` drops its buffers only when the kernel holds no operation, and leaks them else.
         // (`whatever_the_kernel_does_datagrams_reach_their_own_socket_in_order` reads what would be
         // overwritten.)
         unsafe {
             io.submitter().register_buf_ring_with_flags(
-                entries.start.expose_provenance() as u64,
-                BUFFERS,
+                ring.entries.start.expose_provenance() as u64,
+                count,
                 BUFFER_GROUP,
                 0,
             )?;
         }
-        let mut ring = Self { entries, bytes, tail: 0 };
-        for id in 0..BUFFERS {
-            ring.publish(BufferId(id));
-        }
+        ring.publish_all();
         Ok(ring)
+    }
+
+    fn map(count: u16) -> io::Result<Self> {
+        let entries = Mapping::anonymous(usize::from(count) * size_of::<BufRingEntry>())?;
+        let bytes = Mapping::anonymous(usize::from(count) * BUFFER_BYTES)?;
+        Ok(Self { entries, bytes, count, tail: 0 })
+    }
+
+    fn publish_all(&mut self) {
+        (0..self.count).for_each(|id| self.publish(BufferId(id)));
     }
 
     /// Gives a buffer to the kernel.
     #[expect(unsafe_code, reason = "writes memory the kernel reads")]
     pub(crate) fn publish(&mut self, id: BufferId) {
-        let at = usize::from(self.tail & (BUFFERS - 1));
+        let at = usize::from(self.tail & (self.count - 1));
         let entry = self.entries.start.cast::<BufRingEntry>().wrapping_add(at);
-        // SAFETY: `at` is below BUFFERS, so the entry is inside the mapping. The kernel only reads
+        // SAFETY: `at` is below `count`, so the entry is inside the mapping. The kernel only reads
         // entries, and this one not before the tail moves past it below.
         let entry = unsafe { &mut *entry };
         entry.set_addr(self.buffer_start(id).expose_provenance() as u64);
@@ -83,7 +88,7 @@ impl BufferRing {
     /// names a buffer or a length that cannot be.
     #[expect(unsafe_code, reason = "reads memory the kernel wrote")]
     pub(crate) fn filled(&mut self, id: BufferId, len: usize) -> Option<&[u8]> {
-        if id.0 >= BUFFERS || len > BUFFER_BYTES {
+        if id.0 >= self.count || len > BUFFER_BYTES {
             return None;
         }
         let start = self.buffer_start(id);
@@ -93,16 +98,16 @@ impl BufferRing {
     }
 
     fn buffer_start(&self, id: BufferId) -> *mut u8 {
-        self.bytes.start.cast::<u8>().wrapping_add(usize::from(id.0 & (BUFFERS - 1)) * BUFFER_BYTES)
+        let at = usize::from(id.0 & (self.count - 1));
+        self.bytes.start.cast::<u8>().wrapping_add(at * BUFFER_BYTES)
     }
 
     /// For a kernel that a test plays: all is as after `register`, and where the entries are.
     #[cfg(test)]
     pub(super) fn played() -> io::Result<(Self, *const BufRingEntry)> {
-        let entries = Mapping::anonymous(ENTRIES_BYTES)?;
-        let start = entries.start.cast_const().cast();
-        let mut ring = Self { entries, bytes: Mapping::anonymous(BYTES_BYTES)?, tail: 0 };
-        (0..BUFFERS).for_each(|id| ring.publish(BufferId(id)));
+        let mut ring = Self::map(crate::limits::BUFFERS)?;
+        ring.publish_all();
+        let start = ring.entries.start.cast_const().cast();
         Ok((ring, start))
     }
 
@@ -116,7 +121,7 @@ impl BufferRing {
     #[cfg(test)]
     #[expect(unsafe_code, reason = "writes a buffer as the kernel would")]
     pub(crate) fn fill(&mut self, id: BufferId, bytes: &[u8]) {
-        assert!(id.0 < BUFFERS && bytes.len() <= BUFFER_BYTES);
+        assert!(id.0 < self.count && bytes.len() <= BUFFER_BYTES);
         // SAFETY: inside the mapping, and no slice of it is alive under `&mut self`.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.buffer_start(id), bytes.len());

@@ -25,7 +25,7 @@ use super::socket_filter;
 use super::timer::Timer;
 use super::trials::{TRIALS, Trial, Tried, answers_names};
 use crate::error::SetupError;
-use crate::limits::{CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
+use crate::limits::{BUFFERS, CQ_ENTRIES, IDLE_MIN, SOCKETS_MAX, SQ_ENTRIES};
 
 /// A ring that has been through every check.
 pub(crate) struct Built {
@@ -46,6 +46,7 @@ pub(crate) struct Built {
 pub(crate) struct Known {
     /// Of a table, for the sockets of guests.
     pub(crate) slots: u32,
+    buffers: u16,
     recycle: Recycle,
     support: Support,
     pub(crate) defaults: Defaults,
@@ -62,13 +63,13 @@ impl Known {
         support: Support,
         defaults: Defaults,
     ) -> Self {
-        Self { slots, recycle, support, defaults, has_names: true }
+        Self { slots, buffers: BUFFERS, recycle, support, defaults, has_names: true }
     }
 }
 
 /// Builds the first ring of a pool, with a table of `sockets` slots, or as many as the kernel lets a
 /// table have, and some for cached sockets; or says which requirement failed.
-pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError> {
+pub(crate) fn build(sockets: u32, buffers: u16, recycle: Recycle) -> Result<Built, SetupError> {
     if !(1..=SOCKETS_MAX).contains(&sockets) {
         return Err(SetupError::OutOfRange {
             option: "sockets",
@@ -83,22 +84,23 @@ pub(crate) fn build(sockets: u32, recycle: Recycle) -> Result<Built, SetupError>
     }
     let (recycle, support) = recyclable(recycle);
     let (slots, recycle) = fit(sockets, recycle);
-    let (mut queues, buffers, signals) = equip(io, &codes, slots + recycle.quarantined_max)?;
+    let (mut queues, buffer_ring, signals) =
+        equip(io, &codes, slots + recycle.quarantined_max, buffers)?;
     for trial in TRIALS {
         try_out(trial, &mut queues)?;
     }
     let has_names = answers_names(&mut queues).map_err(step("trying getsockname"))?;
     let defaults = Defaults::query()?;
     membarrier::enable_kicks();
-    let known = Known { slots, recycle, support, defaults, has_names };
-    Ok(assemble(process, queues, buffers, signals, known))
+    let known = Known { slots, buffers, recycle, support, defaults, has_names };
+    Ok(assemble(process, queues, buffer_ring, signals, known))
 }
 
 /// Builds another ring of the pool, for which nothing is tried that the first has shown.
 pub(crate) fn build_another(known: &Known) -> Result<Built, SetupError> {
     let (process, io, codes) = begin()?;
     let slots = known.slots + known.recycle.quarantined_max;
-    let (queues, buffers, signals) = equip(io, &codes, slots)?;
+    let (queues, buffers, signals) = equip(io, &codes, slots, known.buffers)?;
     Ok(assemble(process, queues, buffers, signals, known.clone()))
 }
 
@@ -116,9 +118,10 @@ fn equip(
     io: IoUring,
     codes: &Probe,
     slots: u32,
+    buffers: u16,
 ) -> Result<(Queues, BufferRing, (EventFd, Timer)), SetupError> {
     register_table(&io, slots)?;
-    let buffers = register_buffers(&io)?;
+    let buffers = register_buffers(&io, buffers)?;
     let eventfd = EventFd::new().map_err(|errno| SetupError::Io { step: "eventfd", errno })?;
     io.submitter()
         .register_eventfd(eventfd.as_raw_fd())
@@ -230,8 +233,8 @@ fn probe(io: &IoUring) -> Result<Probe, SetupError> {
     Ok(known)
 }
 
-fn register_buffers(io: &IoUring) -> Result<BufferRing, SetupError> {
-    BufferRing::register(io).map_err(step("registering the buffer ring"))
+fn register_buffers(io: &IoUring, count: u16) -> Result<BufferRing, SetupError> {
+    BufferRing::register(io, count).map_err(step("registering the buffer ring"))
 }
 
 /// What of it can be recycled here.
@@ -302,7 +305,7 @@ impl ThrowAway {
     pub(crate) fn build() -> Result<Self, SetupError> {
         let io = set_up()?;
         register_table(&io, 1)?;
-        let buffers = register_buffers(&io)?;
+        let buffers = register_buffers(&io, BUFFERS)?;
         let is_udp_only = restrict(&io, &probe(&io)?)?;
         Ok(Self { queues: Queues::new(io), is_udp_only, _buffers: buffers })
     }

@@ -52,7 +52,8 @@ const LIMITS: QueueLimits = QueueLimits { datagrams: 4, bytes: 1 << 20 };
 
 impl Rig {
     fn new() -> Self {
-        let setup::Built { ring, share: table, .. } = setup::build(16, Recycle::OFF).unwrap();
+        let setup::Built { ring, share: table, .. } =
+            setup::build(16, BUFFERS, Recycle::OFF).unwrap();
         table.gain(&Share::new(16), |all| all);
         Self { ring, table, account: Account::of_sockets(16), sockets: Vec::new(), next_buffer: 0 }
     }
@@ -732,7 +733,8 @@ fn a_failing_socket_operation_completes_its_bind_once() {
         (vec![], local, None),
     ];
     for (options, addr, error) in cases {
-        let setup::Built { mut ring, share: table, .. } = setup::build(4, Recycle::OFF).unwrap();
+        let setup::Built { mut ring, share: table, .. } =
+            setup::build(4, BUFFERS, Recycle::OFF).unwrap();
         table.gain(&Share::new(4), |all| all);
         assert!(table.take());
         let bind = BindOp::new(Family::V4, options, addr);
@@ -747,7 +749,8 @@ fn a_failing_socket_operation_completes_its_bind_once() {
     }
     // The head fails: a slot beyond the table. The kernel does not count that as a failure of
     // the chain, and BIND finds the slot empty; one completion all the same.
-    let setup::Built { mut ring, share: table, .. } = setup::build(1, Recycle::OFF).unwrap();
+    let setup::Built { mut ring, share: table, .. } =
+        setup::build(1, BUFFERS, Recycle::OFF).unwrap();
     table.gain(&Share::new(1), |all| all);
     assert!(table.take());
     let bind = BindOp::new(Family::V4, vec![], local);
@@ -780,7 +783,7 @@ struct Recycling {
 impl Recycling {
     fn new() -> Self {
         let recycle = Recycle { quarantined_max: 4, ready_max: 4, ..Recycle::default() };
-        let setup::Built { ring, share: table, .. } = setup::build(4, recycle).unwrap();
+        let setup::Built { ring, share: table, .. } = setup::build(4, BUFFERS, recycle).unwrap();
         table.gain(&Share::new(4), |all| all);
         Self { ring, table }
     }

@@ -81,11 +81,16 @@ mod exit_codes {
                 &["create", "1", "0", "1201", "16"],
                 &["create", "1", "0", "64", "0"],
                 &["create", "1", "0", "64", "17"],
-                &["create", "1", "0", "64", "16", "1"],
+                &["create", "1", "0", "64", "16", "0"],
+                &["create", "1", "0", "64", "16", "255"],
+                &["create", "1", "0", "64", "16", "1", "1"],
+                &["crowd", "0"],
+                &["crowd", "601"],
             ] {
                 run(&[&["run", cycle], args].concat()).with_code(1).says(&["returned an error"]);
             }
             run(&["run", cycle, "create", "1", "0", "1200", "16"]).with_code(0);
+            run(&["run", cycle, "dns", "1", "0", "64", "16", "254"]).with_code(0);
         }
     }
 
@@ -738,7 +743,7 @@ mod help {
             ("demo", "--guests --rounds"),
             (
                 "bench",
-                "NAME create bind bind6 pair dns echo echo_1200 batch_16 burst_16 receive flood neighbour idle --list \
+                "NAME create bind bind6 pair dns echo echo_1200 batch_16 burst_16 receive flood neighbour idle density --list \
                  --wasi 0.2 0.3 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
             ),
             ("report", "DIR results.json --readme README.md scripts/bench"),
@@ -799,7 +804,8 @@ mod closed_pipes {
 mod measuring {
     use super::*;
 
-    const KEPT: [&str; 4] = ["results.json", "guests.json", "multi-thread.json", "others.json"];
+    const KEPT: [&str; 5] =
+        ["results.json", "guests.json", "multi-thread.json", "others.json", "density.json"];
 
     fn top_level() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -1008,6 +1014,38 @@ mod measuring {
         }
     }
 
+    /// 2,000 sockets under a limit of 400 open files. Kills: a table as large as all of them; a request that is lost
+    /// where buffers are few.
+    #[test]
+    fn five_times_as_many_sockets_as_files_answer_whatever_buffers_their_rings_have() {
+        let report = report("density.json", &["density", "--sockets", "2000", "--rounds", "1"]);
+        let crowds = report["crowds"].as_array().unwrap();
+        let shape = |crowd: &Value| {
+            let count = |field: &str| crowd[field].as_u64().unwrap();
+            let backend = crowd["backend"].as_str().unwrap().to_owned();
+            assert_eq!(count("open_files") == 400, count("sockets") < 2000 || backend == "uring");
+            (backend, count("sockets"), count("rings"))
+        };
+        let shapes: Vec<_> = crowds.iter().map(shape).collect();
+        let of = |backend: &str, sockets, rings| (backend.to_owned(), sockets, rings);
+        let expected = [
+            of("stock", 20, 0),
+            of("uring", 20, 1),
+            of("stock", 300, 0),
+            of("uring", 300, 2),
+            of("stock", 2000, 0),
+            of("uring", 2000, 10),
+        ];
+        assert_eq!(shapes, [expected.clone(), expected].concat(), "{report}");
+        let sweep = report["sweep"].as_array().unwrap();
+        let buffers: Vec<_> = sweep.iter().map(|swept| swept["buffers"].as_u64()).collect();
+        let expected = [None, Some(16), Some(64), Some(128), Some(256), Some(512), Some(1024)];
+        assert_eq!(buffers, [expected, expected].concat(), "{report}");
+        for one in crowds.iter().chain(sweep) {
+            assert_eq!((&one["requests"], &one["lost"]), (&1000.into(), &0.into()), "{one}");
+        }
+    }
+
     #[test]
     fn report_makes_tables_and_pictures_of_what_bench_has_kept() {
         let dir = directory("report");
@@ -1016,6 +1054,7 @@ mod measuring {
             &["bind", "--guests", "1,2,4"],
             &["echo", "--guests", "2", "--runtime", "multi-thread"],
             &["idle", "flood", "neighbour", "--sockets", "50"],
+            &["density", "--sockets", "200"],
         ];
         for (name, args) in KEPT.into_iter().zip(measured) {
             let kept = dir.join(name);
@@ -1047,11 +1086,14 @@ mod measuring {
                 "| uring | 0.3 | ",
                 "0 of 2940 |",
                 "## Latency beside a guest that computes",
+                "## Many sockets in one process",
+                "| 1024 | uring | 0.3 | ",
             ],
         );
         for picture in ["overview.svg", "sockets.svg", "guests.svg"] {
             has(picture, &["<svg", "bind"]);
         }
+        has("buffers.svg", &["<svg", "p99", "uring 0.3"]);
     }
 
     #[test]
@@ -1082,7 +1124,7 @@ mod measuring {
         std::fs::copy(top.join("README.md"), &readme).unwrap();
         let ended = run(&["report", arg(&kept), "--readme", arg(&readme)]).with_code(0);
         let written: Vec<_> = ended.stderr.lines().collect();
-        assert_eq!(written.len(), 6, "{ended}");
+        assert_eq!(written.len(), 7, "{ended}");
         for line in written {
             let file = Path::new(line.strip_prefix("wasi-uring: wrote ").unwrap());
             let committed = top.join(file.strip_prefix(&copy).unwrap());
@@ -1097,7 +1139,7 @@ mod measuring {
     #[test]
     fn bench_names_its_benches_when_asked_for_another() {
         let ended = run(&["bench", "nonsense"]).with_code(2).says(&["nonsense"]);
-        for name in BENCHES.iter().chain(&["flood", "neighbour", "idle"]) {
+        for name in BENCHES.iter().chain(&["flood", "neighbour", "idle", "density"]) {
             assert!(ended.stderr.contains(name), "{ended}");
         }
         run(&["bench", "create", "--runtime", "tokio-uring"])

@@ -1,9 +1,10 @@
 ;; The command's built-in guest: what a UDP guest does all day, without anything else in the way. A wasi:cli/run command
-;; with the arguments MODE COUNT [PORT [BYTES DATAGRAMS]] (after argv 0); run answers err for an argument it does not know
-;; and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64; DATAGRAMS are 1 to 16, else 16.
+;; with the arguments MODE COUNT [PORT [BYTES DATAGRAMS [HOST]]] (after argv 0); run answers err for an argument it does not
+;; know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64; DATAGRAMS are 1 to 16, else 16; sockets
+;; of IPv4 are bound to 127.0.0.HOST, 1 to 254, else 1.
 ;;
 ;;   create   COUNT times: create, drop
-;;   bind     COUNT times: create, bind 127.0.0.1:0, drop
+;;   bind     COUNT times: create, bind to port 0, drop
 ;;   bind6    likewise with ::1
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
@@ -20,6 +21,8 @@
 ;;   sink     open a socket; COUNT times wait for datagrams
 ;;   await    open COUNT sockets that wait for a datagram, then wait for ever
 ;;   bound    open COUNT sockets that do nothing, then wait for ever
+;;   crowd    open COUNT sockets, up to 600, that wait for a datagram; when the last has got one, send their ports to
+;;            127.0.0.1:PORT, two bytes each; then send back what comes to any of them, for ever
 ;;
 ;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
 ;; timeout.
@@ -31,6 +34,7 @@
   (import "wasi:io/poll@0.2.0" (instance $poll
     (export "pollable" (type $pollable (sub resource)))
     (export "[method]pollable.block" (func (param "self" (borrow $pollable))))
+    (export "poll" (func (param "in" (list (borrow $pollable))) (result (list u32))))
   ))
   (alias export $poll "pollable" (type $pollable))
 
@@ -117,8 +121,8 @@
   ;; Memory stands apart from the program because lowering an import needs it before the program can exist.
   (core module $heap-module
     (memory (export "memory") 1)
-    ;; Below this lie the program's own areas.
-    (global $floor i32 (i32.const 4096))
+    ;; Below this lie the program's own areas, and what it keeps.
+    (global $floor (mut i32) (i32.const 4096))
     (global $next (mut i32) (i32.const 4096))
 
     (func (export "realloc") (param $old i32) (param $old-size i32) (param $align i32) (param $size i32) (result i32)
@@ -140,6 +144,7 @@
       (local.get $at))
 
     (func (export "free-all") (global.set $next (global.get $floor)))
+    (func (export "keep-all") (global.set $floor (global.get $next)))
   )
   (core instance $heap (instantiate $heap-module))
   (alias core export $heap "memory" (core memory $memory))
@@ -147,6 +152,7 @@
 
   (core func $get-arguments (canon lower (func $environment "get-arguments") (memory $memory) (realloc $realloc)))
   (core func $block (canon lower (func $poll "[method]pollable.block")))
+  (core func $poll (canon lower (func $poll "poll") (memory $memory) (realloc $realloc)))
   (core func $drop-pollable (canon resource.drop $pollable))
   (core func $instance-network (canon lower (func $instance-network "instance-network")))
   (core func $drop-network (canon resource.drop $network))
@@ -170,8 +176,11 @@
   (core module $cycle-module
     (import "heap" "memory" (memory 1))
     (import "heap" "free-all" (func $free-all))
+    (import "heap" "keep-all" (func $keep-all))
+    (import "heap" "realloc" (func $realloc (param i32 i32 i32 i32) (result i32)))
     (import "wasi" "get-arguments" (func $get-arguments (param i32)))
     (import "wasi" "block" (func $block (param i32)))
+    (import "wasi" "poll" (func $poll (param i32 i32 i32)))
     (import "wasi" "drop-pollable" (func $drop-pollable (param i32)))
     (import "wasi" "instance-network" (func $instance-network (result i32)))
     (import "wasi" "drop-network" (func $drop-network (param i32)))
@@ -206,9 +215,11 @@
     ;; What is sent. The first four bytes count trips and batches, so that a stray datagram is not taken for an answer.
     (global $payload i32 (i32.const 1024))
 
-    ;; As the last two arguments have them.
+    ;; As the arguments have them.
     (global $bytes (mut i32) (i32.const 64))
     (global $datagrams (mut i32) (i32.const 16))
+    ;; The last byte of the IPv4 address that sockets are bound to.
+    (global $own-host (mut i32) (i32.const 1))
     ;; What comes of computing, so that it is done.
     (global $computed (mut i64) (i64.const 1))
     (global $would-block i32 (i32.const 8))
@@ -229,6 +240,7 @@
     (global $mode-sink i64 (i64.const 0x73696e6b))
     (global $mode-await i64 (i64.const 0x6177616974))
     (global $mode-bound i64 (i64.const 0x626f756e64))
+    (global $mode-crowd i64 (i64.const 0x63726f7764))
 
     (global $network (mut i32) (i32.const 0))
 
@@ -254,7 +266,7 @@
           (i32.const 0) (global.get $answer)))
         (else (call $start-bind (i32.load (local.get $peer)) (global.get $network)
           (i32.const 0) (i32.const 0)
-          (i32.const 127) (i32.const 0) (i32.const 0) (i32.const 1)
+          (i32.const 127) (i32.const 0) (i32.const 0) (global.get $own-host)
           (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
           (global.get $answer))))
       (if (call $failed) (then (return (i32.const 1))))
@@ -405,26 +417,91 @@
 
     ;; Waits, then takes what is there; sends it back to where it came from if asked to.
     (func $take-all (param $answering i32) (result i32)
-      (local $letter i32) (local $left i32)
       (call $wait-incoming (global.get $a))
-      (local.set $left (call $take (global.get $a) (i32.const 16)))
-      (if (i32.eqz (local.get $left)) (then (return (i32.const 1))))
-      (if (i32.eqz (local.get $answering)) (then (return (i32.const 0))))
+      (if (i32.eqz (call $take (global.get $a) (i32.const 16))) (then (return (i32.const 1))))
+      (if (result i32) (local.get $answering)
+        (then (call $answer-all (global.get $a)))
+        (else (i32.const 0))))
+
+    ;; Sends what was received last back to where it came from.
+    (func $answer-all (param $peer i32) (result i32)
+      (local $letter i32) (local $left i32)
       (local.set $letter (i32.load offset=4 (global.get $answer)))
-      (loop $next
-        (if (call $send-one (global.get $a)
+      (local.set $left (i32.load offset=8 (global.get $answer)))
+      (loop $next (result i32)
+        (if (i32.eqz (local.get $left)) (then (return (i32.const 0))))
+        (if (call $send-one (local.get $peer)
           (i32.load (local.get $letter)) (i32.load offset=4 (local.get $letter))
           (i32.add (local.get $letter) (i32.const 8)))
           (then (return (i32.const 1))))
         (local.set $letter (i32.add (local.get $letter) (i32.const 40)))
-        (br_if $next (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
-      (i32.const 0))
+        (local.set $left (i32.sub (local.get $left) (i32.const 1)))
+        (br $next)))
 
     ;; A socket that waits for a datagram, and is forgotten.
     (func $await (result i32)
       (if (call $open (global.get $a) (i32.const 0)) (then (return (i32.const 1))))
       (call $receive (i32.load offset=4 (global.get $a)) (i64.const 1) (global.get $answer))
       (call $failed))
+
+    ;; A peer of 12 bytes for each socket, and behind them all their pollables. Answers where they are.
+    (func $open-crowd (param $count i32) (result i32)
+      (local $peers i32) (local $end i32) (local $peer i32)
+      (local.set $peers (call $realloc
+        (i32.const 0) (i32.const 0) (i32.const 4) (i32.mul (local.get $count) (i32.const 16))))
+      (call $keep-all)
+      (local.set $end (i32.add (local.get $peers) (i32.mul (local.get $count) (i32.const 12))))
+      (local.set $peer (local.get $peers))
+      (loop $next
+        (if (call $await) (then (return (i32.const 0))))
+        (memory.copy (local.get $peer) (global.get $a) (i32.const 12))
+        (local.set $peer (i32.add (local.get $peer) (i32.const 12)))
+        (br_if $next (i32.lt_u (local.get $peer) (local.get $end))))
+      (local.get $peers))
+
+    ;; Sends the ports of all from the last, when that has got a datagram.
+    (func $report-ports (param $peers i32) (param $count i32) (result i32)
+      (local $at i32)
+      (if (i32.eqz (call $take (global.get $a) (i32.const 1))) (then (return (i32.const 1))))
+      (loop $next
+        (call $local-address
+          (i32.load (i32.add (local.get $peers) (i32.mul (local.get $at) (i32.const 12)))) (global.get $answer))
+        (if (call $failed) (then (return (i32.const 1))))
+        (i32.store16 (i32.add (global.get $payload) (i32.shl (local.get $at) (i32.const 1)))
+          (i32.load16_u offset=8 (global.get $answer)))
+        (local.set $at (i32.add (local.get $at) (i32.const 1)))
+        (br_if $next (i32.lt_u (local.get $at) (local.get $count))))
+      (call $send-one (global.get $a) (global.get $payload) (i32.shl (local.get $count) (i32.const 1)) (global.get $host)))
+
+    ;; Ends only with a failure. Several sockets may be ready at once, so nothing is freed before all were served.
+    (func $crowd (param $count i32) (result i32)
+      (local $peers i32) (local $pollables i32) (local $at i32) (local $end i32) (local $peer i32)
+      (if (i32.gt_u (i32.sub (local.get $count) (i32.const 1)) (i32.const 599)) (then (return (i32.const 1))))
+      (block $failed
+        (br_if $failed (i32.eqz (local.tee $peers (call $open-crowd (local.get $count)))))
+        (br_if $failed (call $report))
+        (br_if $failed (call $report-ports (local.get $peers) (local.get $count)))
+        (local.set $pollables (i32.add (local.get $peers) (i32.mul (local.get $count) (i32.const 12))))
+        (loop $next
+          (i32.store (i32.add (local.get $pollables) (i32.shl (local.get $at) (i32.const 2)))
+            (call $subscribe-incoming (i32.load offset=4
+              (i32.add (local.get $peers) (i32.mul (local.get $at) (i32.const 12))))))
+          (local.set $at (i32.add (local.get $at) (i32.const 1)))
+          (br_if $next (i32.lt_u (local.get $at) (local.get $count))))
+        (loop $more
+          (call $free-all)
+          (call $poll (local.get $pollables) (local.get $count) (global.get $answer))
+          (local.set $at (i32.load (global.get $answer)))
+          (local.set $end (i32.add (local.get $at) (i32.shl (i32.load offset=4 (global.get $answer)) (i32.const 2))))
+          (loop $ready
+            (local.set $peer (i32.add (local.get $peers) (i32.mul (i32.load (local.get $at)) (i32.const 12))))
+            (call $receive (i32.load offset=4 (local.get $peer)) (i64.const 16) (global.get $answer))
+            (br_if $failed (call $failed))
+            (br_if $failed (call $answer-all (local.get $peer)))
+            (local.set $at (i32.add (local.get $at) (i32.const 4)))
+            (br_if $ready (i32.lt_u (local.get $at) (local.get $end))))
+          (br $more)))
+      (i32.const 1))
 
     (func $open-batch (result i32)
       (local $letter i32) (local $left i32)
@@ -586,7 +663,7 @@
       (local $given i32) (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
       (call $get-arguments (global.get $answer))
       (local.set $given (i32.load offset=4 (global.get $answer)))
-      (if (i32.or (i32.lt_u (local.get $given) (i32.const 3)) (i32.gt_u (local.get $given) (i32.const 6)))
+      (if (i32.or (i32.lt_u (local.get $given) (i32.const 3)) (i32.gt_u (local.get $given) (i32.const 7)))
         (then (return (i32.const 1))))
       (if (i32.eq (local.get $given) (i32.const 5)) (then (return (i32.const 1))))
       ;; A string is a pointer and a length: eight bytes each, and the first is argv 0.
@@ -599,15 +676,20 @@
         (if (i32.gt_u (local.get $port) (i32.const 65535)) (then (return (i32.const 1))))
         (i32.store16 offset=4 (global.get $host) (local.get $port))
         (i32.store offset=6 (global.get $host) (i32.const 0x0100007f))))
-      (if (i32.eq (local.get $given) (i32.const 6)) (then
+      (if (i32.ge_u (local.get $given) (i32.const 6)) (then
         (global.set $bytes (call $number-of (i32.add (local.get $strings) (i32.const 32))))
         (if (i32.gt_u (i32.sub (global.get $bytes) (i32.const 4)) (i32.const 1196)) (then (return (i32.const 1))))
         (global.set $datagrams (call $number-of (i32.add (local.get $strings) (i32.const 40))))
         (if (i32.gt_u (i32.sub (global.get $datagrams) (i32.const 1)) (i32.const 15))
           (then (return (i32.const 1))))))
+      (if (i32.eq (local.get $given) (i32.const 7)) (then
+        (global.set $own-host (call $number-of (i32.add (local.get $strings) (i32.const 48))))
+        (if (i32.gt_u (i32.sub (global.get $own-host) (i32.const 1)) (i32.const 253))
+          (then (return (i32.const 1))))))
 
       ;; One network for the whole run, as guests' libraries keep it.
       (global.set $network (call $instance-network))
+      (if (i64.eq (local.get $mode) (global.get $mode-crowd)) (then (return (call $crowd (local.get $count)))))
       (local.set $status (call $repeat (local.get $mode) (local.get $count)))
       (if (call $stays (local.get $mode)) (then
         (if (local.get $status) (then (return (i32.const 1))))
@@ -623,6 +705,7 @@
     (with "wasi" (instance
       (export "get-arguments" (func $get-arguments))
       (export "block" (func $block))
+      (export "poll" (func $poll))
       (export "drop-pollable" (func $drop-pollable))
       (export "instance-network" (func $instance-network))
       (export "drop-network" (func $drop-network))

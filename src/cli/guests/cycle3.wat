@@ -1,10 +1,10 @@
 ;; The built-in guest cycle2.wat once more, for WASI 0.3: the same modes, so that both can be measured side by side. A
-;; wasi:cli/run command with the arguments MODE COUNT [PORT [BYTES DATAGRAMS]] (after argv 0); run answers err for an
-;; argument it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64; DATAGRAMS are
-;; 1 to 16, else 16.
+;; wasi:cli/run command with the arguments MODE COUNT [PORT [BYTES DATAGRAMS [HOST]]] (after argv 0); run answers err for
+;; an argument it does not know and for every error a socket reports. A datagram has BYTES, 4 to 1200, else 64; DATAGRAMS are
+;; 1 to 16, else 16; sockets of IPv4 are bound to 127.0.0.HOST, 1 to 254, else 1.
 ;;
 ;;   create   COUNT times: create, drop
-;;   bind     COUNT times: create, bind 127.0.0.1:0, drop
+;;   bind     COUNT times: create, bind to port 0, drop
 ;;   bind6    likewise with ::1
 ;;   pair     COUNT times: open two sockets, one datagram each way, close both
 ;;   echo     open two sockets; COUNT times one datagram each way
@@ -21,6 +21,8 @@
 ;;   sink     open a socket; COUNT times wait for a datagram
 ;;   await    open COUNT sockets that wait for a datagram, then wait for ever
 ;;   bound    open COUNT sockets that do nothing, then wait for ever
+;;   crowd    open COUNT sockets, up to 600, that wait for a datagram; when the last has got one, send their ports to
+;;            127.0.0.1:PORT, two bytes each; then send back what comes to any of them, for ever
 ;;
 ;; Where both ends live in this guest they use loopback, whose losses would need a full receive buffer; so there is no
 ;; timeout.
@@ -76,8 +78,8 @@
   ;; Memory stands apart from the program because lowering an import needs it before the program can exist.
   (core module $heap-module
     (memory (export "memory") 1)
-    ;; Below this lie the program's own areas.
-    (global $floor i32 (i32.const 4096))
+    ;; Below this lie the program's own areas, and what it keeps.
+    (global $floor (mut i32) (i32.const 4096))
     (global $next (mut i32) (i32.const 4096))
 
     (func (export "realloc") (param $old i32) (param $old-size i32) (param $align i32) (param $size i32) (result i32)
@@ -99,6 +101,7 @@
       (local.get $at))
 
     (func (export "free-all") (global.set $next (global.get $floor)))
+    (func (export "keep-all") (global.set $floor (global.get $next)))
   )
   (core instance $heap (instantiate $heap-module))
   (alias core export $heap "memory" (core memory $memory))
@@ -120,6 +123,7 @@
   (core func $new-set (canon waitable-set.new))
   (core func $join (canon waitable.join))
   (core func $wait-set (canon waitable-set.wait (memory $memory)))
+  (core func $poll-set (canon waitable-set.poll (memory $memory)))
   (core func $drop-subtask (canon subtask.drop))
   (core func $task-return (canon task.return (result (result))))
 
@@ -127,6 +131,8 @@
   (core module $cycle-module
     (import "heap" "memory" (memory 1))
     (import "heap" "free-all" (func $free-all))
+    (import "heap" "keep-all" (func $keep-all))
+    (import "heap" "realloc" (func $realloc (param i32 i32 i32 i32) (result i32)))
     (import "wasi" "get-arguments" (func $get-arguments (param i32)))
     (import "wasi" "create-udp-socket" (func $create-udp-socket (param i32 i32)))
     ;; The socket, then the twelve values of an address (its case and the wider case's eleven), then where to put the
@@ -143,6 +149,7 @@
     (import "wasi" "new-set" (func $new-set (result i32)))
     (import "wasi" "join" (func $join (param $subtask i32) (param $set i32)))
     (import "wasi" "wait-set" (func $wait-set (param $set i32) (param $event i32) (result i32)))
+    (import "wasi" "poll-set" (func $poll-set (param $set i32) (param $event i32) (result i32)))
     (import "wasi" "drop-subtask" (func $drop-subtask (param i32)))
     (import "wasi" "task-return" (func $task-return (param i32)))
 
@@ -165,9 +172,11 @@
     ;; What is sent. The first four bytes count trips and batches, so that a stray datagram is not taken for an answer.
     (global $payload i32 (i32.const 1536))
 
-    ;; As the last two arguments have them.
+    ;; As the arguments have them.
     (global $bytes (mut i32) (i32.const 64))
     (global $datagrams (mut i32) (i32.const 16))
+    ;; The last byte of the IPv4 address that sockets are bound to.
+    (global $own-host (mut i32) (i32.const 1))
     ;; What comes of computing, so that it is done.
     (global $computed (mut i64) (i64.const 1))
     (global $letter-bytes i32 (i32.const 68))
@@ -190,6 +199,7 @@
     (global $mode-sink i64 (i64.const 0x73696e6b))
     (global $mode-await i64 (i64.const 0x6177616974))
     (global $mode-bound i64 (i64.const 0x626f756e64))
+    (global $mode-crowd i64 (i64.const 0x63726f7764))
 
     ;; One waitable set for the whole run, as guests' libraries keep it for a task; and one for what `await` forgets, so
     ;; that nothing else comes out of the first.
@@ -224,7 +234,7 @@
           (i32.const 0) (global.get $answer)))
         (else (call $bind (i32.load (local.get $peer))
           (i32.const 0) (i32.const 0)
-          (i32.const 127) (i32.const 0) (i32.const 0) (i32.const 1)
+          (i32.const 127) (i32.const 0) (i32.const 0) (global.get $own-host)
           (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
           (global.get $answer))))
       (call $failed))
@@ -350,6 +360,83 @@
       (if (call $pending (call $receive (i32.load (global.get $a)) (global.get $forgotten)) (global.get $forgotten-set))
         (then (return (i32.const 0))))
       (i32.load8_u (global.get $forgotten)))
+
+    ;; A member of a crowd, 52 bytes: the socket's handle (+0), as a peer begins; then the answer of its receive (+4).
+    (func $member (param $members i32) (param $at i32) (result i32)
+      (i32.add (local.get $members) (i32.mul (local.get $at) (i32.const 52))))
+
+    ;; Sends back what a member's receive has brought.
+    (func $answer-member (param $member i32) (result i32)
+      (if (i32.load8_u offset=4 (local.get $member)) (then (return (i32.const 1))))
+      (call $send-one (local.get $member) (i32.load offset=8 (local.get $member)) (i32.load offset=12 (local.get $member))
+        (i32.add (local.get $member) (i32.const 16))))
+
+    ;; Has a member receive, until it waits; its subtask is stored at $waits.
+    (func $listen (param $member i32) (param $waits i32) (result i32)
+      (local $status i32)
+      (loop $next (result i32)
+        (local.set $status (call $receive (i32.load (local.get $member)) (i32.add (local.get $member) (i32.const 4))))
+        (if (call $pending (local.get $status) (global.get $forgotten-set)) (then
+          (i32.store (local.get $waits) (i32.shr_u (local.get $status) (i32.const 4)))
+          (return (i32.const 0))))
+        (br_if $next (i32.eqz (call $answer-member (local.get $member))))
+        (i32.const 1)))
+
+    ;; Which member has the subtask of an event; the subtask is dropped.
+    (func $heard (param $waits i32) (result i32)
+      (local $at i32)
+      (loop $next
+        (if (i32.ne (i32.load (i32.add (local.get $waits) (i32.shl (local.get $at) (i32.const 2))))
+          (i32.load (global.get $event))) (then
+          (local.set $at (i32.add (local.get $at) (i32.const 1)))
+          (br $next))))
+      (call $drop-subtask (i32.load (global.get $event)))
+      (local.get $at))
+
+    ;; The ports of all, sent from the last.
+    (func $report-ports (param $members i32) (param $count i32) (result i32)
+      (local $at i32)
+      (loop $next
+        (call $local-address (i32.load (call $member (local.get $members) (local.get $at))) (global.get $answer))
+        (if (call $failed) (then (return (i32.const 1))))
+        (i32.store16 (i32.add (global.get $payload) (i32.shl (local.get $at) (i32.const 1)))
+          (i32.load16_u offset=8 (global.get $answer)))
+        (local.set $at (i32.add (local.get $at) (i32.const 1)))
+        (br_if $next (i32.lt_u (local.get $at) (local.get $count))))
+      (call $send-one (global.get $a) (global.get $payload) (i32.shl (local.get $count) (i32.const 1)) (global.get $host)))
+
+    ;; Ends only with a failure. The subtasks that members wait for, then the members.
+    (func $crowd (param $count i32) (result i32)
+      (local $waits i32) (local $members i32) (local $at i32)
+      (if (i32.gt_u (i32.sub (local.get $count) (i32.const 1)) (i32.const 599)) (then (return (i32.const 1))))
+      (local.set $waits (call $realloc
+        (i32.const 0) (i32.const 0) (i32.const 4) (i32.mul (local.get $count) (i32.const 56))))
+      (call $keep-all)
+      (local.set $members (i32.add (local.get $waits) (i32.shl (local.get $count) (i32.const 2))))
+      (block $failed
+        (loop $next
+          (br_if $failed (call $open (global.get $a)))
+          (i32.store (call $member (local.get $members) (local.get $at)) (i32.load (global.get $a)))
+          (br_if $failed (call $listen (call $member (local.get $members) (local.get $at))
+            (i32.add (local.get $waits) (i32.shl (local.get $at) (i32.const 2)))))
+          (local.set $at (i32.add (local.get $at) (i32.const 1)))
+          (br_if $next (i32.lt_u (local.get $at) (local.get $count))))
+        (br_if $failed (call $report))
+        (drop (call $wait-set (global.get $forgotten-set) (global.get $event)))
+        (local.set $at (call $heard (local.get $waits)))
+        (br_if $failed (i32.load8_u offset=4 (call $member (local.get $members) (local.get $at))))
+        (br_if $failed (call $report-ports (local.get $members) (local.get $count)))
+        (loop $more
+          (br_if $failed (call $listen (call $member (local.get $members) (local.get $at))
+            (i32.add (local.get $waits) (i32.shl (local.get $at) (i32.const 2)))))
+          ;; What a receive has brought stays until it was sent back; where no event is left there is none.
+          (if (i32.eqz (call $poll-set (global.get $forgotten-set) (global.get $event))) (then
+            (call $free-all)
+            (drop (call $wait-set (global.get $forgotten-set) (global.get $event)))))
+          (local.set $at (call $heard (local.get $waits)))
+          (br_if $failed (call $answer-member (call $member (local.get $members) (local.get $at))))
+          (br $more)))
+      (i32.const 1))
 
     ;; Where the letters of a batch end.
     (func $letters-end (result i32)
@@ -509,7 +596,7 @@
       (local $given i32) (local $strings i32) (local $mode i64) (local $count i32) (local $port i32) (local $status i32)
       (call $get-arguments (global.get $answer))
       (local.set $given (i32.load offset=4 (global.get $answer)))
-      (if (i32.or (i32.lt_u (local.get $given) (i32.const 3)) (i32.gt_u (local.get $given) (i32.const 6)))
+      (if (i32.or (i32.lt_u (local.get $given) (i32.const 3)) (i32.gt_u (local.get $given) (i32.const 7)))
         (then (return (i32.const 1))))
       (if (i32.eq (local.get $given) (i32.const 5)) (then (return (i32.const 1))))
       ;; A string is a pointer and a length: eight bytes each, and the first is argv 0.
@@ -522,15 +609,20 @@
         (if (i32.gt_u (local.get $port) (i32.const 65535)) (then (return (i32.const 1))))
         (i32.store16 offset=4 (global.get $host) (local.get $port))
         (i32.store offset=6 (global.get $host) (i32.const 0x0100007f))))
-      (if (i32.eq (local.get $given) (i32.const 6)) (then
+      (if (i32.ge_u (local.get $given) (i32.const 6)) (then
         (global.set $bytes (call $number-of (i32.add (local.get $strings) (i32.const 32))))
         (if (i32.gt_u (i32.sub (global.get $bytes) (i32.const 4)) (i32.const 1196)) (then (return (i32.const 1))))
         (global.set $datagrams (call $number-of (i32.add (local.get $strings) (i32.const 40))))
         (if (i32.gt_u (i32.sub (global.get $datagrams) (i32.const 1)) (i32.const 15))
           (then (return (i32.const 1))))))
+      (if (i32.eq (local.get $given) (i32.const 7)) (then
+        (global.set $own-host (call $number-of (i32.add (local.get $strings) (i32.const 48))))
+        (if (i32.gt_u (i32.sub (global.get $own-host) (i32.const 1)) (i32.const 253))
+          (then (return (i32.const 1))))))
 
       (global.set $set (call $new-set))
       (global.set $forgotten-set (call $new-set))
+      (if (i64.eq (local.get $mode) (global.get $mode-crowd)) (then (return (call $crowd (local.get $count)))))
       (local.set $status (call $repeat (local.get $mode) (local.get $count)))
       (if (call $stays (local.get $mode)) (then
         (if (local.get $status) (then (return (i32.const 1))))
@@ -564,6 +656,7 @@
       (export "new-set" (func $new-set))
       (export "join" (func $join))
       (export "wait-set" (func $wait-set))
+      (export "poll-set" (func $poll-set))
       (export "drop-subtask" (func $drop-subtask))
       (export "task-return" (func $task-return))
     ))))

@@ -11,16 +11,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sched::sched_setaffinity;
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use nix::unistd::Pid;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 use wasi_uring::Uring;
-use wasmtime::error::Context;
 use wasmtime_wasi::WasiCtx;
 
 use super::client::{Answers, Client, REQUEST_BYTES, reported_addr};
+use super::cpus::{Cpus, pin};
 use super::{Backend, Harness, Summary, WasiArg};
 use crate::args::NetArg;
 use crate::host::{GuestConfig, Net, Program};
@@ -99,6 +99,9 @@ pub(crate) fn measure(
 ) -> wasmtime::Result<[Figures; 2]> {
     // Else the scheduler may put the flood beside the guests for some of the time.
     let cpus = Cpus::allowed()?;
+    if cpus.first == cpus.last {
+        say("one CPU only: flood and guests share it, and what they cost each other is its time");
+    }
     pin(cpus.first)?;
     let measured = measure_pinned(harness, wasi, sockets, rounds, step, &cpus);
     sched_setaffinity(Pid::from_raw(0), &cpus.all)?;
@@ -144,35 +147,6 @@ fn measure_pinned(
         }
     }
     Ok(measured)
-}
-
-/// The CPUs this thread may use: the guests get the first, the flood the last.
-struct Cpus {
-    all: CpuSet,
-    first: usize,
-    last: usize,
-}
-
-impl Cpus {
-    fn allowed() -> wasmtime::Result<Self> {
-        let all = sched_getaffinity(Pid::from_raw(0))?;
-        let mut allowed = (0..CpuSet::count()).filter(|cpu| all.is_set(*cpu).unwrap_or(false));
-        let first = allowed.next().context("no CPU is allowed")?;
-        let last = allowed.next_back().unwrap_or(first);
-        if first == last {
-            say(
-                "one CPU only: flood and guests share it, and what they cost each other is its time",
-            );
-        }
-        Ok(Self { all, first, last })
-    }
-}
-
-/// Keeps this thread on a CPU.
-fn pin(cpu: usize) -> nix::Result<()> {
-    let mut only = CpuSet::new();
-    only.set(cpu)?;
-    sched_setaffinity(Pid::from_raw(0), &only)
 }
 
 fn figures(wasi: WasiArg, backend: Backend, sockets: usize, rounds: &[Round]) -> Figures {

@@ -156,7 +156,7 @@ pub fn measure(
 }
 
 /// The kernel's slab, once it has taken down what ended before: a ring goes after its process.
-fn settled_slab() -> wasmtime::Result<f64> {
+pub(super) fn settled_slab() -> wasmtime::Result<f64> {
     let mut before = proc_bytes("/proc/meminfo", "Slab")?;
     for _ in 0..SETTLE_ROUNDS_MAX {
         std::thread::sleep(SETTLE);
@@ -184,7 +184,7 @@ impl Drop for Holder {
 }
 
 /// A field of a file in `/proc` that is given in kilobytes.
-fn proc_bytes(path: &str, name: &str) -> wasmtime::Result<f64> {
+pub(super) fn proc_bytes(path: &str, name: &str) -> wasmtime::Result<f64> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
     let kilobytes = text
         .lines()

@@ -1,6 +1,6 @@
 //! Results as Markdown: the long tables, and the few rows of the README.
 
-use super::{Figure, Flood, Kept, Latency, Memory, Neighbour, Report, Speed};
+use super::{Figure, Flood, Kept, Latency, Memory, Neighbour, Report, Speed, density};
 use crate::benches::Bench;
 use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
 
@@ -51,7 +51,7 @@ pub(super) fn headline(results: &Report, all: &str) -> String {
 
 /// All tables.
 pub(super) fn document(kept: &Kept) -> String {
-    let Kept { results, multi_thread, guests, others } = kept;
+    let Kept { results, multi_thread, guests, others, density: dense } = kept;
     let memory_sockets = others.idle.first().map_or(0, |memory| memory.sockets);
     let flood_sockets = others.floods.first().map_or(0, |flood| flood.sockets.saturating_sub(1));
     let sections = [
@@ -90,6 +90,7 @@ pub(super) fn document(kept: &Kept) -> String {
         floods(&others.floods),
     ];
     let sections = sections.into_iter().chain(beside_neighbours(others));
+    let sections = sections.chain(density::sections(dense, source(dense)));
     sections.collect::<Vec<_>>().join("\n\n") + "\n"
 }
 
@@ -235,7 +236,7 @@ fn neighbours(neighbours: &[Neighbour]) -> String {
     table(&header, rows)
 }
 
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let line = |cells: &[String]| format!("| {} |", cells.join(" | "));
     let header: Vec<_> = header.iter().map(|&name| name.to_owned()).collect();
     let rule = vec!["---".to_owned(); header.len()];
@@ -243,12 +244,12 @@ fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     lines.join("\n")
 }
 
-fn number(value: f64, digits: usize) -> String {
+pub(super) fn number(value: f64, digits: usize) -> String {
     if value.is_nan() { "–".to_owned() } else { format!("{value:.digits$}") }
 }
 
 /// A median and its spread, where there is one, with a mark if it is too noisy to believe.
-fn shown(figure: Figure, digits: usize) -> String {
+pub(super) fn shown(figure: Figure, digits: usize) -> String {
     let Figure { median, spread, noisy } = figure;
     let spread = if spread.is_nan() { String::new() } else { format!(" {}", percent(spread)) };
     number(median, digits) + &spread + if noisy { " !" } else { "" }

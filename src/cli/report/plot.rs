@@ -2,6 +2,7 @@
 //!
 //! Here is what the plots show; [`page`] has what they are made of.
 
+pub(crate) mod buffers;
 mod page;
 #[cfg(test)]
 mod tests;
@@ -123,16 +124,19 @@ pub(crate) fn draw(
     caption: &str,
     dir: &Path,
 ) -> io::Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for picture in pictures {
-        let path = dir.join(picture.file_name());
-        let at = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
-        if let Some(svg) = picture.draw(rows, caption).map_err(io::Error::other).map_err(at)? {
-            fs::create_dir_all(dir).and_then(|()| fs::write(&path, svg)).map_err(at)?;
-            paths.push(path);
-        }
-    }
-    Ok(paths)
+    let drawn = |picture: &Picture| {
+        write(dir, picture.file_name(), picture.draw(rows, caption)).transpose()
+    };
+    pictures.iter().filter_map(drawn).collect()
+}
+
+/// Writes a picture, if there is one, and answers where.
+fn write(dir: &Path, name: &str, svg: Drawn<Option<String>>) -> io::Result<Option<PathBuf>> {
+    let path = dir.join(name);
+    let at = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    let Some(svg) = svg.map_err(io::Error::other).map_err(at)? else { return Ok(None) };
+    fs::create_dir_all(dir).and_then(|()| fs::write(&path, svg)).map_err(at)?;
+    Ok(Some(path))
 }
 
 /// A horizontal bar, with what stands left and right of it.

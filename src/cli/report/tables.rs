@@ -195,10 +195,10 @@ fn memory_row(memory: &Memory) -> [String; 7] {
 }
 
 /// A figure's spread, with a mark if the figure cannot be believed.
-fn spread(figure: Figure) -> String {
+pub(super) fn spread(figure: Figure) -> String {
     percent(figure.spread) + if figure.noisy { " !" } else { "" }
 }
 
-fn number(value: f64, digits: usize) -> String {
+pub(super) fn number(value: f64, digits: usize) -> String {
     if value.is_nan() { "–".to_owned() } else { format!("{value:.digits$}") }
 }

@@ -1,6 +1,7 @@
 use std::path::Path;
 use std::{fs, ops::Range};
 
+use super::buffers::{self, Swept};
 use super::page::{WIDTH, linear_ticks, log_ticks};
 use super::{Bar, Picture, Row, draw};
 use crate::measure::BENCHES;
@@ -202,4 +203,28 @@ fn ticks_are_few_and_within() {
         let ticks = log_ticks(1e-9, most, 6);
         assert!(ticks.len() <= 6 && ticks.iter().all(|tick| *tick <= most), "{ticks:?}");
     }
+}
+
+#[test]
+fn buffers_are_drawn_where_there_are_several_numbers_of_them() {
+    let swept = |name: &str, buffers, per_second| Swept {
+        name: name.to_owned(),
+        buffers,
+        per_second: (per_second, 0.1),
+        p99_micros: (5e3, f64::NAN),
+    };
+    let mut all = vec![swept("stock 0.2", None, 7e4), swept("uring 0.2", Some(16), 6e4)];
+    let dir = std::env::temp_dir().join(format!("wasi-uring-plot-{}-buffers", std::process::id()));
+    assert!(buffers::draw(&all, "", &dir).unwrap().is_none(), "a line needs two points");
+    all.push(swept("uring 0.2", Some(1024), 8e4));
+    let path = buffers::draw(&all, "here", &dir).unwrap().unwrap();
+    let texts = texts(&fs::read_to_string(path).unwrap());
+    for text in ["stock 0.2", "uring 0.2", "throughput", "p99", "16", "1024", "here"] {
+        assert!(texts.contains(&text.to_owned()), "{text} in {texts:?}");
+    }
+    for unknown in [f64::NAN, f64::INFINITY, 0.0] {
+        let none = all.iter().map(|one| Swept { per_second: (unknown, 0.0), ..one.clone() });
+        assert!(buffers::draw(&none.collect::<Vec<_>>(), "", &dir).unwrap().is_none());
+    }
+    let _ = fs::remove_dir_all(&dir);
 }
