@@ -220,7 +220,7 @@ fn a_cycle_with_recycled_sockets_is_one_enter_and_one_for_each_grace_period() {
         bytes: 1600.0,
         suspensions: 0.02,
         enters: 2.02,
-        submissions: 4.6,
+        submissions: 3.6,
     };
     for wasi in Wasi::ALL {
         ring_costs_at_most(true, "bind", wasi, most);

@@ -47,7 +47,7 @@ impl Flush {
     ) -> Poll<Result<LockedCore<'driver>, Errno>> {
         let mut core = driver.lock_open()?;
         self.end_yield(&mut core);
-        let core = ready!(self.submit(driver, core, cx));
+        let core = ready!(self.submit(driver, core, cx, || true));
         if self.is_submitted(&core) {
             return Poll::Ready(Ok(core));
         }
@@ -90,7 +90,7 @@ impl Flush {
     }
 
     pub(super) fn has_yielded(&self) -> bool {
-        !matches!(self.yielding, Yielding::NotYielded)
+        matches!(self.yielding, Yielding::Yielded { .. } | Yielding::Over)
     }
 
     /// To be called whenever the guest is polled.
@@ -99,22 +99,24 @@ impl Flush {
     }
 
     /// Gets the guest's entries into the kernel, unless another thread is inside and will. Pending
-    /// if the guest yields first, with its waker woken: it enters when it is polled again.
+    /// if the guest yields first, with its waker woken: it enters when it is polled again. `yields`: whether that
+    /// is worth it in this runtime.
     #[inline]
     pub(super) fn submit<'driver>(
         &mut self,
         driver: &'driver Driver,
         mut core: LockedCore<'driver>,
         cx: &Context<'_>,
+        yields: impl FnOnce() -> bool,
     ) -> Poll<LockedCore<'driver>> {
+        if first_poll::is_first(cx) {
+            self.yielding = Yielding::Declined;
+        }
         if core.entering || self.is_submitted(&core) {
             return Poll::Ready(core);
         }
         let bytes = core.ring.unsent_bytes();
-        if !first_poll::is_first(cx)
-            && core.batching.should_yield(self.guest, &self.yielding, bytes)
-            && is_current_thread()
-        {
+        if core.batching.should_yield(self.guest, &self.yielding, bytes) && yields() {
             self.yielding = core.batching.begin_yield();
             drop(core);
             cx.waker().wake_by_ref();

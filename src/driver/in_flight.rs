@@ -8,7 +8,7 @@ use tokio::task::coop;
 
 use super::batching::Guest;
 use super::enter::{Core, Driver};
-use super::flush::Flush;
+use super::flush::{Flush, is_current_thread};
 use crate::ring::account::Account;
 use crate::ring::op::OpResult;
 use crate::ring::queues::OpKey;
@@ -85,7 +85,9 @@ impl InFlight {
         flush.end_yield(&mut core);
         let mut result = core.ring.take_result(*key);
         if result.is_none() {
-            core = ready!(flush.submit(driver, core, cx));
+            // On a multi-thread runtime the flusher would come first, which a worker runs before the guests that
+            // are ready.
+            core = ready!(flush.submit(driver, core, cx, is_current_thread));
             result = core.ring.take_result(*key);
         }
         if result.is_none()

@@ -20,17 +20,21 @@ use common::{
 use tokio::runtime::Builder;
 use wasi_uring::Uring;
 
-/// Binds two sockets, sends both ways, drops both.
-async fn echo(rig: &mut Rig) {
-    let a = rig.endpoint(LOOPBACK).await;
-    let b = rig.endpoint(LOOPBACK).await;
-    for n in 0..10_u8 {
+async fn round_trips(rig: &mut Rig, a: Endpoint, b: Endpoint, count: u8) {
+    for n in 0..count {
         for (from, to) in [(a, b), (b, a)] {
             assert_eq!(rig.send_one(from.outgoing, &[n], Some(to.local)).await, Ok(1));
             let received = rig.receive_blocking(to.incoming).await.unwrap();
             assert_eq!(payloads(&received), [[n]]);
         }
     }
+}
+
+/// Binds two sockets, sends both ways, drops both.
+async fn echo(rig: &mut Rig) {
+    let a = rig.endpoint(LOOPBACK).await;
+    let b = rig.endpoint(LOOPBACK).await;
+    round_trips(rig, a, b, 10).await;
     rig.close(a).await;
     rig.close(b).await;
 }
@@ -461,4 +465,27 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
         let stats = uring.stats();
         assert!(enters <= GUESTS * CYCLES / 10 + stats.enters_overdue, "{enters}, {stats:?}");
     });
+}
+
+/// Kills: a guest that enters for itself alone because other workers could run the guests that are ready.
+#[test]
+fn guests_of_a_worker_share_the_enters_of_their_sends() {
+    const GUESTS: u64 = 16;
+    const TRIPS: u8 = 50;
+    let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let on_the_worker = async {
+        let uring = uring();
+        let mut guests = Vec::new();
+        for _ in 0..GUESTS {
+            let mut rig = Rig::on_ring(&uring).await;
+            let (a, b) = (rig.endpoint(LOOPBACK).await, rig.endpoint(LOOPBACK).await);
+            guests.push((rig, a, b));
+        }
+        let trips = |(mut rig, a, b)| async move { round_trips(&mut rig, a, b, TRIPS).await };
+        let enters = shared_enters_while(&uring, side_by_side(guests.into_iter().map(trips))).await;
+        let stats = uring.stats();
+        let sends = 2 * GUESTS * u64::from(TRIPS);
+        assert!(enters <= sends / 4 + stats.enters_overdue, "{enters}, {stats:?}");
+    };
+    runtime.block_on(async { tokio::spawn(on_the_worker).await.unwrap() });
 }

@@ -75,6 +75,12 @@ pub(super) fn document(kept: &Kept) -> String {
         "A ring for each worker.".to_owned(),
         source(multi_thread),
         speed(&multi_thread.results),
+        "## Where stock is faster".to_owned(),
+        slower(
+            &compared(results, "one thread")
+                .chain(compared(multi_thread, "multi-thread"))
+                .collect::<Vec<_>>(),
+        ),
         "## Memory".to_owned(),
         source(others),
         format!("Bytes per socket of a guest that holds {memory_sockets}."),
@@ -158,6 +164,53 @@ fn speed(results: &[Speed]) -> String {
         })
     });
     table(&header, rows)
+}
+
+/// The ring against stock in one combination.
+struct Compared {
+    bench: String,
+    guests: usize,
+    runtime: &'static str,
+    wasi: &'static str,
+    times_stock: Figure,
+}
+
+fn compared(report: &Report, runtime: &'static str) -> impl Iterator<Item = Compared> {
+    report.results.iter().flat_map(move |speed| {
+        speed.against_stock().map(move |(ring, stock)| Compared {
+            bench: speed.bench.clone(),
+            guests: speed.guests,
+            runtime,
+            wasi: ring.wasi().map_or("", |wasi| wasi.version()),
+            times_stock: speed.cpu_ratio(ring, stock),
+        })
+    })
+}
+
+/// What the ring is to be improved in.
+fn slower(all: &[Compared]) -> String {
+    let is_slower = |compared: &&Compared| compared.times_stock.median < 1.0;
+    let is_clearly = |Figure { median, spread, .. }: Figure| median * (1.0 + spread.max(0.0)) < 1.0;
+    let rows = all.iter().filter(is_slower).map(|compared| {
+        let Compared { bench, guests, runtime, wasi, times_stock } = compared;
+        let clearly = if is_clearly(*times_stock) { "▼" } else { "" };
+        let times_stock = format!("**{}**", shown(*times_stock, 2));
+        let [guests, runtime, wasi] = [guests.to_string(), (*runtime).into(), (*wasi).into()];
+        vec![bench.clone(), guests, runtime, wasi, times_stock, clearly.to_owned()]
+    });
+    let rows: Vec<_> = rows.collect();
+    let count = format!(
+        "In {} of {} combinations of bench, guests, runtime and version; ▼: by more than the spread.",
+        rows.len(),
+        all.len()
+    );
+    if rows.is_empty() {
+        return count;
+    }
+    format!(
+        "{count}\n\n{}",
+        table(&["bench", "guests", "runtime", "WASI", "× stock", "▼"], rows.into_iter())
+    )
 }
 
 fn memory(idle: &[Memory]) -> String {
@@ -258,6 +311,26 @@ pub(super) fn shown(figure: Figure, digits: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_slower_than_stock_is_listed_and_marked_if_by_more_than_its_spread() {
+        let compared = |bench: &str, median, spread| Compared {
+            bench: bench.to_owned(),
+            guests: 64,
+            runtime: "one thread",
+            wasi: "0.2",
+            times_stock: Figure { median, spread, noisy: false },
+        };
+        let all =
+            [compared("echo", 0.9, 0.05), compared("dns", 0.97, 0.05), compared("bind", 2.0, 0.1)];
+        let text = slower(&all);
+        assert!(text.starts_with("In 2 of 3 "), "{text}");
+        let row = |bench: &str| text.lines().find(|line| line.contains(bench)).map(str::to_owned);
+        assert!(row("echo").is_some_and(|row| row.contains('▼')), "{text}");
+        assert!(row("dns").is_some_and(|row| !row.contains('▼')), "{text}");
+        assert_eq!(row("bind "), None);
+        assert!(!slower(&all[2..]).contains('|'), "no table of nothing");
+    }
 
     #[test]
     fn only_what_stands_between_the_marks_is_replaced() {
