@@ -1,6 +1,7 @@
 //! Results as Markdown: the long tables, and the few rows of the README.
 
-use super::{Figure, Flood, Kept, Latency, Memory, Neighbour, Report, Speed, density};
+use super::kept::Kept;
+use super::{Figure, Flood, Latency, Memory, Neighbour, Report, Speed, density};
 use crate::benches::Bench;
 use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
 
