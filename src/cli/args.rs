@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -41,6 +41,9 @@ pub(crate) enum Command {
     /// What `bench density` has measured in a process of its own; prints JSON
     #[command(hide = true)]
     Crowd(CrowdArgs),
+    /// Run a service without WebAssembly, for `scripts/services` to compare guests with
+    #[command(hide = true, subcommand)]
+    Native(NativeService),
 }
 
 /// Where a guest's UDP sockets come from.
@@ -352,16 +355,19 @@ pub(crate) struct CrowdArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-`scripts/bench` measures what this reads. Nothing is measured here.")]
+`scripts/bench` and `scripts/services` measure what this reads. Nothing is measured here.")]
 pub(crate) struct ReportArgs {
-    /// Where results.json, guests.json, multi-thread.json, others.json and density.json are; README.md
-    /// and the pictures are written beside them
+    /// Where results.json, guests.json, multi-thread.json, others.json and density.json are, and services.json,
+    /// if there is one; README.md, services.md and the pictures are written beside them
     #[arg(value_name = "DIR")]
     pub(crate) dir: PathBuf,
     /// Also write the few most telling rows into this file, between `<!-- bench -->` and
-    /// `<!-- /bench -->`
+    /// `<!-- /bench -->`, and `<!-- services -->` and `<!-- /services -->`
     #[arg(long, value_name = "FILE")]
     pub(crate) readme: Option<PathBuf>,
+    /// Read services.json alone, and write what is made of it
+    #[arg(long)]
+    pub(crate) services: bool,
 }
 
 #[derive(Args)]
@@ -377,6 +383,25 @@ pub(crate) struct DoctorArgs {
     /// Look at nothing; print this seccomp profile, a container runtime's own, with what rings need allowed
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub(crate) seccomp: Option<PathBuf>,
+}
+
+/// What a guest of tests/guests/services does, in a native program.
+#[derive(Subcommand)]
+pub(crate) enum NativeService {
+    /// Forward DNS queries to another server
+    Forward {
+        /// With port P and N threads: the first free ports from P on
+        listen: SocketAddrV4,
+        upstream: SocketAddrV4,
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        threads: u16,
+    },
+    /// Answer GET /name with the name's address
+    Web { listen: SocketAddrV4, resolver: SocketAddrV4 },
+    /// Send lines of statistics in bursts
+    Source { collector: SocketAddrV4, sources: u32, bursts: u64, lines: u64, pause_millis: u64 },
+    /// Count lines of statistics
+    Collect { listen: SocketAddrV4 },
 }
 
 /// More guests than any machine's memory holds would only overflow what is computed from them.

@@ -13,6 +13,7 @@ mod report;
 mod run;
 mod seccomp;
 mod serve;
+mod services;
 mod terminal;
 
 use std::ffi::OsString;
@@ -47,6 +48,7 @@ fn run_command(args: Vec<OsString>) -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Report(args) => report::report(&args),
         Command::Crowd(args) => measure::density::print_outcome(&args),
+        Command::Native(service) => services::run(&service),
         Command::Doctor(args) => match &args.seccomp {
             Some(default) => seccomp::profile(default),
             None => Ok(doctor::doctor(&args)),

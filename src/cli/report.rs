@@ -2,9 +2,10 @@
 //! Markdown and pictures are made of it, at once or later by `wasi-uring report`.
 
 pub(crate) mod density;
-mod kept;
+mod files;
 mod markdown;
 mod plot;
+mod services;
 pub(crate) mod tables;
 
 use std::fs;
@@ -16,7 +17,8 @@ use wasmtime::bail;
 use wasmtime::error::Context;
 
 use self::density::{Crowd, Swept};
-pub(crate) use self::kept::report;
+use self::files::replace;
+pub(crate) use self::files::report;
 use self::plot::Picture;
 use crate::benches::Bench;
 use crate::measure::idle::Idle;
@@ -435,17 +437,4 @@ impl From<&Speed> for plot::Row {
             implementations: speed.implementations.iter().map(bar).collect(),
         }
     }
-}
-
-fn replace(file: &Path, text: &str) -> wasmtime::Result<()> {
-    let write = || {
-        if !file.is_file() {
-            return fs::write(file, text);
-        }
-        let mut beside = file.as_os_str().to_owned();
-        beside.push(".part");
-        fs::write(&beside, text)?;
-        fs::rename(&beside, file)
-    };
-    write().with_context(|| format!("cannot write {}", file.display()))
 }

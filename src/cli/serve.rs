@@ -1,7 +1,7 @@
 //! `wasi-uring serve`: an HTTP server whose answers are a guest's, each in a store of its own.
 
 mod answer;
-mod connections;
+pub(crate) mod connections;
 mod epochs;
 mod measured;
 mod program;

@@ -1,19 +1,17 @@
 //! Results as Markdown: the long tables, and the few rows of the README.
 
-use super::kept::Kept;
+use super::files::Kept;
 use super::{Figure, Flood, Latency, Memory, Neighbour, Report, Speed, density};
 use crate::benches::Bench;
 use crate::measure::{FLOOR, Implementation, STD, TOKIO, TOKIO_URING, percent};
 
-/// Where a document wants the few rows.
-pub(super) const BEGIN: &str = "<!-- bench -->";
-pub(super) const END: &str = "<!-- /bench -->";
-
-/// A document with other text between the marks, if it has them.
-pub(super) fn replace_marked(document: &str, text: &str) -> Option<String> {
-    let (before, rest) = document.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", text.trim()))
+/// A document with other text between two marks, such as `<!-- bench -->` and `<!-- /bench -->`, if it
+/// has them.
+pub(super) fn replace_marked(document: &str, mark: &str, text: &str) -> Option<String> {
+    let (begin, end) = (format!("<!-- {mark} -->"), format!("<!-- /{mark} -->"));
+    let (before, rest) = document.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}\n\n{}\n\n{end}{after}", text.trim()))
 }
 
 /// The headline benches at the most guests; `all` is where the other figures are.
@@ -336,9 +334,9 @@ mod tests {
     #[test]
     fn only_what_stands_between_the_marks_is_replaced() {
         let document = "before\n<!-- bench -->\nyesterday\n<!-- /bench -->\nafter\n";
-        let new = replace_marked(document, "today\n").unwrap();
+        let new = replace_marked(document, "bench", "today\n").unwrap();
         assert_eq!(new, "before\n<!-- bench -->\n\ntoday\n\n<!-- /bench -->\nafter\n");
-        assert_eq!(replace_marked(&new, "today"), Some(new.clone()));
-        assert_eq!(replace_marked("before\n<!-- bench -->\n", "today"), None);
+        assert_eq!(replace_marked(&new, "bench", "today"), Some(new.clone()));
+        assert_eq!(replace_marked("before\n<!-- bench -->\n", "bench", "today"), None);
     }
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod buffers;
 mod page;
+mod services;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 use plotters::prelude::*;
 
 use crate::benches::{BENCHES, BYTES_MAX, Bench, Operation};
+
+pub(super) use services::{Panel as ServicePanel, draw as draw_services};
 
 use page::{
     Area, Axis, BAR_HALF, Drawn, GAP, GRID, HEAD_ROOM, HPos, INK, Look, PAPER, Page, SMALL, TEXT,
@@ -167,31 +170,48 @@ fn sockets(rows: &[Row], caption: &str) -> Drawn<Option<String>> {
             Line { bench: "", name, value, spread: 0.0, shown, look: look_of(&bar.name) }
         };
         let what = format!("{what} · {}", counted(row.guests));
-        panels.push((*bench, what, bars.iter().map(line).collect::<Vec<_>>()));
+        let lines = bars.iter().map(line).collect();
+        panels.push(BarPanel { name: bench, what, axis: "sockets per second", lines });
     }
-    let lines = panels.iter().flat_map(|(_, _, lines)| lines);
-    let names = listed(lines.map(|line| &*line.name));
-    let room = names.iter().map(|name| wide(name, TEXT)).max().unwrap_or(0).min(NAME_ROOM_MAX) + 8;
+    let names = listed(panels.iter().flat_map(|panel| &panel.lines).map(|line| &*line.name));
+    let notes = [GUESTS, natives(&names), caption];
+    draw_panels(
+        "UDP sockets created per second, by backend",
+        "Per second of wall time; longer is better. Each panel has its own scale.",
+        notes,
+        &panels,
+    )
+}
+
+/// Panels of bars, each with a scale of its own.
+struct BarPanel<'a> {
+    name: &'a str,
+    what: String,
+    axis: &'static str,
+    lines: Vec<Line<'a>>,
+}
+
+fn draw_panels(
+    title: &str,
+    subtitle: &str,
+    notes: [&str; 3],
+    panels: &[BarPanel<'_>],
+) -> Drawn<Option<String>> {
+    let names = panels.iter().flat_map(|panel| &panel.lines).map(|line| &*line.name);
+    let room = names.map(|name| wide(name, TEXT)).max().unwrap_or(0).min(NAME_ROOM_MAX) + 8;
     let columns = panels.len().clamp(1, 2);
     let heights = panels.chunks(columns).map(|panels| {
-        panels.iter().map(|(_, _, lines)| bars_height(lines)).max().unwrap_or(0) + GAP
+        panels.iter().map(|panel| bars_height(&panel.lines)).max().unwrap_or(0) + GAP
     });
-    let page = Page {
-        title: "UDP sockets created per second, by backend",
-        subtitle: "Per second of wall time; longer is better. Each panel has its own scale.",
-        legend: Vec::new(),
-        has_bars: true,
-        notes: [GUESTS, natives(&names), caption],
-        height: heights.clone().sum(),
-    };
+    let height = heights.clone().sum();
+    let page = Page { title, subtitle, legend: Vec::new(), has_bars: true, notes, height };
     page.draw(|root, mut top| {
         for (panels, height) in panels.chunks(columns).zip(heights) {
-            for (column, (bench, what, lines)) in panels.iter().enumerate() {
+            for (column, BarPanel { name, what, axis, lines }) in panels.iter().enumerate() {
                 let cell = cell(root, column, columns, top, bars_height(lines));
                 let most = scale_end(lines);
-                let ticks = linear_ticks(most, 4);
-                let x = Axis::new(0.0..most, ticks, "sockets per second", X_ROOM, scaled);
-                bars(root, &cell, [bench, what], lines, x, room)?;
+                let x = Axis::new(0.0..most, linear_ticks(most, 4), axis, X_ROOM, scaled);
+                bars(root, &cell, [name, what], lines, x, room)?;
             }
             top += height;
         }

@@ -19,7 +19,7 @@ const HEAD_WAITS: Duration = Duration::from_mins(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts connections for ever.
-pub(super) async fn accept(listener: &TcpListener, mut serve: impl FnMut(TcpStream)) -> Infallible {
+pub(crate) async fn accept(listener: &TcpListener, mut serve: impl FnMut(TcpStream)) -> Infallible {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => serve(stream),
@@ -42,7 +42,7 @@ fn is_of_one_connection(error: &Error) -> bool {
 
 /// Answers a connection's requests to its end. If the watched end comes first, it answers the request that it has begun
 /// to read, and closes.
-pub(super) async fn serve<A, B>(
+pub(crate) async fn serve<A, B>(
     stream: TcpStream,
     end: Watcher,
     answer: impl Fn(Request<Incoming>) -> A,
