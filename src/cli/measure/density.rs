@@ -69,7 +69,7 @@ fn crowd(wasi: WasiArg, backend: Backend, sockets: usize, open_files: u64) -> Cr
 
 /// Both backends with few sockets, and with as many as wasmtime-wasi can have; the ring with all; and wasmtime-wasi
 /// with what the hard limit allows, if that is more.
-pub(crate) fn crowds(wasi: WasiArg, sockets: usize) -> wasmtime::Result<Vec<Crowd>> {
+pub(crate) fn crowds(wasi: WasiArg, sockets: usize) -> Vec<Crowd> {
     let hard = open_files::raise_limit();
     let limit = ((sockets / SOCKETS_PER_FILE) as u64).max(open_files::SPARE * 2).min(hard);
     let reached = |limit: u64| {
@@ -87,8 +87,10 @@ pub(crate) fn crowds(wasi: WasiArg, sockets: usize) -> wasmtime::Result<Vec<Crow
         crowds.push(crowd(wasi, Backend::Stock, reached(hard), hard));
     }
     crowds.push(crowd(wasi, Backend::Uring, sockets, limit));
-    crowds.iter_mut().for_each(|crowd| crowd.requests = sockets / 2);
-    Ok(crowds)
+    for crowd in &mut crowds {
+        crowd.requests = sockets / 2;
+    }
+    crowds
 }
 
 /// Rings with few and many buffers, and wasmtime-wasi.

@@ -131,10 +131,10 @@ const CROWDS: [&str; 13] = [
     "rings",
     "process B",
     "kernel B",
-    "open s",
-    "open µs",
-    "close s",
-    "close µs",
+    "open ms",
+    "open µs each",
+    "close ms",
+    "close µs each",
     "datagram µs",
     "lost, dropped",
 ];
@@ -149,9 +149,9 @@ impl Crowd {
             if self.rings == 0 { "–".to_owned() } else { self.rings.to_string() },
             shown(self.process_bytes, 0),
             shown(self.kernel_bytes, 0),
-            shown(self.open_seconds, 2),
+            shown(millis(self.open_seconds), 1),
             shown(self.open_cpu_micros, 1),
-            shown(self.close_seconds, 2),
+            shown(millis(self.close_seconds), 1),
             shown(self.close_cpu_micros, 1),
             shown(self.datagram_cpu_micros, 1),
             losses(self.lost, self.dropped, self.requests),
@@ -187,6 +187,10 @@ impl Swept {
     }
 }
 
+fn millis(seconds: Figure) -> Figure {
+    Figure { median: seconds.median * 1e3, ..seconds }
+}
+
 fn losses(lost: usize, dropped: u64, requests: usize) -> String {
     format!("{lost}, {dropped} of {requests}")
 }
@@ -207,11 +211,11 @@ impl From<&Swept> for plot::buffers::Swept {
 fn crowds_explained(crowds: &[Crowd]) -> String {
     let most = crowds.iter().map(|crowd| crowd.sockets / crowd.guests.max(1)).max().unwrap_or(0);
     format!(
-        "Sockets of guests with up to {most} each, in one process on one thread, under a limit of open files that \
-         is all wasmtime-wasi's can have. Bytes, and CPU time to open and to close, are for each socket; its guest's \
-         share is in them. Sockets are bound, and wait for datagrams. datagram: CPU time to receive one at a socket chosen \
-         at random and to send it back, with {REQUESTS_UNDER_WAY} under way; a guest of 0.2 polls all its sockets for \
-         each. dropped: by full queues."
+        "Bound sockets that wait for datagrams, of guests with up to {most} each, in one process on one thread. \
+         wasmtime-wasi's are at most as many as may be open files. Bytes, and CPU time to open and to close, are for \
+         each socket, with its guest's share. open, close: until all are. datagram: CPU time to receive one at a \
+         socket chosen at random and to send it back, with {REQUESTS_UNDER_WAY} under way; a guest of 0.2 polls all its \
+         sockets each time. dropped: by full queues."
     )
 }
 
@@ -230,13 +234,13 @@ pub(crate) fn print_tables(report: &Report) {
     };
     if !report.crowds.is_empty() {
         let mut table = crate::terminal::table(CROWDS);
-        report.crowds.iter().for_each(|crowd| _ = table.add_row(crowd.cells(shown)));
+        table.add_rows(report.crowds.iter().map(|crowd| crowd.cells(shown)));
         print(table);
         print(crowds_explained(&report.crowds));
     }
     if let Some(first) = report.sweep.first() {
         let mut table = crate::terminal::table(SWEEP);
-        report.sweep.iter().for_each(|swept| _ = table.add_row(swept.cells(shown)));
+        table.add_rows(report.sweep.iter().map(|swept| swept.cells(shown)));
         print(table);
         print(sweep_explained(first));
     }

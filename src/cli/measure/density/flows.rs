@@ -178,7 +178,7 @@ impl Flows {
     }
 }
 
-/// The same numbers in every run, without a pattern (SplitMix64).
+/// The same numbers in every run, without a pattern (`SplitMix64`).
 fn mixed(number: u64) -> u64 {
     let mut mixed = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

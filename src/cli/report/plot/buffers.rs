@@ -34,7 +34,7 @@ fn buffers(swept: &[Swept], caption: &str) -> Drawn<Option<String>> {
     ];
     let is_drawn = panels.iter().all(|(panel, _)| panel.xs.len() > 1);
     let page = Page {
-        title: "What a request costs in time, by the buffers of a ring",
+        title: "Throughput and latency, by the buffers of a ring",
         subtitle: "Requests per second, higher is better, and their 99th percentile, lower is better. Median; \
             the band is half the distance between the quartiles, each way.",
         has_bars: false,
