@@ -14,6 +14,9 @@ use super::plot::{ServicePanel, draw_services};
 use super::{Figure, SPREAD_MAX};
 use crate::measure::Summary;
 
+/// A round in which others had the service's processor for longer tells no rate and no latency.
+const HELD_UP_MAX: f64 = 0.1;
+
 /// A service, and how its figures are told.
 struct Service {
     /// In the arguments of `scripts/services`, and in JSON.
@@ -164,8 +167,20 @@ impl Row {
         self.figure(|sample| sample.requests / sample.cpu_seconds)
     }
 
-    fn per_second(&self) -> Figure {
-        self.figure(|sample| {
+    /// Those in which others did not have the service's processor. What is not CPU time depends on that.
+    fn calm(&self) -> Vec<&Sample> {
+        // Where that was not measured, nothing is known against them.
+        let is_calm = |one: &&Sample| one.held_up.is_nan() || one.held_up <= HELD_UP_MAX;
+        self.samples.iter().filter(is_calm).collect()
+    }
+
+    /// Of calm rounds.
+    fn calm_median(&self, of: impl Fn(&Sample) -> f64) -> f64 {
+        Summary::of(self.calm().into_iter().map(of)).median
+    }
+
+    fn per_second(&self) -> f64 {
+        self.calm_median(|sample| {
             if sample.most_per_second.is_nan() {
                 sample.requests / sample.seconds
             } else {
@@ -175,11 +190,11 @@ impl Row {
     }
 
     fn latency(&self, of: impl Fn(&Latency) -> Option<f64>) -> f64 {
-        self.figure(|sample| of(&sample.micros).unwrap_or(f64::NAN)).median
+        self.calm_median(|sample| of(&sample.micros).unwrap_or(f64::NAN))
     }
 
     fn lost(&self) -> String {
-        let percent = self.figure(|sample| sample.lost_percent).median;
+        let percent = self.calm_median(|sample| sample.lost_percent);
         if !percent.is_nan() {
             return format!("{percent:.1} %");
         }
@@ -230,7 +245,7 @@ impl Run {
             "per second",
             "CPU µs each",
             "× stock",
-            "held up %",
+            "calm rounds",
             "p50 µs",
             "p99 µs",
             "p99.9 µs",
@@ -254,10 +269,10 @@ impl Run {
             vec![
                 if is_one_service { load } else { format!("{service}, {load}") },
                 row.implementation.clone(),
-                number(row.per_second().median, 0),
+                number(row.per_second(), 0),
                 shown_if_any(row.micros()),
                 shown_if_any(row.times_stock(&self.rows)),
-                number(row.figure(|sample| sample.held_up * 100.0).median, 0),
+                format!("{} of {}", row.calm().len(), row.samples.len()),
                 number(row.latency(|micros| micros.p50), 0),
                 number(row.latency(|micros| micros.p99), 0),
                 number(row.latency(|micros| micros.p99_9), 0),
@@ -327,8 +342,9 @@ impl Services {
              one thread, nsd and the client have the others; everything goes over loopback in a network namespace. CPU: \
              user and system time of the service's process, its rings' threads included; what the kernel does for it on \
              others' time (the receive side of a packet is the sender's, on loopback; grace periods of RCU are kernel \
-             threads') is not in it. × stock: how many times as cheap by CPU time the ring's guest is, round by round. held \
-             up: for how much of the time a thread of the service waited for a processor that others had. ±: \
+             threads') is not in it. × stock: how many times as cheap by CPU time the ring's guest is, round by round. calm \
+             rounds: those in which no thread of the service waited for its processor for more than a tenth of the time, \
+             because other programs had it; rates, latencies and ramps are of those alone. ±: \
              half the distance between the quartiles; !: too noisy to believe."
                 .to_owned(),
         ];
@@ -397,7 +413,7 @@ mod tests {
     fn services() -> Services {
         let row = |implementation: &str, cpu: [f64; 2]| {
             let samples = cpu.map(|cpu| {
-                serde_json::json!({ "requests": 1000, "seconds": 1.0, "cpu_seconds": cpu, "lost": 1,
+                serde_json::json!({ "requests": 1000, "seconds": 1.0, "cpu_seconds": cpu, "lost": 1, "held_up": cpu / 2.5,
                     "micros": { "p50": 100.0, "p99": null, "p99.9": null } })
             });
             serde_json::json!({ "service": "forwarder", "load": "saturated",
@@ -421,6 +437,16 @@ mod tests {
     }
 
     #[test]
+    fn rates_and_latencies_are_of_rounds_in_which_nobody_else_had_the_processor() {
+        let services = services();
+        let row = services.0["forwarder"].row("saturated", "uring 0.2").unwrap();
+        // The one with a held-up time of 0.16 is not in it.
+        assert_eq!((row.calm().len(), row.samples.len()), (1, 2));
+        assert!((row.per_second() - 1000.0).abs() < 1e-9);
+        assert!(services.document().contains("| 1 of 2 | 100 |"), "{}", services.document());
+    }
+
+    #[test]
     fn the_few_rows_and_the_table_have_what_was_measured_and_dashes_for_the_rest() {
         let services = services();
         let few = services.headline("services.md");
@@ -428,6 +454,6 @@ mod tests {
         assert!(few.contains("| – | – | **–** |"), "nothing of 0.3: {few}");
         let document = services.document();
         assert!(document.contains("| saturated | tokio | 1000 | 100.00"), "{document}");
-        assert!(document.contains("| – | 100 | – | – | 2 of 2002 |"), "{document}");
+        assert!(document.contains("| 2 of 2 | 100 | – | – | 2 of 2002 |"), "{document}");
     }
 }
