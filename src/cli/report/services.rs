@@ -15,7 +15,7 @@ use super::{Figure, SPREAD_MAX};
 use crate::measure::Summary;
 
 /// A round in which others had the service's processor for longer tells no rate and no latency.
-const HELD_UP_MAX: f64 = 0.1;
+const OTHERS_MAX: f64 = 0.1;
 
 /// A service, and how its figures are told.
 struct Service {
@@ -114,8 +114,8 @@ struct Sample {
     seconds: f64,
     /// User and system time of the service's process.
     cpu_seconds: f64,
-    /// For how much of the time a thread of it waited for a processor.
-    held_up: f64,
+    /// For how much of the time others had its processor.
+    others: f64,
     lost: f64,
     /// Answered with an error.
     failed: f64,
@@ -142,7 +142,7 @@ impl Default for Sample {
             requests: f64::NAN,
             seconds: f64::NAN,
             cpu_seconds: f64::NAN,
-            held_up: f64::NAN,
+            others: f64::NAN,
             lost: 0.0,
             failed: 0.0,
             rate: f64::NAN,
@@ -170,7 +170,7 @@ impl Row {
     /// Those in which others did not have the service's processor. What is not CPU time depends on that.
     fn calm(&self) -> Vec<&Sample> {
         // Where that was not measured, nothing is known against them.
-        let is_calm = |one: &&Sample| one.held_up.is_nan() || one.held_up <= HELD_UP_MAX;
+        let is_calm = |one: &&Sample| one.others.is_nan() || one.others <= OTHERS_MAX;
         self.samples.iter().filter(is_calm).collect()
     }
 
@@ -343,8 +343,8 @@ impl Services {
              user and system time of the service's process, its rings' threads included; what the kernel does for it on \
              others' time (the receive side of a packet is the sender's, on loopback; grace periods of RCU are kernel \
              threads') is not in it. × stock: how many times as cheap by CPU time the ring's guest is, round by round. calm \
-             rounds: those in which no thread of the service waited for its processor for more than a tenth of the time, \
-             because other programs had it; rates, latencies and ramps are of those alone. ±: \
+             rounds: those in which other programs, and the kernel's threads, had the service's processor for less than a \
+             tenth of the time; rates, latencies and ramps are of those alone. ±: \
              half the distance between the quartiles; !: too noisy to believe."
                 .to_owned(),
         ];
@@ -413,7 +413,7 @@ mod tests {
     fn services() -> Services {
         let row = |implementation: &str, cpu: [f64; 2]| {
             let samples = cpu.map(|cpu| {
-                serde_json::json!({ "requests": 1000, "seconds": 1.0, "cpu_seconds": cpu, "lost": 1, "held_up": cpu / 2.5,
+                serde_json::json!({ "requests": 1000, "seconds": 1.0, "cpu_seconds": cpu, "lost": 1, "others": cpu / 2.5,
                     "micros": { "p50": 100.0, "p99": null, "p99.9": null } })
             });
             serde_json::json!({ "service": "forwarder", "load": "saturated",
@@ -440,7 +440,7 @@ mod tests {
     fn rates_and_latencies_are_of_rounds_in_which_nobody_else_had_the_processor() {
         let services = services();
         let row = services.0["forwarder"].row("saturated", "uring 0.2").unwrap();
-        // The one with a held-up time of 0.16 is not in it.
+        // The one in which others had it for 0.16 of the time is not in it.
         assert_eq!((row.calm().len(), row.samples.len()), (1, 2));
         assert!((row.per_second() - 1000.0).abs() < 1e-9);
         assert!(services.document().contains("| 1 of 2 | 100 |"), "{}", services.document());
