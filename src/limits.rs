@@ -67,9 +67,11 @@ pub(crate) const REACHED_MAX: usize = 4;
 /// cache; each goes back to the kernel as soon as its completion is reaped.
 pub(crate) const BUFFERS: u16 = 128;
 
-/// Fewest and most of them that a bench gives a ring.
+/// Fewest of them that a bench gives a ring.
 #[cfg(feature = "bare")]
 pub(crate) const BUFFERS_MIN: u16 = 16;
+
+/// Most of them: what the completion queue has entries for.
 pub(crate) const BUFFERS_MAX: u16 = 1024;
 
 /// Virtual size of one buffer; demand paging keeps the memory of small datagrams at 4 KiB.
@@ -130,8 +132,8 @@ pub const CACHED_SOCKETS_DEFAULT: u32 = 8192;
 /// Cached sockets that are drained, and closed, per tick.
 pub(crate) const TICK_BATCH: usize = 64;
 
-/// Of as many cached sockets of a kind half stay ready at each interval without a bind.
-pub(crate) const READY_MIN: usize = 128;
+/// Ready sockets of a kind that an interval without binds leaves, at most.
+pub(crate) const KEPT_IDLE_MAX: usize = 64;
 
 /// Kernel memory of unread datagrams that is worth draining: with more of them a socket is closed, right
 /// behind its grace period.
@@ -165,6 +167,9 @@ pub(crate) const OUTSIDE_PATIENCE: Duration = Duration::from_millis(2);
 
 /// Longest that `Uring::close` waits until the kernel has let go of all sockets.
 pub(crate) const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long closed sockets keep what their guests have not read, where no guest and no reaper enters.
+pub(crate) const DRAIN_PATIENCE: Duration = Duration::from_millis(250);
 
 /// How long a close may take before the ring's own thread gets on with it, and the longest interval at
 /// which that tries again: a guest that computes on keeps a port for no longer. (To wake it costs up to 20 µs of

@@ -601,6 +601,16 @@ impl Ring {
         !self.is_ending && self.recycler.has_work()
     }
 
+    /// Whether a grace period has begun since this was last asked.
+    pub(crate) fn take_begun_grace(&mut self) -> bool {
+        !self.is_ending && self.recycler.take_begun_grace()
+    }
+
+    /// Whether cached sockets have yet to be drained.
+    pub(crate) fn is_quarantining(&self) -> bool {
+        !self.is_ending && self.recycler.is_quarantining()
+    }
+
     fn tick(&mut self) {
         let mut ops = std::mem::take(&mut self.recycling);
         self.recycler.tick(&mut ops);

@@ -176,6 +176,7 @@ impl UringBuilder {
     /// Receive buffers of each ring: 16 to 1024, a power of two (other numbers count as the next larger), by default
     /// 128. For the benches, which show what it changes, and no API to build on.
     #[cfg(feature = "bare")]
+    #[doc(hidden)]
     pub fn buffers(mut self, buffers: u16) -> Self {
         self.0.buffers = buffers.clamp(BUFFERS_MIN, BUFFERS_MAX).next_power_of_two();
         self

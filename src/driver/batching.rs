@@ -1,10 +1,9 @@
 //! Which guests share an enter, and how long one goes on: every rule, and no lock, waker or ring.
 //!
 //! A guest that is about to enter yields once before, if other guests use the ring: what they queue
-//! meanwhile reaches the kernel with the same `io_uring_enter`. Four guests enter directly instead: a lone one,
-//! one with so many bytes to send that they would push those of others out of the cache, one of so many that it
-//! would find its own cache cold after the yield, and one in a concurrent call (WASI 0.3), which is expensive to
-//! suspend.
+//! meanwhile reaches the kernel with the same `io_uring_enter`. Three guests enter directly instead: a lone one,
+//! one with so many bytes to send that they would push those of others out of the cache, and one of so many that
+//! it would find its own cache cold after the yield.
 
 use std::fmt;
 use std::ops::Range;
@@ -68,7 +67,7 @@ pub(super) enum Yielding {
         yields: u64,
     },
     Over,
-    /// It does not: to suspend costs its call more than an enter.
+    /// Its call was polled first without a waker to yield with.
     Declined,
 }
 

@@ -15,6 +15,7 @@ use super::refusals::Refusals;
 use super::runtimes::Runtimes;
 use crate::clock;
 use crate::error::{Errno, RingGone, SetupError};
+use crate::limits::DRAIN_PATIENCE;
 use crate::ring::eventfd::EventFd;
 use crate::ring::membarrier::kick;
 use crate::ring::op::OpResult;
@@ -180,6 +181,18 @@ impl LockedCore<'_> {
     pub(super) fn watch_closes(&mut self) {
         let (core, after) = self.split();
         after.wake_later(core.overdue.note(core.ring.ports().oldest()));
+    }
+
+    /// Has what former owners have left in cached sockets drained, whether or not a guest enters again.
+    fn watch_cache(&mut self) {
+        if self.ring.has_cached_work() {
+            // A batch with each enter: the signal of the grace period's end may be over.
+            self.wake_reapers();
+        }
+        if self.ring.take_begun_grace() {
+            // Where no reaper runs.
+            self.call_after(DRAIN_PATIENCE);
+        }
     }
 
     /// Registers a waker for an operation's last completion; `false` if that has come.
@@ -403,6 +416,7 @@ impl Driver {
         core.insider = Insider::Guest;
         self.show_pulse(&core);
         core.watch_closes();
+        core.watch_cache();
         std::mem::forget(inside);
         core.run_left()
     }

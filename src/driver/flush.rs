@@ -2,14 +2,14 @@
 
 use std::task::{Context, Poll, ready};
 
-use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::runtime::{Handle, RuntimeFlavor, worker_index};
 
 use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
 use crate::clock;
 use crate::error::Errno;
-use crate::limits::OUTSIDE_PATIENCE;
+use crate::limits::{DEFERRED_TIME_DEFAULT, OUTSIDE_PATIENCE};
 
 /// Ready when what was queued has reached the kernel, and what completed at once is recorded.
 pub(crate) struct Flush {
@@ -35,7 +35,7 @@ impl Flush {
         driver: &Driver,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Errno>> {
-        self.poll_submitted(driver, cx).map(|submitted| submitted.map(drop))
+        self.poll_submitted(driver, cx, is_current_thread).map(|submitted| submitted.map(drop))
     }
 
     /// As `poll`; ready with the lock still held.
@@ -44,10 +44,11 @@ impl Flush {
         &mut self,
         driver: &'driver Driver,
         cx: &Context<'_>,
+        yields: impl FnOnce() -> bool,
     ) -> Poll<Result<LockedCore<'driver>, Errno>> {
         let mut core = driver.lock_open()?;
         self.end_yield(&mut core);
-        let core = ready!(self.submit(driver, core, cx, || true));
+        let core = ready!(self.submit(driver, core, cx, yields));
         if self.is_submitted(&core) {
             return Poll::Ready(Ok(core));
         }
@@ -109,7 +110,8 @@ impl Flush {
         cx: &Context<'_>,
         yields: impl FnOnce() -> bool,
     ) -> Poll<LockedCore<'driver>> {
-        if first_poll::is_first(cx) {
+        if first_poll::is_first(cx) && !self.has_yielded() {
+            // To suspend costs a concurrent call (WASI 0.3) more than an enter.
             self.yielding = Yielding::Declined;
         }
         if core.entering || self.is_submitted(&core) {
@@ -118,6 +120,10 @@ impl Flush {
         let bytes = core.ring.unsent_bytes();
         if core.batching.should_yield(self.guest, &self.yielding, bytes) && yields() {
             self.yielding = core.batching.begin_yield();
+            if !is_current_thread() {
+                // All workers may run guests that compute.
+                core.call_after(DEFERRED_TIME_DEFAULT);
+            }
             drop(core);
             cx.waker().wake_by_ref();
             return Poll::Pending;
@@ -156,6 +162,11 @@ impl Driver {
         drop(self.combine(core));
         Poll::Ready(Ok(()))
     }
+}
+
+/// Whether a guest that yields on this thread lets others run, and no flusher comes before them.
+pub(super) fn is_worker() -> bool {
+    worker_index().is_some() || is_current_thread()
 }
 
 /// Whether this thread's runtime has no other: its guests never contend for the ring.

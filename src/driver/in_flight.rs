@@ -8,7 +8,7 @@ use tokio::task::coop;
 
 use super::batching::Guest;
 use super::enter::{Core, Driver};
-use super::flush::{Flush, is_current_thread};
+use super::flush::{Flush, is_current_thread, is_worker};
 use crate::ring::account::Account;
 use crate::ring::op::OpResult;
 use crate::ring::queues::OpKey;
@@ -177,7 +177,7 @@ impl InFlight {
     pub(crate) fn poll_submitted(&mut self, cx: &mut Context<'_>) -> Poll<Option<OpResult>> {
         let coop = ready!(coop::poll_proceed(cx));
         let Self { driver, key, flush, is_taken, .. } = self;
-        let result = match ready!(flush.poll_submitted(driver, cx)) {
+        let result = match ready!(flush.poll_submitted(driver, cx, is_worker)) {
             Ok(mut core) => core.ring.take_result(*key),
             Err(errno) => return Poll::Ready(Some(Err(errno))),
         };

@@ -105,7 +105,7 @@ impl Watcher {
         self.due_at().is_some_and(|due| expires_at == 0 || due < expires_at)
     }
 
-    /// Has the timer expire when something is due, unless it will before; or not at all if nothing is.
+    /// Has the timer expire when something is due, or not at all if nothing is.
     fn set_timer(&self) {
         let _setting = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.expires_at.swap(0, Ordering::SeqCst);
@@ -115,11 +115,10 @@ impl Watcher {
             }
             return;
         };
-        let at = if before == 0 { due } else { due.min(before) };
-        if at != before {
-            self.timer.set(Some(Duration::from_nanos(at.saturating_sub(self.now()))));
+        if due != before {
+            self.timer.set(Some(Duration::from_nanos(due.saturating_sub(self.now()))));
         }
-        self.expires_at.store(at, Ordering::SeqCst);
+        self.expires_at.store(due, Ordering::SeqCst);
     }
 
     /// The timer has expired, or nobody waits for it.
@@ -198,10 +197,11 @@ impl Overdue {
         self.watcher.call_at.store(0, Ordering::SeqCst);
     }
 
-    /// A guest is gone, perhaps the last one for now: if nothing is due any more the thread need not run.
+    /// A guest is gone, perhaps the last one for now: the thread need not run before something is due.
     pub(super) fn rest(&self) -> Option<Waker> {
-        let expires = self.watcher.expires_at.load(Ordering::SeqCst) != 0;
-        self.wake_if(expires && self.watcher.due_at().is_none())
+        let expires_at = self.watcher.expires_at.load(Ordering::SeqCst);
+        let is_early = self.watcher.due_at().is_none_or(|due| due > expires_at);
+        self.wake_if(expires_at != 0 && is_early)
     }
 
     fn wake_if(&self, wakes: bool) -> Option<Waker> {
@@ -335,12 +335,16 @@ mod tests {
             rig.overdue.rest().into_iter().for_each(Waker::wake);
             !rig.expires()
         });
-        // Not if something else is due.
+        // Not before something else is due.
         rig.overdue.call_after(Duration::from_hours(1)).into_iter().for_each(Waker::wake);
         let close = rig.begin_close();
         rig.end_close(close);
+        wait_until("the timer is set for that", || {
+            rig.overdue.rest().into_iter().for_each(Waker::wake);
+            rig.overdue.watcher.expires_at.load(Ordering::SeqCst)
+                == rig.overdue.watcher.call_at.load(Ordering::SeqCst)
+        });
         assert!(rig.overdue.rest().is_none());
-        wait_until("the timer is set", || rig.expires());
     }
 
     /// Kills: a timer that waits for the later of two, or that is not set while the thread calls.

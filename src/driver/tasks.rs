@@ -21,7 +21,7 @@ use super::batching::Guest;
 use super::enter::{Driver, Insider, LockedCore};
 use super::overdue::Watched;
 use crate::error::Errno;
-use crate::limits::REFUSAL_PAUSE_MAX;
+use crate::limits::{DRAIN_PATIENCE, REFUSAL_PAUSE_MAX};
 use crate::ring::membarrier::kick;
 
 impl Driver {
@@ -168,15 +168,10 @@ async fn reap(reaper: Reaper) {
         let replaced = core.runtimes.get(reaper.id).and_then(|tasks| tasks.reaper.replace(waker));
         core.drop_later(replaced);
         let core = driver.enter_as_task(core);
-        let has_more = core.ring.has_cached_work();
         let is_shared = core.runtimes.are_shared();
         drop(core);
         if is_shared {
             driver.held_up.look();
-        }
-        if has_more {
-            // A batch at a time, and between them the guests.
-            cx.waker().wake_by_ref();
         }
         Poll::Pending
     })
@@ -289,7 +284,11 @@ impl Watched for Driver {
             core.call_after(next);
         }
         let was_refused = core.refusals.go_on();
-        if (was_refused || core.has_queued()) && !core.entering {
+        let drains = core.ring.has_event() || core.ring.has_cached_work();
+        if core.ring.is_quarantining() {
+            core.call_after(DRAIN_PATIENCE);
+        }
+        if (was_refused || drains || core.has_queued()) && !core.entering {
             // Also if nothing is queued: completions may have been what the enter was for.
             drop(self.enter_for_all(core, was_refused));
         }

@@ -313,7 +313,8 @@ impl Op {
             }
             Self::Drain(memory) => {
                 if let Some(memory) = memory {
-                    if memory.unread() > CACHED_BYTES_MAX {
+                    let is_measured = matches!(error, None | Some(Errno(libc::EAGAIN)));
+                    if is_measured && memory.unread() > CACHED_BYTES_MAX {
                         record.taint.mark(Reason::Unread);
                     }
                     if memory.is_all_sent() {

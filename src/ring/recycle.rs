@@ -55,6 +55,8 @@ pub(super) struct Recycler {
     pools: Pools,
     rcu: Rcu,
     retest: Retest,
+    /// A grace period has begun of which the driver has not heard.
+    has_begun: bool,
     warning: Option<&'static str>,
 }
 
@@ -69,7 +71,8 @@ struct Retest {
 
 impl Recycler {
     pub(super) fn new(limits: Recycle, support: Support, rcu: Rcu) -> Self {
-        Self { support, pools: Pools::new(limits), rcu, retest: Retest::default(), warning: None }
+        let pools = Pools::new(limits);
+        Self { support, pools, rcu, retest: Retest::default(), has_begun: false, warning: None }
     }
 
     /// Slots that cached sockets may need beside those of the guests.
@@ -159,6 +162,7 @@ impl Recycler {
     /// Begins a grace period for the sockets that await one, unless one goes on.
     pub(super) fn begin_grace(&mut self) {
         if self.pools.begin_grace() {
+            self.has_begun = true;
             self.rcu.begin_grace();
         }
     }
@@ -246,6 +250,15 @@ impl Recycler {
         self.pools.has_work()
     }
 
+    pub(super) fn take_begun_grace(&mut self) -> bool {
+        std::mem::take(&mut self.has_begun)
+    }
+
+    /// Whether sockets are on their way to be drained.
+    pub(super) fn is_quarantining(&self) -> bool {
+        self.pools.is_quarantining()
+    }
+
     pub(super) fn closed_instead(&self) -> ClosedInstead {
         self.pools.closed_instead()
     }
@@ -265,9 +278,9 @@ impl Recycler {
     }
 }
 
-/// Receives and drops; and looks whether everything is sent, and how much is left.
-fn drain(looks: bool) -> Op {
-    Op::Drain(looks.then(|| Box::new(SocketMemory::unknown())))
+/// Receives and drops; and measures whether everything is sent, and how much is left.
+fn drain(measures: bool) -> Op {
+    Op::Drain(measures.then(|| Box::new(SocketMemory::unknown())))
 }
 
 #[cfg(test)]

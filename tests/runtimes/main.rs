@@ -489,3 +489,39 @@ fn guests_of_a_worker_share_the_enters_of_their_sends() {
     };
     runtime.block_on(async { tokio::spawn(on_the_worker).await.unwrap() });
 }
+
+/// Kills: a guest whose yield leaves its datagram behind guests that compute.
+#[test]
+fn what_guests_of_a_worker_send_leaves_while_another_computes() {
+    let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let sent = Arc::new(AtomicBool::new(false));
+    let has_sent = Arc::clone(&sent);
+    let (native, to) = native::socket(LOOPBACK.ip());
+    let heard = std::thread::spawn(move || {
+        let heard = native::receive_from(&native, &mut [0; 8]).0;
+        has_sent.store(true, Ordering::Release);
+        heard
+    });
+    let on_the_worker = async move {
+        let uring = uring();
+        let mut guests = Vec::new();
+        for _ in 0..2 {
+            let mut rig = Rig::on_ring(&uring).await;
+            let endpoint = rig.endpoint(LOOPBACK).await;
+            guests.push((rig, endpoint));
+        }
+        let sends = guests.into_iter().map(|(mut rig, guest)| async move {
+            assert_eq!(rig.send_one(guest.outgoing, &[7], Some(to)).await, Ok(1));
+        });
+        let computes = tokio::spawn(async move {
+            let begun = Instant::now();
+            while !sent.load(Ordering::Acquire) {
+                assert!(begun.elapsed() < BOUND / 2, "it waits for a guest that computes");
+            }
+        });
+        side_by_side(sends).await;
+        computes.await.unwrap();
+    };
+    runtime.block_on(async { tokio::spawn(on_the_worker).await.unwrap() });
+    assert_eq!(heard.join().unwrap(), 1);
+}

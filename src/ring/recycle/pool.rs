@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::taint::{Reason, Taint};
 use crate::datagram::Family;
-use crate::limits::{CACHED_SOCKETS_DEFAULT, DRAINS_MAX, READY_MIN};
+use crate::limits::{CACHED_SOCKETS_DEFAULT, DRAINS_MAX, KEPT_IDLE_MAX, TICK_BATCH};
 use crate::ring::queues::SlotIndex;
 use crate::stats::ClosedInstead;
 
@@ -29,8 +29,8 @@ pub struct Recycle {
     pub quarantined_max: u32,
     /// Sockets that may wait for a new owner behind their quarantine.
     pub ready_max: u32,
-    /// At this interval those are closed that no bind has needed in the course of it; of the few
-    /// that are ready to be taken at once, half. At least a millisecond.
+    /// At this interval those are closed that no bind has needed in the course of it, save for half of them,
+    /// 64 at most. At least a millisecond.
     pub idle: Duration,
 }
 
@@ -203,8 +203,9 @@ impl Pools {
 
     /// Takes a socket from its owner, to be unbound; `false` if the cache is full.
     pub(super) fn admit(&mut self, slot: SlotIndex, taint: Taint) -> bool {
-        // Surplus sockets need capacity, too, while they are closed.
-        if self.spare() <= self.surplus() {
+        // Surplus sockets need capacity, too, while they are closed, and those of the next batch while they are
+        // drained.
+        if self.spare() <= self.surplus() + self.undrained().min(TICK_BATCH) {
             self.count(Reason::NoRoom);
             return false;
         }
@@ -255,15 +256,14 @@ impl Pools {
 
     // ---- drains -----------------------------------------------------------------------------
 
-    /// A socket that is to be drained now: the youngest, most of whose kernel memory is still in the
-    /// processor's cache. None waits for long, whether or not a bind needs it: what was left in them
-    /// takes memory.
+    /// A socket that is to be drained now: the oldest of the kind with the most of them. None waits for long,
+    /// whether or not a bind needs it, because what was left in it takes memory.
     pub(super) fn next_to_drain(&mut self) -> Option<(SlotIndex, Taint)> {
         if self.spare() == 0 {
             return None;
         }
-        let pool = self.kinds.iter_mut().flatten().find(|pool| !pool.undrained.is_empty())?;
-        let slot = pool.undrained.pop_back()?;
+        let pool = self.kinds.iter_mut().flatten().max_by_key(|pool| pool.undrained.len())?;
+        let slot = pool.undrained.pop_front()?;
         pool.draining += 1;
         self.move_to(slot, Some(Cached::Draining { drains: 0 }));
         self.taint(slot).map(|taint| (slot, taint))
@@ -324,7 +324,7 @@ impl Pools {
     /// surplus, save for a few ready ones.
     pub(super) fn idle(&mut self) {
         for pool in self.kinds.iter_mut().flatten() {
-            let kept = pool.ready.len().min(READY_MIN) / 2;
+            let kept = (pool.ready.len() / 2).min(KEPT_IDLE_MAX);
             let surplus = pool.unneeded.saturating_sub(kept);
             if surplus > pool.surplus {
                 (pool.surplus, pool.why_surplus) = (surplus, Reason::Idle);
@@ -386,6 +386,16 @@ impl Pools {
         let mut pools = self.kinds.iter().flatten();
         let has_pooled = pools.any(|pool| !pool.undrained.is_empty() || pool.has_surplus());
         !self.evicting.is_empty() || (has_pooled && self.spare() > 0)
+    }
+
+    fn undrained(&self) -> usize {
+        self.kinds.iter().flatten().map(|pool| pool.undrained.len()).sum()
+    }
+
+    /// Whether some have yet to be drained.
+    pub(super) fn is_quarantining(&self) -> bool {
+        let waits = [&self.awaiting_grace, &self.in_grace].iter().any(|slots| !slots.is_empty());
+        waits || self.undrained() > 0
     }
 
     /// Sockets in the cache.
@@ -502,16 +512,20 @@ mod tests {
                             continue;
                         }
                         let at = find(&cached, draining[which.index(draining.len())]);
-                        let (slot, taint, Cached::Draining { drains }) = cached[at] else {
+                        let (slot, mut taint, Cached::Draining { drains }) = cached[at] else {
                             continue;
                         };
+                        let is_tainted = kind == 3;
+                        if is_tainted {
+                            taint.mark(Reason::Unread);
+                        }
                         // Now and then one that is never empty.
                         let times = if kind == 0 { DRAINS_MAX - drains } else { 1 };
                         for time in 1..=times {
                             cached[at].2 = match pools.drained(slot, taint, kind != 0) {
                                 Drained::Again => Cached::Draining { drains: drains + time },
                                 Drained::Ready => {
-                                    prop_assert!(kind != 0);
+                                    prop_assert!(kind != 0 && !is_tainted);
                                     Cached::Ready
                                 }
                                 Drained::Close => {

@@ -283,7 +283,10 @@ impl SelfTest {
         let bind = Op::Bind(Box::new(self.bind_op(self.everywhere, Attempt::Recycled)));
         self.run_op(subject.slot, &bind)?;
         let at = SocketAddr::new(self.loopback, subject.view.local_addr()?.port());
-        stranger.send_to(b"hello", at)?;
+        if stranger.send_to(b"hello", at).is_err() {
+            // A filter, say, that lets no more through than needs be.
+            return Ok(false);
+        }
         let heard = subject.view.recv_from(&mut [0; 8]);
         Ok(heard.is_ok_and(|(_, from)| Some(from) == stranger.local_addr().ok()))
     }
@@ -361,7 +364,7 @@ mod tests {
     fn every_step_of_recycling_is_needed_and_together_they_leave_nothing() {
         for family in [Family::V4, Family::V6] {
             let all = Steps { unbinds: true, drains: true };
-            assert!(run(family, all).is_ok());
+            assert_eq!(run(family, all).unwrap(), family == Family::V4, "also if connected");
             let undrained = run(family, Steps { drains: false, ..all });
             assert!(matches!(undrained, Err(Trace::Left(_))), "{undrained:?}");
             let bound = run(family, Steps { unbinds: false, ..all });

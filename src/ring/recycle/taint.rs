@@ -18,7 +18,7 @@ pub(crate) enum Reason {
     Busy,
     /// The cache is full, or the slot is needed.
     NoRoom,
-    /// More datagrams waited unread than are worth caching.
+    /// More datagrams waited unread than are worth draining.
     Unread,
     /// It could not be unbound, or not be drained.
     Unclean,
