@@ -746,7 +746,10 @@ mod help {
                 "NAME create bind bind6 pair dns echo echo_1200 batch_16 burst_16 receive flood neighbour idle density --list \
                  --wasi 0.2 0.3 --guests --rounds --json --plot --sockets --runtime per-core multi-thread",
             ),
-            ("report", "DIR results.json --readme README.md scripts/bench"),
+            (
+                "report",
+                "DIR results.json --readme README.md --services scripts/bench scripts/services",
+            ),
             ("doctor", "--json"),
         ];
         let overview = run(&["--help"]).with_code(0).stdout;
