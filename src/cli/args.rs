@@ -322,8 +322,8 @@ pub(crate) struct BenchArgs {
     /// Draw the results of speed into this directory, as SVG
     #[arg(long, value_name = "DIR")]
     pub(crate) plot: Option<PathBuf>,
-    /// Sockets for flood [default: 1000], neighbour [16], idle [10000] and density [100000, under a limit of a fifth
-    /// as many open files]
+    /// Sockets for flood (1000 by default), neighbour (16), idle (10000) and density (100000, under a limit of a fifth
+    /// as many open files)
     #[arg(long, value_name = "N")]
     pub(crate) sockets: Option<NonZeroUsize>,
     #[command(flatten)]
