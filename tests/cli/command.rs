@@ -1123,11 +1123,13 @@ mod measuring {
         let kept = copy.join("benches/results");
         std::fs::create_dir_all(&kept).unwrap();
         copy_kept(&kept);
+        let services = "benches/results/services.json";
+        std::fs::copy(top.join(services), copy.join(services)).unwrap();
         let readme = copy.join("README.md");
         std::fs::copy(top.join("README.md"), &readme).unwrap();
         let ended = run(&["report", arg(&kept), "--readme", arg(&readme)]).with_code(0);
         let written: Vec<_> = ended.stderr.lines().collect();
-        assert_eq!(written.len(), 7, "{ended}");
+        assert_eq!(written.len(), 9, "{ended}");
         for line in written {
             let file = Path::new(line.strip_prefix("wasi-uring: wrote ").unwrap());
             let committed = top.join(file.strip_prefix(&copy).unwrap());
