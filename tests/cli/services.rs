@@ -16,6 +16,9 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/service
 const WITHOUT_RUST: &str = "WASI_URING_WITHOUT_RUST_GUEST";
 const ALL: [&str; 5] = ["stock 0.2", "uring 0.2", "stock 0.3", "uring 0.3", "tokio"];
 
+/// Each service has one processor to itself.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Measures one service; what it has written. Nothing where there are no guests.
 fn measured(service: &str) -> Option<(PathBuf, Value)> {
     if std::env::var_os(WITHOUT_RUST).is_some() {
@@ -24,8 +27,6 @@ fn measured(service: &str) -> Option<(PathBuf, Value)> {
         std::io::stderr().write_all(note.as_bytes()).unwrap();
         return None;
     }
-    // Each has one processor to itself.
-    static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("services-{service}"));
     let _ = std::fs::remove_dir_all(&out);
