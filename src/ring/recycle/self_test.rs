@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use io_uring::IoUring;
 
-use crate::datagram::{Family, RawAddr};
+use crate::datagram::Family;
 use crate::limits::DRAINS_MAX;
 use crate::ring::kernel_defaults::get_option;
 use crate::ring::membarrier::wait_for_grace_period;
@@ -302,8 +302,7 @@ impl SelfTest {
     }
 
     fn disconnect(&mut self, subject: &Subject) -> io::Result<()> {
-        let unspec = Op::Connect(Box::new(RawAddr::unspec()));
-        self.run_op(subject.slot, &unspec).map(drop)
+        self.run_op(subject.slot, &Op::Unbind).map(drop)
     }
 
     fn drain(&mut self, subject: &Subject) -> Result<(), Trace> {
