@@ -309,16 +309,54 @@ impl Queues {
         if !self.try_queue(chain) {
             return Err(io::Error::other("the chain is longer than the submission queue"));
         }
-        while let Err(error) = self.io.submit_and_wait(1) {
-            // A signal, of a profiler say, that the process handles.
-            if error.kind() != ErrorKind::Interrupted {
-                return Err(error);
+        let completion = loop {
+            // A signal, of a profiler say, that the process handles: the call fails if it has submitted
+            // nothing, and else returns before the completion is there.
+            match self.io.submit_and_wait(1) {
+                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
+                _ => {}
             }
-        }
-        self.end_submission();
-        let completion = self.completions().next();
+            self.end_submission();
+            if let Some(completion) = self.completions().next() {
+                break completion;
+            }
+        };
         // A datagram that has come meanwhile completes a receive twice.
         while self.completions().next().is_some() {}
-        completion.map(|entry| entry.result()).ok_or_else(|| io::Error::other("no completion"))
+        Ok(completion.result())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use io_uring::opcode;
+    use nix::sys::pthread::{pthread_kill, pthread_self};
+    use nix::sys::signal::{SigHandler, Signal, signal};
+
+    use super::*;
+
+    /// Signals go to the thread while it waits. Kills: a ring that cannot be built under a profiler.
+    #[test]
+    #[expect(unsafe_code, reason = "signal(2)")]
+    fn a_signal_does_not_end_the_wait_for_a_completion() {
+        extern "C" fn ignore(_signal: i32) {}
+        // SAFETY: the handler does nothing.
+        unsafe { signal(Signal::SIGWINCH, SigHandler::Handler(ignore)) }.unwrap();
+        let mut queues = Queues::new(io_uring::IoUring::new(8).unwrap());
+        let waiting = pthread_self();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..100 {
+                    pthread_kill(waiting, Signal::SIGWINCH).unwrap();
+                    thread::sleep(Duration::from_micros(100));
+                }
+            });
+            let soon = Timespec::new().nsec(20_000_000);
+            let result = queues.run_alone(&[opcode::Timeout::new(&raw const soon).build()]);
+            assert_eq!(result.unwrap(), -libc::ETIME);
+        });
     }
 }

