@@ -35,7 +35,7 @@ pub(crate) fn run(service: &NativeService) -> Result<ExitCode, Failure> {
         }
         NativeService::Web { listen, resolver } => on_threads(1, || web::run(listen, resolver)),
         NativeService::Source { collector, sources, bursts, lines, pause_millis } => {
-            let load = source::Load { bursts, lines, pause_millis };
+            let load = line::Load { bursts, lines, pause_millis };
             on_threads(1, || source::run(collector, sources, load))
         }
         NativeService::Collect { listen } => collector::run(listen),

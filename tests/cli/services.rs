@@ -35,12 +35,20 @@ fn measured(service: &str) -> Option<(PathBuf, Value)> {
     Some((out, kept[service]["rows"].clone()))
 }
 
-/// The one sample of each implementation under a load.
+/// The one sample of each implementation of a service under a load.
 #[track_caller]
-fn samples<'a>(rows: &'a Value, load: &str, implementations: &[&str]) -> Vec<&'a Value> {
+fn samples<'a>(
+    rows: &'a Value,
+    service: &str,
+    load: &str,
+    implementations: &[&str],
+) -> Vec<&'a Value> {
     let of = |name: &&str| {
         let rows = rows.as_array().expect("rows");
-        let row = rows.iter().find(|row| row["load"] == load && row["implementation"] == **name);
+        let is_it = |row: &&Value| {
+            [&row["service"], &row["load"], &row["implementation"]] == [service, load, *name]
+        };
+        let row = rows.iter().find(is_it);
         &row.unwrap_or_else(|| panic!("nothing of {name}, {load}, in {rows:?}"))["samples"][0]
     };
     implementations.iter().map(of).collect()
@@ -82,28 +90,28 @@ fn written(out: &Path, bars: &[&str]) {
 #[test]
 fn a_forwarder_answers_what_dnsperf_asks_with_the_answers_of_nsd() {
     let Some((out, rows)) = measured("forwarder") else { return };
-    all_answered(&samples(&rows, "paced", &ALL));
+    all_answered(&samples(&rows, "forwarder", "paced", &ALL));
     written(&out, &ALL);
 }
 
 #[test]
 fn several_forwarders_and_one_with_one_upstream_socket_answer_too() {
     let Some((_, rows)) = measured("variants") else { return };
-    some_answered(&samples(&rows, "8 guests", &ALL[..4]));
-    some_answered(&samples(&rows, "one upstream socket", &ALL[..2]));
+    some_answered(&samples(&rows, "variants", "8 guests", &ALL[..4]));
+    some_answered(&samples(&rows, "variants", "one upstream socket", &ALL[..2]));
 }
 
 #[test]
 fn a_web_service_answers_what_wrk_asks_with_addresses_of_nsd() {
     let Some((out, rows)) = measured("web") else { return };
-    all_answered(&samples(&rows, "one connection", &ALL));
+    all_answered(&samples(&rows, "web", "one connection", &ALL));
     written(&out, &ALL);
 }
 
 #[test]
 fn a_collector_gets_the_lines_of_all_sources() {
     let Some((out, rows)) = measured("telemetry") else { return };
-    for sample in samples(&rows, "paced", &ALL) {
+    for sample in samples(&rows, "telemetry", "paced", &ALL) {
         assert!(sample["requests"].as_f64() > Some(0.0), "{sample}");
         assert_eq!((&sample["lost"], &sample["sources"]), (&0.into(), &50.into()), "{sample}");
     }
@@ -113,7 +121,8 @@ fn a_collector_gets_the_lines_of_all_sources() {
 #[test]
 fn two_workers_share_what_is_asked() {
     let Some((_, rows)) = measured("workers") else { return };
-    for load in ["1 worker", "2 workers"] {
-        some_answered(&samples(&rows, load, &ALL));
+    for (workers, web) in [("1 worker", &ALL[..]), ("2 workers", &ALL[..4])] {
+        some_answered(&samples(&rows, "workers: forwarder", workers, &ALL));
+        some_answered(&samples(&rows, "workers: web", workers, web));
     }
 }

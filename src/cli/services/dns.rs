@@ -1,7 +1,7 @@
 //! As much of DNS messages (RFC 1035) as asking and forwarding take. Guests are built with this file,
 //! too: it knows neither sockets nor WASI.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Ends a query that nobody has answered.
 pub const TIMEOUT_MILLIS: u64 = 2000;
@@ -9,6 +9,9 @@ pub const TIMEOUT_MILLIS: u64 = 2000;
 pub const IN_FLIGHT_MAX: usize = 256;
 /// Longer messages go by TCP, without EDNS (RFC 6891) that allows more.
 pub const MESSAGE_BYTES_MAX: usize = 4096;
+
+/// Forwarders that may have been started with the same arguments.
+const LISTENERS_MAX: u16 = 64;
 
 const HEADER_BYTES: usize = 12;
 /// Of a name, type and class after it; the two, TTL and length after it.
@@ -19,6 +22,12 @@ const IS_RESPONSE: u8 = 0x80;
 const RECURSION_DESIRED: u8 = 0x01;
 const SERVER_FAILURE: u8 = 2;
 const A_IN: [u8; 4] = [0, 1, 0, 1];
+
+/// Where a forwarder may listen: the first of these that is free.
+pub fn listeners(first: SocketAddrV4) -> impl Iterator<Item = SocketAddrV4> {
+    let ports = first.port()..first.port().saturating_add(LISTENERS_MAX);
+    ports.map(move |port| SocketAddrV4::new(*first.ip(), port))
+}
 
 /// The name, type and class of a message's only question.
 pub fn question(message: &[u8]) -> Option<&[u8]> {
@@ -94,6 +103,14 @@ pub fn address(message: &[u8]) -> Option<Ipv4Addr> {
         }
     }
     None
+}
+
+/// Status and text by which a web service tells the address of the name it was asked for.
+pub fn told(address: Option<Ipv4Addr>) -> (u16, String) {
+    match address {
+        Some(address) => (200, format!("{address}\n")),
+        None => (502, "no address\n".to_owned()),
+    }
 }
 
 /// Where a name that begins at `at` ends: behind the empty label, or a pointer.

@@ -15,9 +15,6 @@ use tokio::time::timeout;
 use super::dns::{self, IN_FLIGHT_MAX, Ids, MESSAGE_BYTES_MAX, TIMEOUT_MILLIS};
 use super::{connected, random};
 
-/// Others of the same process.
-const LISTENERS_MAX: u16 = 64;
-
 struct Forwarder {
     listener: UdpSocket,
     upstream: SocketAddrV4,
@@ -46,8 +43,8 @@ pub(super) async fn run(listen: SocketAddrV4, upstream: SocketAddrV4) -> io::Res
 
 async fn listen_from(listen: SocketAddrV4) -> io::Result<UdpSocket> {
     let mut bound = Err(ErrorKind::AddrInUse.into());
-    for port in listen.port()..listen.port().saturating_add(LISTENERS_MAX) {
-        bound = UdpSocket::bind((*listen.ip(), port)).await;
+    for listen in dns::listeners(listen) {
+        bound = UdpSocket::bind(listen).await;
         if !bound.as_ref().is_err_and(|error| error.kind() == ErrorKind::AddrInUse) {
             break;
         }

@@ -2,6 +2,7 @@
 //! Guests are built with this file, too.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 
 /// What one request of an ordinary service reports.
 const METRICS: [(&str, &str); 5] = [
@@ -11,6 +12,30 @@ const METRICS: [(&str, &str); 5] = [
     ("db.queries", "3|c"),
     ("db.latency", "4.20|ms"),
 ];
+
+/// What a source sends: so many bursts, of so many lines each, with pauses between them.
+#[derive(Clone, Copy)]
+pub struct Load {
+    pub bursts: u64,
+    pub lines: u64,
+    pub pause_millis: u64,
+}
+
+impl Load {
+    /// The numbers of a burst's lines.
+    pub fn numbers(self, burst: u64) -> Range<u64> {
+        burst * self.lines..(burst + 1) * self.lines
+    }
+
+    pub fn pause_nanos(self) -> u64 {
+        self.pause_millis * 1_000_000
+    }
+
+    /// How long a source waits before its first burst, so that they do not march in step.
+    pub fn start_nanos(self, source: u64) -> u64 {
+        source % self.pause_nanos().max(1)
+    }
+}
 
 /// The source's line of this number.
 pub fn write(line: &mut String, source: u64, number: u64) {

@@ -37,12 +37,10 @@ pub(super) async fn run(listen: SocketAddrV4, resolver: SocketAddrV4) -> io::Res
 async fn answer(path: &str, id: u16, resolver: SocketAddrV4) -> Response<Full<Bytes>> {
     let time = Duration::from_millis(TIMEOUT_MILLIS);
     let asking = resolve(path.trim_start_matches('/'), id, resolver);
-    let (status, text) = match timeout(time, asking).await {
-        Ok(Ok(Some(address))) => (StatusCode::OK, format!("{address}\n")),
-        _ => (StatusCode::BAD_GATEWAY, "no address\n".to_owned()),
-    };
+    let address = timeout(time, asking).await.ok().and_then(Result::ok).flatten();
+    let (status, text) = dns::told(address);
     let mut response = Response::new(Full::from(text));
-    *response.status_mut() = status;
+    *response.status_mut() = StatusCode::from_u16(status).expect("a valid status");
     response
 }
 

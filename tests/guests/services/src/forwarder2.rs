@@ -23,8 +23,6 @@ use wasip2::sockets::udp::OutgoingDatagram;
 const BATCH_MAX: u64 = 32;
 /// Between looks for queries that nobody has answered.
 const TICK: Duration = Duration::from_millis(250);
-/// Others that may have been started with the same arguments.
-const LISTENERS_MAX: u16 = 64;
 
 struct Guest;
 
@@ -66,9 +64,8 @@ struct Forwarder {
 
 impl Forwarder {
     fn new(listen: SocketAddrV4, upstream: SocketAddrV4, shares: bool) -> Result<Self, ErrorCode> {
-        let ports = listen.port()..listen.port().saturating_add(LISTENERS_MAX);
-        let bound = ports
-            .map(|port| UdpSocket::bind(SocketAddrV4::new(*listen.ip(), port)))
+        let bound = dns::listeners(listen)
+            .map(UdpSocket::bind)
             .find(|bound| !matches!(bound, Err(ErrorCode::AddressInUse)));
         Ok(Self {
             tick: subscribe_duration(nanos(TICK)),

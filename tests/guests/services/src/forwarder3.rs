@@ -19,9 +19,6 @@ use wasip3::clocks::monotonic_clock::wait_for;
 use wasip3::random::random::get_random_bytes;
 use wasip3::sockets::types::{ErrorCode, IpSocketAddress, UdpSocket};
 
-/// Others that may have been started with the same arguments.
-const LISTENERS_MAX: u16 = 64;
-
 struct Guest;
 
 wasip3::cli::command::export!(Guest);
@@ -44,9 +41,8 @@ impl wasip3::exports::cli::run::Guest for Guest {
 }
 
 fn listen_from(listen: SocketAddrV4) -> Result<UdpSocket, ErrorCode> {
-    let ports = listen.port()..listen.port().saturating_add(LISTENERS_MAX);
-    let bound = ports
-        .map(|port| net3::bind(SocketAddrV4::new(*listen.ip(), port)))
+    let bound = dns::listeners(listen)
+        .map(net3::bind)
         .find(|bound| !matches!(bound, Err(ErrorCode::AddressInUse)));
     bound.unwrap_or(Err(ErrorCode::AddressInUse))
 }

@@ -4,8 +4,6 @@
 
 mod net2;
 
-use std::net::SocketAddrV4;
-
 use net2::UdpSocket;
 use services::line;
 use wasip2::cli::environment::get_arguments;
@@ -18,23 +16,17 @@ wasip2::cli::command::export!(Guest);
 
 impl wasip2::exports::cli::run::Guest for Guest {
     fn run() -> Result<(), ()> {
-        let arguments = get_arguments();
-        let [_, collector, numbers @ ..] = arguments.as_slice() else { return Err(()) };
-        let collector: SocketAddrV4 = collector.parse().map_err(drop)?;
-        let numbers: Vec<u64> = numbers.iter().filter_map(|number| number.parse().ok()).collect();
-        let &[bursts, lines, pause_millis] = numbers.as_slice() else { return Err(()) };
-        let pause_ns = pause_millis * 1_000_000;
+        let (collector, load) = services::load(&get_arguments()).ok_or(())?;
         let socket = UdpSocket::connected(collector).map_err(drop)?;
         let source = get_random_u64();
-        // Sources do not march in step.
-        subscribe_duration(source % pause_ns.max(1)).block();
+        subscribe_duration(load.start_nanos(source)).block();
         let mut text = String::new();
-        for burst in 0..bursts {
-            for number in burst * lines..(burst + 1) * lines {
+        for burst in 0..load.bursts {
+            for number in load.numbers(burst) {
                 line::write(&mut text, source, number);
                 socket.send(text.clone().into_bytes()).map_err(drop)?;
             }
-            subscribe_duration(pause_ns).block();
+            subscribe_duration(load.pause_nanos()).block();
         }
         Ok(())
     }

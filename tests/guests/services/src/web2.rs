@@ -3,7 +3,7 @@
 
 mod net2;
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 
 use net2::UdpSocket;
 use services::dns::{self, TIMEOUT_MILLIS};
@@ -22,10 +22,7 @@ wasip2::http::proxy::export!(Guest);
 impl wasip2::exports::http::incoming_handler::Guest for Guest {
     fn handle(request: IncomingRequest, answer: ResponseOutparam) {
         let path = request.path_with_query().unwrap_or_default();
-        let (status, text) = match resolve(path.trim_start_matches('/')) {
-            Some(address) => (200, format!("{address}\n")),
-            None => (502, "no address\n".to_owned()),
-        };
+        let (status, text) = dns::told(resolve(path.trim_start_matches('/')));
         let fields = Fields::new();
         let length = text.len().to_string().into_bytes();
         fields.append("content-length", &length).expect("a header that may be set");
@@ -42,9 +39,7 @@ impl wasip2::exports::http::incoming_handler::Guest for Guest {
 }
 
 fn resolve(name: &str) -> Option<Ipv4Addr> {
-    let environment = get_environment();
-    let (_, resolver) = environment.iter().find(|(name, _)| name == "RESOLVER")?;
-    let resolver: SocketAddrV4 = resolver.parse().ok()?;
+    let resolver = services::resolver(&get_environment())?;
     let [id @ .., _, _, _, _, _, _] = get_random_u64().to_be_bytes();
     let id = u16::from_be_bytes(id);
     let query = dns::query(id, name)?;

@@ -3,7 +3,7 @@
 
 mod net3;
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 use std::pin::pin;
 
 use futures_util::future::{Either, select};
@@ -21,10 +21,7 @@ wasip3::http::service::export!(Guest);
 impl wasip3::exports::http::handler::Guest for Guest {
     async fn handle(request: Request) -> Result<Response, ErrorCode> {
         let path = request.get_path_with_query().unwrap_or_default();
-        let (status, text) = match resolve(path.trim_start_matches('/')).await {
-            Some(address) => (200, format!("{address}\n")),
-            None => (502, "no address\n".to_owned()),
-        };
+        let (status, text) = dns::told(resolve(path.trim_start_matches('/')).await);
         let fields = Fields::new();
         let length = text.len().to_string().into_bytes();
         fields.append("content-length", &length).expect("a header that may be set");
@@ -42,9 +39,7 @@ impl wasip3::exports::http::handler::Guest for Guest {
 }
 
 async fn resolve(name: &str) -> Option<Ipv4Addr> {
-    let environment = get_environment();
-    let (_, resolver) = environment.iter().find(|(name, _)| name == "RESOLVER")?;
-    let resolver: SocketAddrV4 = resolver.parse().ok()?;
+    let resolver = services::resolver(&get_environment())?;
     let [id @ .., _, _, _, _, _, _] = get_random_u64().to_be_bytes();
     let id = u16::from_be_bytes(id);
     let query = dns::query(id, name)?;
