@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs::{read_dir, read_to_string};
+use std::time::Duration;
 
 use common::{Backend, IpAddressFamily, LOOPBACK, Rig, Setup, block_on, eventually, uring};
 
@@ -31,6 +32,9 @@ fn stores_that_come_and_go_leave_the_rings_own_thread_asleep() {
             let socket = rig.create(IpAddressFamily::Ipv4).await.unwrap();
             rig.bind(socket, LOOPBACK).await.unwrap();
             rig.drop_socket(socket).await;
+            drop(rig);
+            // Where thousands a second come, it runs each two milliseconds.
+            tokio::time::sleep(Duration::from_millis(1)).await;
         };
         store().await;
         eventually("it has started", || sleeps().is_some()).await;

@@ -7,13 +7,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::limits::{
     BATCH_BYTES_MAX, BATCH_GUESTS_MAX, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS, QUOTA_RETRIES_MAX,
 };
+use crate::ring::queues::SlotIndex;
 
 /// Names a guest among those of all rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -161,12 +162,25 @@ pub(crate) struct Stretch {
     taken: AtomicUsize,
     /// When it last sent, in nanoseconds from `begun`; 0: it has not.
     sent_at: AtomicU64,
+    /// The socket that it last received all of.
+    drained: AtomicU32,
+    /// The last two that it sent by right after that, if its last send was such an answer; else [`NO_SOCKET`].
+    answered_by: [AtomicU32; 2],
     begun: Instant,
 }
 
+/// No slot: tables are smaller.
+const NO_SOCKET: u32 = u32::MAX;
+
 impl Stretch {
     pub(crate) fn new() -> Self {
-        Self { taken: AtomicUsize::new(0), sent_at: AtomicU64::new(0), begun: clock::now() }
+        Self {
+            taken: AtomicUsize::new(0),
+            sent_at: AtomicU64::new(0),
+            drained: AtomicU32::new(NO_SOCKET),
+            answered_by: [NO_SOCKET; 2].map(AtomicU32::new),
+            begun: clock::now(),
+        }
     }
 
     /// The guest has suspended.
@@ -175,9 +189,14 @@ impl Stretch {
         self.sent_at.store(0, Ordering::Relaxed);
     }
 
-    /// It has received all that is there: what it sends next answers the last, or is a question.
-    pub(crate) fn end_sends(&self) {
-        self.sent_at.store(0, Ordering::Relaxed);
+    /// It has received all that a socket has: what it sends next answers the last, or is a question. Unless it
+    /// goes from socket to socket and answers by each: then it goes on sending.
+    pub(crate) fn drain(&self, socket: SlotIndex) {
+        self.drained.store(socket.0, Ordering::Relaxed);
+        let [last, before] = self.answered_by.each_ref().map(|by| by.load(Ordering::Relaxed));
+        if last == NO_SOCKET || [last, before].contains(&socket.0) {
+            self.sent_at.store(0, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn take(&self, datagrams: usize) {
@@ -188,13 +207,23 @@ impl Stretch {
         self.taken.load(Ordering::Relaxed) >= datagrams
     }
 
-    /// The guest sends: whether it goes on sending. That long after its last send it has most likely suspended
+    /// The guest sends by a socket: whether it goes on sending. That long after its last send it has most likely suspended
     /// elsewhere (by a clock, or a TCP stream), of which this crate does not hear.
-    pub(crate) fn send(&self, pause_max: Duration) -> bool {
+    pub(crate) fn send(&self, socket: SlotIndex, pause_max: Duration) -> bool {
+        self.note_sender(socket);
         let now = clock::since(self.begun).as_nanos();
         let now = u64::try_from(now).unwrap_or(u64::MAX).max(1);
         let sent_at = self.sent_at.swap(now, Ordering::Relaxed);
         sent_at != 0 && u128::from(now.saturating_sub(sent_at)) < pause_max.as_nanos()
+    }
+
+    fn note_sender(&self, socket: SlotIndex) {
+        let [last, before] = &self.answered_by;
+        let is_answer = self.drained.load(Ordering::Relaxed) == socket.0;
+        let was_last = last.swap(if is_answer { socket.0 } else { NO_SOCKET }, Ordering::Relaxed);
+        if was_last != socket.0 {
+            before.store(was_last, Ordering::Relaxed);
+        }
     }
 }
 
@@ -345,20 +374,44 @@ mod tests {
     fn a_guest_sends_on_until_it_suspends_or_a_millisecond_is_over() {
         clock::played::start();
         let stretch = Stretch::new();
-        let send = || stretch.send(DEFERRED_TIME_DEFAULT);
+        let one = SlotIndex(1);
+        let send = || stretch.send(one, DEFERRED_TIME_DEFAULT);
         assert!(!send(), "the first");
         assert!(send() && send());
         stretch.end();
         assert!(!send(), "the first since it has suspended");
         assert!(send());
-        stretch.end_sends();
+        stretch.drain(one);
         assert!(!send(), "the first since it has heard all");
         assert!(send());
         clock::played::pass(DEFERRED_TIME_DEFAULT);
         assert!(!send(), "it has most likely suspended elsewhere");
         assert!(send());
-        let never = || stretch.send(Duration::ZERO);
+        let never = || stretch.send(one, Duration::ZERO);
         assert!(!never() && !never(), "its host has it defer nothing");
+        clock::played::end();
+    }
+
+    #[test]
+    fn a_guest_that_answers_by_one_socket_after_the_other_sends_on() {
+        clock::played::start();
+        let stretch = Stretch::new();
+        let sends_on = |by: u32| stretch.send(SlotIndex(by), DEFERRED_TIME_DEFAULT);
+        let answers_on = |by: u32| {
+            stretch.drain(SlotIndex(by));
+            sends_on(by)
+        };
+        assert!(!answers_on(0), "the first");
+        assert!((1..50).all(answers_on));
+        stretch.end();
+        assert!(!answers_on(0), "the first since it has suspended");
+        assert!(answers_on(1));
+        assert!(!answers_on(0) && !answers_on(1), "two of its sockets ask each other");
+        assert!(answers_on(2));
+        // As a forwarder does: what it hears by one it sends on by another.
+        stretch.drain(SlotIndex(3));
+        assert!(sends_on(4));
+        assert!(!answers_on(5));
         clock::played::end();
     }
 

@@ -15,7 +15,7 @@ use std::task::{Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::limits::{OVERDUE, OVERDUE_AGAIN};
+use crate::limits::{OVERDUE, OVERDUE_AGAIN, RESTS_APART};
 use crate::ring::port_order::CloseId;
 use crate::ring::timer::Timer;
 
@@ -32,6 +32,8 @@ pub(super) trait Watched: Send + Sync {
 pub(super) struct Overdue {
     watcher: Arc<Watcher>,
     oldest: Option<CloseId>,
+    /// When it last rested.
+    rested_at: u64,
 }
 
 /// The timer, and what it is set for. The times are nanoseconds from `begun`; 0: none. Those that are due
@@ -167,7 +169,7 @@ impl Overdue {
             call_at: AtomicU64::new(0),
             begun: Instant::now(),
         };
-        Self { watcher: Arc::new(watcher), oldest: None }
+        Self { watcher: Arc::new(watcher), oldest: None, rested_at: 0 }
     }
 
     /// Takes note of the oldest close that goes on. The waker, as that of all here, sets the timer.
@@ -197,11 +199,18 @@ impl Overdue {
         self.watcher.call_at.store(0, Ordering::SeqCst);
     }
 
-    /// A guest is gone, perhaps the last one for now: the thread need not run before something is due.
-    pub(super) fn rest(&self) -> Option<Waker> {
-        let expires_at = self.watcher.expires_at.load(Ordering::SeqCst);
-        let is_early = self.watcher.due_at().is_none_or(|due| due > expires_at);
-        self.wake_if(expires_at != 0 && is_early)
+    /// A guest is gone, perhaps the last one for now: the thread need not run before something is due. Where
+    /// many go the timer stays: it expires once for all of them.
+    pub(super) fn rest(&mut self) -> Option<Waker> {
+        let watcher = &self.watcher;
+        let expires_at = watcher.expires_at.load(Ordering::SeqCst);
+        let is_early = watcher.due_at().is_none_or(|due| due > expires_at);
+        if expires_at == 0 || !is_early {
+            return None;
+        }
+        let now = watcher.now();
+        let last = std::mem::replace(&mut self.rested_at, now);
+        self.wake_if(last == 0 || now.saturating_sub(last) >= nanos(RESTS_APART))
     }
 
     fn wake_if(&self, wakes: bool) -> Option<Waker> {
@@ -296,12 +305,17 @@ mod tests {
             self.overdue.note(self.closes.oldest()).into_iter().for_each(Waker::wake);
         }
 
+        /// As if nothing had rested for that long.
+        fn pass_rests_apart(&mut self) {
+            self.overdue.rested_at = self.overdue.rested_at.saturating_sub(nanos(RESTS_APART));
+        }
+
         fn expires(&self) -> bool {
             self.overdue.watcher.expires_at.load(Ordering::SeqCst) != 0
         }
     }
 
-    fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
         let begun = Instant::now();
         while !is_so() {
             assert!(begun.elapsed() < Duration::from_mins(1), "it never is: {what}");
@@ -332,6 +346,7 @@ mod tests {
         wait_until("the timer is set", || rig.expires());
         rig.end_close(close);
         wait_until("it is not", || {
+            rig.pass_rests_apart();
             rig.overdue.rest().into_iter().for_each(Waker::wake);
             !rig.expires()
         });
@@ -340,11 +355,31 @@ mod tests {
         let close = rig.begin_close();
         rig.end_close(close);
         wait_until("the timer is set for that", || {
+            rig.pass_rests_apart();
             rig.overdue.rest().into_iter().for_each(Waker::wake);
             rig.overdue.watcher.expires_at.load(Ordering::SeqCst)
                 == rig.overdue.watcher.call_at.load(Ordering::SeqCst)
         });
         assert!(rig.overdue.rest().is_none());
+    }
+
+    /// Kills: a server with thousands of short stores a second that sets the timer twice for each.
+    #[test]
+    fn where_many_guests_go_the_timer_stays_set() {
+        let mut rig = Rig::new();
+        rig.overdue.call_after(Duration::from_hours(1)).into_iter().for_each(Waker::wake);
+        let close = rig.begin_close();
+        rig.end_close(close);
+        rig.overdue.rested_at = rig.overdue.watcher.now();
+        let begun = Instant::now();
+        let wakes = rig.overdue.rest().is_some();
+        assert!(!wakes || begun.elapsed() >= RESTS_APART, "a busy machine");
+        wait_until("it rests so long after", || {
+            let close = rig.begin_close();
+            rig.end_close(close);
+            rig.pass_rests_apart();
+            rig.overdue.rest().is_some()
+        });
     }
 
     /// Kills: a timer that waits for the later of two, or that is not set while the thread calls.

@@ -12,6 +12,7 @@ use crate::driver::{Guest, first_poll};
 use crate::error::ErrorCode;
 use crate::pool::{Pool, RingIndex};
 use crate::ring::account::{Account, GuestLimits};
+use crate::ring::queues::SlotIndex;
 use crate::socket::policy::{Checks, Reason, SocketId};
 
 /// One guest's share of the rings. The host's `UdpCtx` and each of the guest's sockets hold it.
@@ -72,9 +73,9 @@ impl GuestCtx {
         }
     }
 
-    /// The guest sends: whether it goes on sending, so that this may be deferred.
-    pub(crate) fn sends_on(&self) -> bool {
-        self.stretch.send(self.account.deferred_time)
+    /// The guest sends by a socket: whether it goes on sending, so that this may be deferred.
+    pub(crate) fn sends_on(&self, socket: SlotIndex) -> bool {
+        self.stretch.send(socket, self.account.deferred_time)
     }
 
     /// Suspends a guest that has spent a budget of so many datagrams, so that the other tasks of its thread run.

@@ -218,7 +218,7 @@ impl UdpSocket {
         let Taken { arrivals, resumes, is_drained } = receiver.queue.take(first, most)?;
         taking.resumes = resumes;
         if is_drained {
-            self.ctx.stretch.end_sends();
+            self.ctx.stretch.drain(self.bound_slot());
         }
         let batch = self.judge_batch(receiver, arrivals, is_admitted, &mut taking, cx);
         let is_withheld = taking.has_withheld() && matches!(batch, Batch::Empty);
@@ -395,7 +395,7 @@ impl UdpSocket {
         loop {
             let Taken { arrivals: arrival, resumes, is_drained } = receiver.queue.take_first();
             if is_drained {
-                self.ctx.stretch.end_sends();
+                self.ctx.stretch.drain(self.bound_slot());
             }
             taking.resumes |= resumes;
             let datagram = match arrival {
