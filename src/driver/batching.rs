@@ -207,8 +207,8 @@ impl Stretch {
         self.taken.load(Ordering::Relaxed) >= datagrams
     }
 
-    /// The guest sends by a socket: whether it goes on sending. That long after its last send it has most likely suspended
-    /// elsewhere (by a clock, or a TCP stream), of which this crate does not hear.
+    /// The guest sends by a socket: whether it goes on sending. That long after its last send it has most likely
+    /// suspended elsewhere (by a clock, or a TCP stream), of which this crate does not hear.
     pub(crate) fn send(&self, socket: SlotIndex, pause_max: Duration) -> bool {
         self.note_sender(socket);
         let now = clock::since(self.begun).as_nanos();

@@ -51,6 +51,40 @@ fn sends_of_a_guest_that_goes_on_leave_in_one_message_behind_the_first<G: Guest>
     });
 }
 
+in_both!(answers_by_one_socket_after_the_other_leave_together);
+/// Kills: a server with many sockets that enters, or yields to others, for each answer.
+fn answers_by_one_socket_after_the_other_leave_together<G: Guest>() {
+    on::<G, ()>(Backend::Uring, unhurried(), async |guest| {
+        let (native, from) = native::socket(Ipv4Addr::LOCALHOST);
+        let mut sockets = Vec::new();
+        for _ in 0..BURST {
+            sockets.push(guest.bound(LOOPBACK).await);
+        }
+        for is_reached in [false, true] {
+            for (_, local) in &sockets {
+                native.send_to(b"question", *local).unwrap();
+            }
+            rest().await;
+            let before = guest.rig().stats();
+            for (socket, _) in &sockets {
+                assert_eq!(guest.receive(*socket).await.unwrap().0, b"question");
+                guest.send(*socket, b"answer", Some(from)).await.unwrap();
+            }
+            let after = guest.rig().stats();
+            let deferred = after.datagrams_deferred - before.datagrams_deferred;
+            if is_reached {
+                // The first too where the guest goes on from the round before.
+                assert!(deferred >= u64::from(BURST) - 1, "{deferred} of {BURST} deferred");
+            } else {
+                assert_eq!(deferred, 0, "a socket's first to a peer");
+            }
+            for _ in &sockets {
+                assert_eq!(native::receive(&native, &mut [0; 16]), 6);
+            }
+        }
+    });
+}
+
 in_both!(a_host_may_have_nothing_deferred);
 /// Kills: a time of 0 that is taken for none.
 fn a_host_may_have_nothing_deferred<G: Guest>() {
