@@ -370,8 +370,8 @@ mod tests {
         rig.overdue.call_after(Duration::from_hours(1)).into_iter().for_each(Waker::wake);
         let close = rig.begin_close();
         rig.end_close(close);
-        rig.overdue.rested_at = rig.overdue.watcher.now();
         let begun = Instant::now();
+        rig.overdue.rested_at = rig.overdue.watcher.now();
         let wakes = rig.overdue.rest().is_some();
         assert!(!wakes || begun.elapsed() >= RESTS_APART, "a busy machine");
         wait_until("it rests so long after", || {
