@@ -36,7 +36,7 @@ const SERVICES: [Service; 5] = [
         title: "DNS forwarder",
         what: "Each query gets an upstream socket of its own (RFC 5452), is asked of nsd, and answered. dnsperf asks with \
                16 sockets. saturated: 200 queries wait at any time. paced: half of what WASI 0.2 on stock sockets has \
-               answered at saturation in the rounds so far, for all. ramp: resperf's highest rate of answers while it asks \
+               answered at saturation in the first round, for all. ramp: resperf's highest rate of answers while it asks \
                ever faster, and what was lost at that point.",
         counted: "queries",
         headline: Some("saturated"),
