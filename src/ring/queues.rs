@@ -333,24 +333,25 @@ mod tests {
     use std::time::Duration;
 
     use io_uring::opcode;
-    use nix::sys::pthread::{pthread_kill, pthread_self};
-    use nix::sys::signal::{SigHandler, Signal, signal};
 
     use super::*;
 
     /// Signals go to the thread while it waits. Kills: a ring that cannot be built under a profiler.
     #[test]
-    #[expect(unsafe_code, reason = "signal(2)")]
+    #[expect(unsafe_code, reason = "signal(2) and pthread_kill(3)")]
     fn a_signal_does_not_end_the_wait_for_a_completion() {
         extern "C" fn ignore(_signal: i32) {}
+        let handler: extern "C" fn(i32) = ignore;
         // SAFETY: the handler does nothing.
-        unsafe { signal(Signal::SIGWINCH, SigHandler::Handler(ignore)) }.unwrap();
+        unsafe { libc::signal(libc::SIGWINCH, handler as libc::sighandler_t) };
         let mut queues = Queues::new(io_uring::IoUring::new(8).unwrap());
-        let waiting = pthread_self();
+        // SAFETY: pthread_self(3) has no conditions.
+        let waiting = unsafe { libc::pthread_self() };
         thread::scope(|scope| {
             scope.spawn(|| {
                 for _ in 0..100 {
-                    pthread_kill(waiting, Signal::SIGWINCH).unwrap();
+                    // SAFETY: that thread waits for this one at the scope's end, so it is there.
+                    assert_eq!(unsafe { libc::pthread_kill(waiting, libc::SIGWINCH) }, 0);
                     thread::sleep(Duration::from_micros(100));
                 }
             });
