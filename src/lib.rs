@@ -145,7 +145,7 @@
 //! | `driver::send_now` | the future of one datagram, which is over, or not begun, when it is dropped |
 //! | `driver::flush` | waiting until entries are in the kernel, or no thread is inside |
 //! | `driver::tasks` | each runtime's reaper and flusher; `driver::runtimes`: their wakers |
-//! | `driver::held_up` | interrupts threads that compute, so that datagrams do not wait for them |
+//! | `driver::held_up` | which threads compute, which are interrupted so that datagrams do not wait for them |
 //! | `driver::overdue` | a thread of the ring's own gets on with what the guests' threads leave |
 //! | `driver::refusals` | enters that fail: when they are tried again, and guests told |
 //! | `driver::enter` | one thread calls `io_uring_enter` for all |

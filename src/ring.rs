@@ -31,7 +31,7 @@ mod socket_filter;
 #[cfg(test)]
 mod tests;
 pub(crate) mod thread_clock;
-mod thread_tag;
+pub(crate) mod thread_tag;
 pub(crate) mod timer;
 pub(crate) mod trials;
 
@@ -313,10 +313,10 @@ impl Ring {
         });
     }
 
-    /// Whether datagrams of a socket may wait in the kernel until another thread enters.
-    pub(crate) fn is_armed_elsewhere(&mut self, slot: SlotIndex) -> bool {
+    /// The other thread that must enter before the kernel completes what a socket receives.
+    pub(crate) fn armed_elsewhere(&mut self, slot: SlotIndex) -> Option<ThreadTag> {
         let armed_by = self.slots.get(slot).receive.and_then(|receive| receive.armed_by);
-        armed_by.is_some_and(|thread| thread != ThreadTag::current())
+        armed_by.filter(|thread| *thread != ThreadTag::current())
     }
 
     /// Submits a receive of what is in the socket now, and before it what was deferred: that may be what is to be
@@ -404,7 +404,8 @@ impl Ring {
         self.receives_armed
     }
 
-    fn cancel_receive(&mut self, slot: SlotIndex) {
+    /// Has a receive end. Unless its queue is full, whoever sees the end arms the next.
+    pub(crate) fn cancel_receive(&mut self, slot: SlotIndex) {
         if let Some(receive) = &mut self.slots.get(slot).receive
             && !receive.is_cancelled
         {

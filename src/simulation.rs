@@ -357,6 +357,7 @@ impl World {
                 self.trace(|| "a thread exits".to_owned());
                 self.played.kernel().exit_thread();
             }
+            18 => self.arm_anew(),
             19 => {
                 self.play_thread(Duration::from_micros(self.below(4000) as u64));
             }
@@ -514,6 +515,22 @@ impl World {
         }
         if self.once_in(2) {
             self.played.kernel().tick();
+        }
+    }
+
+    /// A guest waits for what a thread that computes has armed.
+    fn arm_anew(&self) {
+        let Some(number) = self.pick_guest() else { return };
+        let (guest, slots) = {
+            let guests = self.guests.borrow();
+            let this = &guests[usize::try_from(number).unwrap()];
+            let slots: Vec<_> = this.sockets.iter().filter_map(|it| it.udp.slot()).collect();
+            (this.ctx.as_ref().unwrap().guest, slots)
+        };
+        if !slots.is_empty() {
+            let slot = slots[self.below(slots.len())];
+            self.trace(|| format!("guest {number} arms {slot:?} anew"));
+            self.driver.play_arm_anew(guest, slot);
         }
     }
 

@@ -96,7 +96,7 @@ impl Core {
     /// Whether what the kernel has for a socket is another thread's to reap: of the one that is inside, or that
     /// has armed its receive.
     pub(super) fn is_elsewhere(&mut self, slot: SlotIndex) -> bool {
-        self.entering || self.ring.is_armed_elsewhere(slot)
+        self.entering || self.ring.armed_elsewhere(slot).is_some()
     }
 
     /// Whether a thread can enter now, and the kernel has not just refused another's.

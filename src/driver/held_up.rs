@@ -9,8 +9,10 @@
 //!
 //! So where threads share rings, the reapers look whether another thread has computed since they
 //! last looked: it has run, and has not entered. From then on a thread of the pool's own interrupts it, for
-//! as long as it computes: often while datagrams come, and ever more seldom while none do. Nothing of this
-//! costs anything while all threads enter or sleep, but for a few looks each second.
+//! as long as it computes: often while datagrams come, and ever more seldom while none do. And a guest of another
+//! thread that waits for what this one has armed has it armed anew (`Driver::arm_here`), so that one interrupt
+//! is the last that it needs. Nothing of this costs anything while all threads enter or sleep, but for a few looks
+//! each second.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -24,13 +26,17 @@ use crate::limits::{
 };
 use crate::ring::membarrier::kick;
 use crate::ring::thread_clock::ThreadClock;
+use crate::ring::thread_tag::ThreadTag;
 
 // ---- threads ------------------------------------------------------------------------------------
 
 /// A thread that has entered the kernel for a ring.
 #[derive(Debug)]
 struct Entrant {
+    tag: ThreadTag,
     enters: AtomicU64,
+    /// It has not entered since a look has found that it computes.
+    computes: AtomicBool,
     clock: ThreadClock,
 }
 
@@ -52,14 +58,28 @@ pub(super) fn count_enter() {
         if let Some(entrant) = &*entrant {
             // The only writer.
             entrant.enters.store(entrant.enters.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            if entrant.computes.load(Ordering::Relaxed) {
+                entrant.computes.store(false, Ordering::Relaxed);
+            }
         }
     });
 }
 
+/// Whether a look has found that this thread computes, and it has not entered since.
+pub(super) fn computes(thread: ThreadTag) -> bool {
+    let Ok(all) = ENTRANTS.try_lock() else { return false };
+    let mut live = all.iter().filter_map(Weak::upgrade);
+    live.any(|entrant| entrant.tag == thread && entrant.computes.load(Ordering::Relaxed))
+}
+
 #[cold]
 fn register() -> Option<Arc<Entrant>> {
-    let entrant = Entrant { enters: AtomicU64::new(0), clock: ThreadClock::current().ok()? };
-    let entrant = Arc::new(entrant);
+    let entrant = Arc::new(Entrant {
+        tag: ThreadTag::current(),
+        enters: AtomicU64::new(0),
+        computes: AtomicBool::new(false),
+        clock: ThreadClock::current().ok()?,
+    });
     let mut all = ENTRANTS.try_lock().ok()?;
     all.retain(|other| other.strong_count() > 0);
     all.push(Arc::downgrade(&entrant));
@@ -98,6 +118,7 @@ impl Look {
                     && last.enters == enters
                     && 100 * ran.saturating_sub(last.ran) > COMPUTES_PERCENT_MIN * elapsed
             });
+            entrant.computes.store(has_computed, Ordering::Relaxed);
             self.seen.push(Seen { entrant: Weak::clone(weak), enters, ran, has_computed });
         }
         self.at = Some(now);
@@ -194,6 +215,11 @@ impl HeldUp {
             // It could not be started before.
             None => self.start(),
         }
+    }
+
+    /// Whether no thread that computes was seen when the thread last looked.
+    pub(super) fn is_calm(&self) -> bool {
+        self.is_calm.load(Ordering::Relaxed)
     }
 
     /// Completions of all rings so far, and whether any has armed receives.

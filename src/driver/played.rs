@@ -2,9 +2,11 @@
 
 use std::sync::{Arc, Weak};
 
+use super::batching::Guest;
 use super::enter::Driver;
 use super::held_up::HeldUp;
 use super::overdue::{Overdue, Watched};
+use crate::ring::queues::SlotIndex;
 use crate::ring::queues::played::{Audit, Played, Sizes, build};
 use crate::ring::receive_queue::QueueLimits;
 use crate::ring::recycle::rcu::played::PlayedThread;
@@ -51,6 +53,13 @@ impl Driver {
 
     pub(crate) fn has_queued(&self) -> bool {
         self.core.lock().has_queued()
+    }
+
+    /// A guest waits for what a thread that computes has armed.
+    pub(crate) fn play_arm_anew(&self, guest: Guest, slot: SlotIndex) {
+        if let Ok(core) = self.lock_open() {
+            self.arm_anew(core, guest, slot);
+        }
     }
 
     /// Does what the ring's own thread does when it is called; `false` if nobody has called it.

@@ -19,10 +19,12 @@ use tokio::runtime::{self, Handle};
 
 use super::batching::Guest;
 use super::enter::{Driver, Insider, LockedCore};
+use super::held_up;
 use super::overdue::Watched;
 use crate::error::Errno;
 use crate::limits::{DRAIN_PATIENCE, REFUSAL_PAUSE_MAX};
 use crate::ring::membarrier::kick;
+use crate::ring::queues::SlotIndex;
 
 impl Driver {
     /// Has a task reap, from now on, completions that come by themselves.
@@ -69,6 +71,25 @@ impl Driver {
         };
         let flusher = tasks.flusher.take();
         core.wake_later(flusher);
+    }
+
+    /// Has a socket's receive armed anew, by another thread than before, if that computes: its datagrams would go
+    /// on waiting until it is interrupted.
+    pub(crate) fn arm_here(&self, guest: Guest, slot: SlotIndex) {
+        if self.held_up.is_calm() {
+            return;
+        }
+        let Ok(mut core) = self.lock_open() else { return };
+        if core.ring.armed_elsewhere(slot).is_some_and(held_up::computes) {
+            self.arm_anew(core, guest, slot);
+        }
+    }
+
+    /// The thread that sees the end of the receive before arms it.
+    pub(super) fn arm_anew(&self, mut core: LockedCore<'_>, guest: Guest, slot: SlotIndex) {
+        core.batching.queue(guest);
+        core.ring.cancel_receive(slot);
+        drop(self.combine(core));
     }
 
     /// As `reap`, and has a reaper reap what comes later.

@@ -449,17 +449,35 @@ fn a_receive_is_armed_by_the_thread_whose_enter_brought_it_to_the_kernel() {
     let mut rig = Rig::new();
     let slot = rig.opened();
     let entries = rig.ring.flush();
-    assert!(!rig.ring.is_armed_elsewhere(slot), "by none yet");
+    assert!(rig.ring.armed_elsewhere(slot).is_none(), "by none yet");
     std::thread::scope(|scope| scope.spawn(|| rig.ring.end_submission(0)).join().unwrap());
-    assert!(!rig.ring.is_armed_elsewhere(slot), "the kernel has taken nothing");
+    assert!(rig.ring.armed_elsewhere(slot).is_none(), "the kernel has taken nothing");
     std::thread::scope(|scope| scope.spawn(|| rig.ring.end_submission(entries)).join().unwrap());
-    assert!(rig.ring.is_armed_elsewhere(slot));
+    assert!(rig.ring.armed_elsewhere(slot).is_some());
     let receive = rig.receive_in_kernel(slot).unwrap();
     // It ends, and is armed again.
     rig.deliver(receive, &[1], false);
     let entries = rig.ring.flush();
     rig.ring.end_submission(entries);
-    assert!(!rig.ring.is_armed_elsewhere(slot));
+    assert!(rig.ring.armed_elsewhere(slot).is_none());
+}
+
+/// Kills: a cancel that ends the receive for good, or each receive that follows; a second cancel for the same.
+#[test]
+fn a_receive_that_is_cancelled_while_its_queue_has_room_is_followed_by_another() {
+    let mut rig = Rig::new();
+    let slot = rig.opened();
+    let first = rig.receive_in_kernel(slot).unwrap();
+    assert_eq!(rig.queued_by(|rig| rig.ring.cancel_receive(slot)), 1);
+    assert_eq!(rig.queued_by(|rig| rig.ring.cancel_receive(slot)), 0, "its cancel is on the way");
+    rig.deliver(first, &[1], true);
+    rig.complete(first, -libc::ECANCELED, 0);
+    let second = rig.receive_in_kernel(slot).unwrap();
+    assert_ne!(second, first);
+    rig.deliver(second, &[2], true);
+    assert_eq!(rig.receive_in_kernel(slot), Some(second));
+    rig.complete_asides(slot);
+    rig.finish();
 }
 
 /// Kills: a slot given to the next socket while a receive of its last one is in flight; datagrams that come with

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 /// Tells a thread from the 65,534 that ask for one before it and after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ThreadTag(NonZeroU16);
+pub(crate) struct ThreadTag(NonZeroU16);
 
 static LAST: AtomicU16 = AtomicU16::new(0);
 
@@ -19,7 +19,7 @@ impl ThreadTag {
         NonZeroU16::new(number).map_or_else(Self::next, Self)
     }
 
-    pub(super) fn current() -> Self {
+    pub(crate) fn current() -> Self {
         TAG.with(|tag| *tag)
     }
 }

@@ -349,6 +349,9 @@ impl UdpSocket {
             // The task is not registered yet: what this reaps would wake the very task that reaps.
             refusal = self.driver.start_reaping(self.ctx.guest);
             found = self.take_arrival(receiver, cx);
+            if matches!(found, Found::Nothing) {
+                self.driver.arm_here(self.ctx.guest, self.bound_slot());
+            }
         }
         if let Found::Next(next) = found {
             return Poll::Ready(next);

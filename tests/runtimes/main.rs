@@ -18,7 +18,7 @@ use common::{
     eventually, native, payloads, shared_enters_while, side_by_side, uring, within,
 };
 use tokio::runtime::Builder;
-use wasi_uring::Uring;
+use wasi_uring::{Stats, Uring};
 
 async fn round_trips(rig: &mut Rig, a: Endpoint, b: Endpoint, count: u8) {
     for n in 0..count {
@@ -370,41 +370,56 @@ fn a_receive_finds_what_waits_for_a_thread_that_computes() {
     });
 }
 
+/// Has a worker arm a socket's receive and compute on, while another thread receives by that socket, until `is_over`.
+async fn receive_beside_who_has_armed(uring: &Uring, is_over: impl Fn(&Stats) -> bool) -> Stats {
+    /// Few are enough, if the looks at the workers find time.
+    const DATAGRAMS_MAX: usize = 5000;
+    let mut rig = Rig::on_ring(uring).await;
+    let (give, take) = tokio::sync::oneshot::channel();
+    let is_done = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&is_done);
+    let computing = tokio::spawn(async move {
+        let endpoint = rig.endpoint(LOOPBACK).await;
+        assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
+        give.send((rig, endpoint)).ok().unwrap();
+        // For another worker: it takes this one's slot itself.
+        tokio::spawn(async {});
+        let end = Instant::now() + BOUND / 2;
+        while !stop.load(Ordering::Relaxed) && Instant::now() < end {
+            std::hint::spin_loop();
+        }
+    });
+    let (mut rig, endpoint) = take.await.unwrap();
+    let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
+    for _ in 0..DATAGRAMS_MAX {
+        if is_over(&uring.stats()) {
+            break;
+        }
+        native.send_to(b"x", endpoint.local).unwrap();
+        rig.receive_exactly(endpoint.incoming, 1).await;
+    }
+    is_done.store(true, Ordering::Relaxed);
+    computing.await.unwrap();
+    uring.stats()
+}
+
+fn receive_beside_a_worker(is_over: impl Fn(&Stats) -> bool) -> Stats {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(within(async { receive_beside_who_has_armed(&uring(), is_over).await }))
+}
+
 /// Kills: datagrams that wait for the timer tick of the thread that has armed the receive.
 #[test]
 fn a_worker_that_computes_is_interrupted_while_datagrams_come_for_what_it_has_armed() {
-    /// One is enough, if the looks at the workers find time.
-    const DATAGRAMS_MAX: usize = 5000;
-    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(within(async {
-        let uring = uring();
-        let mut rig = Rig::on_ring(&uring).await;
-        let (give, take) = tokio::sync::oneshot::channel();
-        let is_done = Arc::new(AtomicBool::new(false));
-        let stop = Arc::clone(&is_done);
-        let computing = tokio::spawn(async move {
-            let endpoint = rig.endpoint(LOOPBACK).await;
-            assert_eq!(rig.receive(endpoint.incoming, 1).await, Ok(vec![]));
-            give.send((rig, endpoint)).ok().unwrap();
-            // For another worker: it takes this one's slot itself.
-            tokio::spawn(async {});
-            let end = Instant::now() + BOUND / 2;
-            while !stop.load(Ordering::Relaxed) && Instant::now() < end {
-                std::hint::spin_loop();
-            }
-        });
-        let (mut rig, endpoint) = take.await.unwrap();
-        let (native, _) = native::socket(Ipv4Addr::LOCALHOST);
-        let mut datagrams = 0;
-        while uring.stats().interrupts == 0 && datagrams < DATAGRAMS_MAX {
-            native.send_to(b"x", endpoint.local).unwrap();
-            rig.receive_exactly(endpoint.incoming, 1).await;
-            datagrams += 1;
-        }
-        is_done.store(true, Ordering::Relaxed);
-        computing.await.unwrap();
-        assert!(uring.stats().interrupts > 0, "none in {datagrams} datagrams");
-    }));
+    let stats = receive_beside_a_worker(|stats| stats.interrupts > 0);
+    assert!(stats.interrupts > 0, "{stats:?}");
+}
+
+/// Kills: a socket whose datagrams wait for an interrupt each, for as long as the worker computes.
+#[test]
+fn what_a_worker_that_computes_has_armed_is_armed_anew_by_the_thread_that_waits() {
+    let stats = receive_beside_a_worker(|stats| stats.rearms > 0);
+    assert!(stats.rearms > 0, "{stats:?}");
 }
 
 // ---- enters -------------------------------------------------------------------------------------
