@@ -225,11 +225,11 @@ impl UdpCtxBuilder {
     /// default [`DEFERRED_TIME_DEFAULT`]. With 0 none does: each `send` has reached the kernel when it returns, as
     /// wasmtime-wasi's has, and a guest that sends datagrams one by one pays for an enter each.
     ///
-    /// What a guest sends on to a peer that its socket has reached lately is deferred; so are the answers of one
-    /// that receives and answers by one socket after the other. All of it leaves before, as soon as the guest suspends
-    /// or finds nothing to receive, with what any other guest of its ring submits, and when the socket has 64
-    /// datagrams or 32 KiB of it; what is left of this time counts only for a guest that computes on. One
-    /// that has not sent for so long counts as having suspended meanwhile.
+    /// What a guest sends on to a peer that its socket has reached lately is deferred; so is what it answers or
+    /// hands on, if it takes at most a quarter of this time for each, and if no two of its own sockets ask each other.
+    /// All of it leaves before, as soon as the guest suspends or finds nothing to receive, with what any other guest
+    /// of its ring submits, and when the socket has 64 datagrams or 32 KiB of it; what is left of this time counts
+    /// only for a guest that computes on. One that has not sent for so long counts as having suspended meanwhile.
     pub fn deferred_time(mut self, deferred_time: Duration) -> Self {
         self.limits.deferred_time = deferred_time;
         self

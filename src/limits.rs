@@ -60,6 +60,11 @@ pub(crate) const DEFERRED_BYTES_MAX: usize = 32 * 1024;
 /// Default of [`UdpCtxBuilder::deferred_time`](crate::UdpCtxBuilder::deferred_time).
 pub const DEFERRED_TIME_DEFAULT: Duration = Duration::from_millis(1);
 
+/// What a guest sends on may follow its last send after as long as datagrams are deferred, and after this part of that
+/// if it has heard something in between: one that takes longer to answer may compute as long for the next answer,
+/// and this one would wait for it.
+pub(crate) const ANSWERS_APART_PART: u32 = 4;
+
 /// Peers that a socket is known to have reached: enough for one that answers several.
 pub(crate) const REACHED_MAX: usize = 4;
 

@@ -104,6 +104,8 @@ struct State {
     answered: Option<Box<InFlight>>,
     /// Whom sends have reached lately.
     reached: Option<Box<Peers>>,
+    /// Its port, if the guest knows that; else 0.
+    known_port: u16,
 }
 
 /// Where a socket is bound, or being bound.
@@ -230,6 +232,7 @@ impl UdpSocket {
                 arming: None,
                 answered: None,
                 reached: None,
+                known_port: 0,
             }),
             send_line: tokio::sync::Mutex::const_new(()),
         })
@@ -339,8 +342,17 @@ impl UdpSocket {
         let local = self.query(Whose::Own).await?;
         if local.port() != 0 {
             self.lock().local.get_or_insert_default().answered = Some(local);
+            self.know_port(local.port());
         }
         Ok(local)
+    }
+
+    fn know_port(&self, port: u16) {
+        let before = std::mem::replace(&mut self.lock().known_port, port);
+        if before != port {
+            self.ctx.forget_port(before);
+            self.ctx.know_port(port);
+        }
     }
 
     /// The address of the socket's peer, as the kernel has it.
@@ -489,6 +501,7 @@ impl Drop for UdpSocket {
                 state.bind = BindState::Unbound;
                 state.unsettled = None;
                 state.answered = None;
+                self.ctx.forget_port(state.known_port);
                 let (unread, _front) = self
                     .receiver
                     .get()

@@ -7,14 +7,14 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::limits::{
-    BATCH_BYTES_MAX, BATCH_GUESTS_MAX, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS, QUOTA_RETRIES_MAX,
+    ANSWERS_APART_PART, BATCH_BYTES_MAX, BATCH_GUESTS_MAX, COMBINE_ROUNDS_MAX, DIRECT_SUBMITS,
+    QUOTA_RETRIES_MAX,
 };
-use crate::ring::queues::SlotIndex;
 
 /// Names a guest among those of all rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -162,23 +162,20 @@ pub(crate) struct Stretch {
     taken: AtomicUsize,
     /// When it last sent, in nanoseconds from `begun`; 0: it has not.
     sent_at: AtomicU64,
-    /// The socket that it last received all of.
-    drained: AtomicU32,
-    /// The last two that it sent by right after that, if its last send was such an answer; else [`NO_SOCKET`].
-    answered_by: [AtomicU32; 2],
+    /// Since then it has received all that a socket had.
+    has_heard: AtomicBool,
+    /// It has sent to a socket of its own.
+    talks_to_itself: AtomicBool,
     begun: Instant,
 }
-
-/// No slot: tables are smaller.
-const NO_SOCKET: u32 = u32::MAX;
 
 impl Stretch {
     pub(crate) fn new() -> Self {
         Self {
             taken: AtomicUsize::new(0),
             sent_at: AtomicU64::new(0),
-            drained: AtomicU32::new(NO_SOCKET),
-            answered_by: [NO_SOCKET; 2].map(AtomicU32::new),
+            has_heard: AtomicBool::new(false),
+            talks_to_itself: AtomicBool::new(false),
             begun: clock::now(),
         }
     }
@@ -187,16 +184,17 @@ impl Stretch {
     pub(crate) fn end(&self) {
         self.taken.store(0, Ordering::Relaxed);
         self.sent_at.store(0, Ordering::Relaxed);
+        self.talks_to_itself.store(false, Ordering::Relaxed);
     }
 
-    /// It has received all that a socket has: what it sends next answers the last, or is a question. Unless it
-    /// goes from socket to socket and answers by each: then it goes on sending.
-    pub(crate) fn drain(&self, socket: SlotIndex) {
-        self.drained.store(socket.0, Ordering::Relaxed);
-        let [last, before] = self.answered_by.each_ref().map(|by| by.load(Ordering::Relaxed));
-        if last == NO_SOCKET || [last, before].contains(&socket.0) {
-            self.sent_at.store(0, Ordering::Relaxed);
-        }
+    /// It has received all that a socket has: what it sends next answers that, or hands it on.
+    pub(crate) fn hear(&self) {
+        self.has_heard.store(true, Ordering::Relaxed);
+    }
+
+    /// It has received nothing where it looked, and so will wait.
+    pub(crate) fn hear_nothing(&self) {
+        self.sent_at.store(0, Ordering::Relaxed);
     }
 
     pub(crate) fn take(&self, datagrams: usize) {
@@ -207,23 +205,26 @@ impl Stretch {
         self.taken.load(Ordering::Relaxed) >= datagrams
     }
 
-    /// The guest sends by a socket: whether it goes on sending. That long after its last send it has most likely
-    /// suspended elsewhere (by a clock, or a TCP stream), of which this crate does not hear.
-    pub(crate) fn send(&self, socket: SlotIndex, pause_max: Duration) -> bool {
-        self.note_sender(socket);
+    /// The guest sends: whether it goes on sending. That long after its last send it has most likely suspended
+    /// elsewhere (by a clock, or a TCP stream), of which this crate does not hear. What it has heard meanwhile it
+    /// answers soon, or it computes, and its answers are not to wait for that. And if two of its sockets ask each
+    /// other, it will look for this one next.
+    pub(crate) fn send(&self, pause_max: Duration, is_to_itself: impl FnOnce() -> bool) -> bool {
         let now = clock::since(self.begun).as_nanos();
         let now = u64::try_from(now).unwrap_or(u64::MAX).max(1);
         let sent_at = self.sent_at.swap(now, Ordering::Relaxed);
-        sent_at != 0 && u128::from(now.saturating_sub(sent_at)) < pause_max.as_nanos()
-    }
-
-    fn note_sender(&self, socket: SlotIndex) {
-        let [last, before] = &self.answered_by;
-        let is_answer = self.drained.load(Ordering::Relaxed) == socket.0;
-        let was_last = last.swap(if is_answer { socket.0 } else { NO_SOCKET }, Ordering::Relaxed);
-        if was_last != socket.0 {
-            before.store(was_last, Ordering::Relaxed);
+        let pause = u128::from(now.saturating_sub(sent_at));
+        let has_heard = self.has_heard.load(Ordering::Relaxed);
+        if sent_at != 0 && !has_heard {
+            return pause < pause_max.as_nanos();
         }
+        self.has_heard.store(false, Ordering::Relaxed);
+        let mut talks_to_itself = self.talks_to_itself.load(Ordering::Relaxed);
+        if !talks_to_itself && is_to_itself() {
+            talks_to_itself = true;
+            self.talks_to_itself.store(true, Ordering::Relaxed);
+        }
+        sent_at != 0 && !talks_to_itself && pause < (pause_max / ANSWERS_APART_PART).as_nanos()
     }
 }
 
@@ -374,44 +375,44 @@ mod tests {
     fn a_guest_sends_on_until_it_suspends_or_a_millisecond_is_over() {
         clock::played::start();
         let stretch = Stretch::new();
-        let one = SlotIndex(1);
-        let send = || stretch.send(one, DEFERRED_TIME_DEFAULT);
+        let send = || stretch.send(DEFERRED_TIME_DEFAULT, || false);
         assert!(!send(), "the first");
         assert!(send() && send());
         stretch.end();
         assert!(!send(), "the first since it has suspended");
         assert!(send());
-        stretch.drain(one);
-        assert!(!send(), "the first since it has heard all");
+        stretch.hear_nothing();
+        assert!(!send(), "the first since there was nothing to hear");
         assert!(send());
         clock::played::pass(DEFERRED_TIME_DEFAULT);
         assert!(!send(), "it has most likely suspended elsewhere");
         assert!(send());
-        let never = || stretch.send(one, Duration::ZERO);
+        let never = || stretch.send(Duration::ZERO, || false);
         assert!(!never() && !never(), "its host has it defer nothing");
         clock::played::end();
     }
 
     #[test]
-    fn a_guest_that_answers_by_one_socket_after_the_other_sends_on() {
+    fn a_guest_that_answers_sends_on_unless_it_computes_or_hears_itself() {
         clock::played::start();
         let stretch = Stretch::new();
-        let sends_on = |by: u32| stretch.send(SlotIndex(by), DEFERRED_TIME_DEFAULT);
-        let answers_on = |by: u32| {
-            stretch.drain(SlotIndex(by));
-            sends_on(by)
+        let answer = |computes: Duration, is_to_itself: bool| {
+            stretch.hear();
+            clock::played::pass(computes);
+            stretch.send(DEFERRED_TIME_DEFAULT, || is_to_itself)
         };
-        assert!(!answers_on(0), "the first");
-        assert!((1..50).all(answers_on));
+        let apart_max = DEFERRED_TIME_DEFAULT / ANSWERS_APART_PART;
+        let soon = Duration::ZERO;
+        assert!(!answer(soon, false), "the first");
+        assert!(answer(soon, false) && answer(soon, false));
+        assert!(!answer(apart_max, false), "it computes");
+        assert!(answer(soon, false));
+        assert!(!answer(soon, true), "two of its sockets ask each other");
+        assert!(!answer(soon, false), "of one of them it may not know the port");
+        assert!(stretch.send(DEFERRED_TIME_DEFAULT, || true), "it has heard nothing in between");
         stretch.end();
-        assert!(!answers_on(0), "the first since it has suspended");
-        assert!(answers_on(1));
-        assert!(!answers_on(0) && !answers_on(1), "two of its sockets ask each other");
-        assert!(answers_on(2));
-        // As a forwarder does: what it hears by one it sends on by another.
-        stretch.drain(SlotIndex(3));
-        assert!(sends_on(4));
-        assert!(!answers_on(5));
+        assert!(!answer(soon, false), "the first since it has suspended");
+        assert!(answer(soon, false));
         clock::played::end();
     }
 

@@ -82,6 +82,9 @@ impl UdpSocket {
         let slot = self.slot.get().copied();
         let (slot, in_flight) = self.driver.submit_bind(self.ctx.guest, slot, bind)?;
         self.slot.get_or_init(|| slot);
+        if addr.port() != 0 {
+            self.know_port(addr.port());
+        }
         let asked = Local { asked: Some(addr), answered: None };
         let local = self.ctx.checks.hears_local_addr().then(|| Box::new(asked));
         let mut state = self.lock();

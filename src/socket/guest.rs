@@ -2,8 +2,9 @@
 //! account with its quotas and counters, and what it has done since it last suspended. It is made at the guest's
 //! first socket.
 
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::yield_now;
 
@@ -12,7 +13,6 @@ use crate::driver::{Guest, first_poll};
 use crate::error::ErrorCode;
 use crate::pool::{Pool, RingIndex};
 use crate::ring::account::{Account, GuestLimits};
-use crate::ring::queues::SlotIndex;
 use crate::socket::policy::{Checks, Reason, SocketId};
 
 /// One guest's share of the rings. The host's `UdpCtx` and each of the guest's sockets hold it.
@@ -27,6 +27,8 @@ pub(crate) struct GuestCtx {
     pub(crate) checks: Checks,
     pub(crate) account: Arc<Account>,
     pub(crate) stretch: Stretch,
+    /// Of its sockets, in order, as far as it knows them.
+    ports: Mutex<Vec<u16>>,
 }
 
 impl GuestCtx {
@@ -38,6 +40,7 @@ impl GuestCtx {
             numbered: AtomicU64::new(0),
             checks,
             stretch: Stretch::new(),
+            ports: Mutex::default(),
             account: Account::new(limits),
         }
     }
@@ -73,9 +76,35 @@ impl GuestCtx {
         }
     }
 
-    /// The guest sends by a socket: whether it goes on sending, so that this may be deferred.
-    pub(crate) fn sends_on(&self, socket: SlotIndex) -> bool {
-        self.stretch.send(socket, self.account.deferred_time)
+    /// The guest sends, to this peer among others: whether it goes on sending, so that this may be deferred.
+    pub(crate) fn sends_on(&self, peer: Option<SocketAddr>) -> bool {
+        let is_to_itself =
+            || peer.is_some_and(|peer| self.ports().binary_search(&peer.port()).is_ok());
+        self.stretch.send(self.account.deferred_time, is_to_itself)
+    }
+
+    /// The guest knows that one of its sockets has this port, and may send there.
+    pub(crate) fn know_port(&self, port: u16) {
+        let mut ports = self.ports();
+        if let Err(at) = ports.binary_search(&port) {
+            ports.insert(at, port);
+        }
+    }
+
+    /// A socket has the port no longer, or never had one. (If another has it, what the guest sends there may be
+    /// deferred.)
+    pub(crate) fn forget_port(&self, port: u16) {
+        if port == 0 {
+            return;
+        }
+        let mut ports = self.ports();
+        if let Ok(at) = ports.binary_search(&port) {
+            ports.remove(at);
+        }
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Vec<u16>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Suspends a guest that has spent a budget of so many datagrams, so that the other tasks of its thread run.

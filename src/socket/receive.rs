@@ -168,7 +168,10 @@ impl UdpSocket {
                 Batch::Admitted(datagrams) => return Ok(datagrams),
                 // WIT: `receive` does not wait.
                 Batch::Asked => return Ok(Vec::new()),
-                Batch::Empty if std::mem::replace(&mut has_reaped, true) => return Ok(Vec::new()),
+                Batch::Empty if std::mem::replace(&mut has_reaped, true) => {
+                    self.ctx.stretch.hear_nothing();
+                    return Ok(Vec::new());
+                }
                 Batch::Withheld => continue,
                 Batch::Empty if self.driver.may_miss(self.bound_slot()) => true,
                 Batch::Empty => {
@@ -217,8 +220,8 @@ impl UdpSocket {
         let is_admitted = first.is_some();
         let Taken { arrivals, resumes, is_drained } = receiver.queue.take(first, most)?;
         taking.resumes = resumes;
-        if is_drained {
-            self.ctx.stretch.drain(self.bound_slot());
+        if is_drained && !arrivals.is_empty() {
+            self.ctx.stretch.hear();
         }
         let batch = self.judge_batch(receiver, arrivals, is_admitted, &mut taking, cx);
         let is_withheld = taking.has_withheld() && matches!(batch, Batch::Empty);
@@ -397,8 +400,8 @@ impl UdpSocket {
     ) -> Found {
         loop {
             let Taken { arrivals: arrival, resumes, is_drained } = receiver.queue.take_first();
-            if is_drained {
-                self.ctx.stretch.drain(self.bound_slot());
+            if is_drained && arrival.is_some() {
+                self.ctx.stretch.hear();
             }
             taking.resumes |= resumes;
             let datagram = match arrival {

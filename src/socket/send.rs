@@ -43,14 +43,14 @@ impl UdpSocket {
             // Boxed, because few hosts have to be waited for.
             batch = Box::pin(self.check_asked(asked, datagrams, remote, batch)).await;
         }
-        let Checked { mut accepted, refused, is_reached, .. } = batch;
+        let Checked { mut accepted, refused, is_reached, last } = batch;
         if accepted.is_empty() {
             return refused.map_or(Ok(0), Err);
         }
         self.take_error()?;
         let accepted_len = accepted.len() as u64;
         let is_used_up = self.ctx.account.sending.is_used_up();
-        if self.ctx.sends_on(self.bound_slot()) && is_reached && !is_used_up {
+        if self.ctx.sends_on(last.map(|last| last.peer)) && is_reached && !is_used_up {
             let append = |send: &mut SendOp| accepted.drain(..).for_each(|it| send.push(it));
             if self.defer(append)? {
                 return Ok(accepted_len);
@@ -72,7 +72,7 @@ impl UdpSocket {
         let result = poll_fn(|cx| in_flight.poll_submitted(cx)).await;
         if in_flight.has_yielded() {
             self.ctx.stretch.end();
-            self.ctx.sends_on(self.bound_slot());
+            self.ctx.sends_on(None);
         }
         match result {
             Some(Ok(Output::Sent(sent))) => {
@@ -278,7 +278,7 @@ impl UdpSocket {
         }
         let _line = self.send_line.lock().await;
         let bytes = payload.len();
-        let goes_on = self.ctx.sends_on(self.bound_slot());
+        let goes_on = self.ctx.sends_on(Some(effective));
         let is_reached = self.lock().reach(effective, bytes);
         // Where it goes is the kernel's peer's when it goes, as with wasmtime-wasi.
         let mut datagram = Outgoing { payload, to: named(effective, remote) };

@@ -85,6 +85,55 @@ fn answers_by_one_socket_after_the_other_leave_together<G: Guest>() {
     });
 }
 
+in_both!(what_a_guest_hands_on_leaves_together);
+/// Kills: a forwarder that enters for each answer, because it has heard it by another socket.
+fn what_a_guest_hands_on_leaves_together<G: Guest>() {
+    on::<G, ()>(Backend::Uring, unhurried(), async |guest| {
+        let (asking, from) = native::socket(Ipv4Addr::LOCALHOST);
+        let (asked, _) = native::socket(Ipv4Addr::LOCALHOST);
+        let (socket, _) = guest.bound(LOOPBACK).await;
+        guest.send(socket, b"reached", Some(from)).await.unwrap();
+        assert_eq!(native::receive(&asking, &mut [0; 16]), 7);
+        let mut upstream = Vec::new();
+        for _ in 0..BURST {
+            upstream.push(guest.bound(LOOPBACK).await);
+        }
+        for is_armed in [false, true] {
+            for (_, local) in &upstream {
+                asked.send_to(b"answer", *local).unwrap();
+            }
+            rest().await;
+            let before = guest.rig().stats();
+            for (heard_by, _) in &upstream {
+                assert_eq!(guest.receive(*heard_by).await.unwrap().0, b"answer");
+                guest.send(socket, b"answer", Some(from)).await.unwrap();
+            }
+            let deferred = guest.rig().stats().datagrams_deferred - before.datagrams_deferred;
+            // What enters, as a socket's first receive, submits what is deferred.
+            let least = if is_armed { u64::from(BURST) - 1 } else { 0 };
+            assert!(deferred >= least, "{deferred} of {BURST} deferred");
+            for _ in &upstream {
+                assert_eq!(native::receive(&asking, &mut [0; 16]), 6);
+            }
+        }
+    });
+}
+
+in_both!(what_a_guest_sends_to_itself_leaves_at_once);
+/// Kills: a guest that waits for what it has not sent.
+fn what_a_guest_sends_to_itself_leaves_at_once<G: Guest>() {
+    on::<G, ()>(Backend::Uring, unhurried(), async |guest| {
+        let sockets = [guest.bound(LOOPBACK).await, guest.bound(LOOPBACK).await];
+        for _ in 0..BURST {
+            for (from, to) in [(0, 1), (1, 0)] {
+                guest.send(sockets[from].0, b"x", Some(sockets[to].1)).await.unwrap();
+                assert_eq!(guest.receive(sockets[to].0).await.unwrap().0, b"x");
+            }
+        }
+        assert_eq!(guest.rig().stats().datagrams_deferred, 0);
+    });
+}
+
 in_both!(a_host_may_have_nothing_deferred);
 /// Kills: a time of 0 that is taken for none.
 fn a_host_may_have_nothing_deferred<G: Guest>() {

@@ -143,7 +143,9 @@ fn sixty_four_guests_on_one_thread_share_their_enters() {
             }
         };
         let enters = shared_enters_while(&uring, side_by_side(rigs.into_iter().map(cycles))).await;
-        assert!(enters <= GUESTS * CYCLES / 10, "{enters}");
+        // Where a cycle takes long the ring's own thread gets in between.
+        let stats = uring.stats();
+        assert!(enters <= GUESTS * CYCLES / 10 + stats.enters_overdue, "{enters}, {stats:?}");
     });
 }
 
