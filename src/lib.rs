@@ -177,6 +177,7 @@
 //! | [`limits`] | every bound, and how they relate |
 //! | `stats` | the rings' counters |
 //! | `clock` | what time it is |
+//! | `sync` | locks, atomics, threads and runtimes: the system's, or a test's that orders them |
 
 #![cfg_attr(
     not(all(feature = "p2", feature = "p3")),
@@ -208,6 +209,7 @@ mod ring;
 mod simulation;
 mod socket;
 mod stats;
+mod sync;
 mod uring;
 
 pub use ctx::{GuestCounters, Udp, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};

@@ -8,10 +8,8 @@
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
-
-use tokio::runtime::{Handle, RuntimeFlavor, worker_index};
 
 use crate::clock;
 use crate::driver::Driver;
@@ -25,6 +23,8 @@ use crate::ring::recycle::pool::Recycle;
 use crate::ring::rlimits::soft_limit;
 use crate::ring::share::Share;
 use crate::stats::Stats;
+use crate::sync::runtime::{Handle, RuntimeFlavor, worker_index};
+use crate::sync::{Mutex, MutexGuard};
 
 /// A ring of a pool, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 
 pub(crate) mod account;
 pub(crate) mod buffers;
+#[cfg(not(all(test, shuttle)))]
 pub(crate) mod eventfd;
 mod gro_key;
 pub(crate) mod kernel_defaults;
@@ -32,6 +33,7 @@ mod socket_filter;
 mod tests;
 pub(crate) mod thread_clock;
 pub(crate) mod thread_tag;
+#[cfg(not(all(test, shuttle)))]
 pub(crate) mod timer;
 pub(crate) mod trials;
 
@@ -65,6 +67,8 @@ use crate::limits::{
     BURST_DATAGRAMS, CHAIN_ENTRIES_MAX, COMPLETIONS_BATCH, CQ_ENTRIES, LINGER, TEARDOWN_ROUNDS_MAX,
 };
 use crate::stats::Stats;
+#[cfg(all(test, shuttle))]
+pub(crate) use crate::sync::played::{eventfd, timer};
 
 pub(crate) struct Ring {
     process: Process,

@@ -27,7 +27,7 @@ mod send;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 
 use crate::datagram::Family;
@@ -41,6 +41,7 @@ use crate::ring::quota::Level;
 use crate::ring::receive_queue::{Datagram, ReceiveQueue};
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{AddrEvent, Judged, Question, SocketAddrUse};
+use crate::sync::{Mutex, MutexGuard};
 
 /// A UDP socket that lives in a slot of the ring's fixed-file table. Dropping it closes it.
 pub(crate) struct UdpSocket {

@@ -49,6 +49,7 @@ mod ring;
 mod simulation;
 mod socket;
 mod stats;
+mod sync;
 mod uring;
 
 pub use ctx::{GuestCounters, UdpCtx, UdpCtxBuilder, UdpCtxView, UdpView};

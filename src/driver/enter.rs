@@ -1,7 +1,6 @@
 //! One thread enters the kernel for all guests: the state that it shares with the others, and what
 //! it does inside.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::time::Duration;
@@ -28,6 +27,7 @@ use crate::ring::setup::Known;
 use crate::ring::share::Share;
 use crate::ring::{Ring, setup};
 use crate::stats::Stats;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// A ring, and how its guests and their threads share it.
 pub(crate) struct Driver {

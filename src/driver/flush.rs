@@ -2,14 +2,13 @@
 
 use std::task::{Context, Poll, ready};
 
-use tokio::runtime::{Handle, RuntimeFlavor, worker_index};
-
 use super::batching::{Guest, Yielding};
 use super::enter::{Core, Driver, LockedCore};
 use super::first_poll;
 use crate::clock;
 use crate::error::Errno;
 use crate::limits::{DEFERRED_TIME_DEFAULT, OUTSIDE_PATIENCE};
+use crate::sync::runtime::{Handle, RuntimeFlavor, worker_index};
 
 /// Ready when what was queued has reached the kernel, and what completed at once is recorded.
 pub(crate) struct Flush {

@@ -9,10 +9,11 @@
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::task::Waker;
 
 use super::lifo_slot;
+use crate::sync::{Mutex, MutexGuard};
 
 pub(super) struct Lock<T>(Mutex<T>);
 

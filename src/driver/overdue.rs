@@ -9,15 +9,16 @@
 //! begun so long ago: while it runs, what other threads unmap has to interrupt its processor, which costs
 //! a host with many short stores more than all it does.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::task::{Wake, Waker};
-use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::limits::{OVERDUE, OVERDUE_AGAIN, RESTS_APART};
 use crate::ring::port_order::CloseId;
 use crate::ring::timer::Timer;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Mutex, thread};
 
 /// What the thread looks after: a driver.
 pub(super) trait Watched: Send + Sync {
@@ -81,7 +82,7 @@ impl Watcher {
     }
 
     fn now(&self) -> u64 {
-        self.at(Instant::now())
+        self.at(clock::now())
     }
 
     /// When a close is overdue, or when to get on with it again.
@@ -167,7 +168,7 @@ impl Overdue {
             closing_since: AtomicU64::new(0),
             again_at: AtomicU64::new(0),
             call_at: AtomicU64::new(0),
-            begun: Instant::now(),
+            begun: clock::now(),
         };
         Self { watcher: Arc::new(watcher), oldest: None, rested_at: 0 }
     }

@@ -1,9 +1,9 @@
 //! The runtimes that have tasks for the ring, and how those are woken.
 
 use std::task::Waker;
-use std::thread::ThreadId;
 
-use tokio::runtime::{self, Handle, RuntimeFlavor};
+use crate::sync::runtime::{self, Handle, RuntimeFlavor};
+use crate::sync::thread::{self, ThreadId};
 
 /// The runtimes that have tasks for the ring.
 #[derive(Default)]
@@ -43,7 +43,7 @@ impl Runtimes {
     /// Whether a flusher runs when this thread's guest suspends.
     pub(super) fn is_flusher_due_here(&self) -> bool {
         self.flusher_due.is_some_and(|(thread, runtime)| {
-            thread == std::thread::current().id()
+            thread == thread::current().id()
                 && Handle::try_current().is_ok_and(|here| here.id() == runtime)
         })
     }

@@ -8,14 +8,10 @@
 //! thread keeps a task it has woken to itself until its guest suspends, and arrivals must not wait
 //! for a guest that computes.
 
-use std::fs::File;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::task::Poll;
-
-use tokio::io::unix::AsyncFd;
-use tokio::runtime::{self, Handle};
 
 use super::batching::Guest;
 use super::enter::{Driver, Insider, LockedCore};
@@ -23,8 +19,11 @@ use super::held_up;
 use super::overdue::Watched;
 use crate::error::Errno;
 use crate::limits::{DRAIN_PATIENCE, REFUSAL_PAUSE_MAX};
+use crate::ring::eventfd::WatchedEventFd;
 use crate::ring::membarrier::kick;
 use crate::ring::queues::SlotIndex;
+use crate::sync::runtime::{self, Handle};
+use crate::sync::thread;
 
 impl Driver {
     /// Has a task reap, from now on, completions that come by themselves.
@@ -65,7 +64,7 @@ impl Driver {
             // Outside of any runtime there is none.
             return drop(self.combine(core));
         };
-        core.runtimes.flusher_due = Some((std::thread::current().id(), handle.id()));
+        core.runtimes.flusher_due = Some((thread::current().id(), handle.id()));
         let Some(tasks) = core.runtimes.get(handle.id()) else {
             return self.spawn_tasks(core, &handle);
         };
@@ -204,7 +203,7 @@ async fn reap(reaper: Reaper) {
 enum Signals {
     #[default]
     NotYet,
-    Watched(AsyncFd<Arc<File>>),
+    Watched(WatchedEventFd),
     /// The kernel has refused it: it is tried again.
     Later,
     /// A runtime without I/O: what completes at once works there all the same.
@@ -213,7 +212,7 @@ enum Signals {
 
 impl Signals {
     /// What signals the reaper, registered with this runtime unless it is.
-    fn watched(&mut self, driver: &Driver) -> Option<&AsyncFd<Arc<File>>> {
+    fn watched(&mut self, driver: &Driver) -> Option<&WatchedEventFd> {
         if matches!(self, Self::NotYet | Self::Later) {
             // tokio panics in a runtime without I/O.
             *self = match catch_unwind(AssertUnwindSafe(|| driver.eventfd.watch())) {

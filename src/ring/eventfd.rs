@@ -8,6 +8,9 @@ use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// One that a runtime watches.
+pub(crate) type WatchedEventFd = AsyncFd<Arc<File>>;
+
 #[derive(Clone, Debug)]
 pub(crate) struct EventFd(Arc<File>);
 
@@ -33,7 +36,7 @@ impl EventFd {
     /// Registers it with the current runtime, edge-triggered: the counter need not be read. (No duplicate,
     /// for which the process may have no descriptor left when a runtime's first guest comes.)
     #[expect(unsafe_code, reason = "tokio watches a descriptor number")]
-    pub(crate) fn watch(&self) -> io::Result<AsyncFd<Arc<File>>> {
+    pub(crate) fn watch(&self) -> io::Result<WatchedEventFd> {
         // SAFETY: the `AsyncFd` shares in the descriptor, so its number stays open while it is watched.
         Ok(unsafe { AsyncFd::register_with_interest(Arc::clone(&self.0), Interest::READABLE) }?)
     }

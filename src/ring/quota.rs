@@ -2,7 +2,8 @@
 //! that wait, those received for a guest and those it sends for send buffer.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// A number of sockets that guests may have open at once: those of a tenant, of an app, of a host, as far
 /// as the host gives it to their configurations

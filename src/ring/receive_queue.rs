@@ -10,13 +10,14 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::Waker;
 
 use super::account::Account;
 use super::quota::ByteQuota;
 use crate::error::Errno;
 use crate::limits::{QUEUE_DATAGRAMS_DEFAULT, QUEUE_SLACK_BYTES, QUEUED_DATAGRAM_BYTES};
+use crate::sync::{Mutex, MutexGuard};
 
 /// A datagram as the guest gets it.
 #[derive(Debug, PartialEq, Eq)]

@@ -4,7 +4,8 @@
 //! two shares: one that is ceded was taken before, and so cannot be taken by its former holder.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Refuses at once when it is used up, and never waits.
 ///

@@ -9,7 +9,7 @@
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use tokio::task::coop::consume_budget;
@@ -21,6 +21,7 @@ use crate::ring::receive_queue::{Arrival, Datagram, QueueLimits, ReceiveQueue, T
 use crate::socket::guest::GuestCtx;
 use crate::socket::policy::{Judged, Question, Reason, SocketAddrUse};
 use crate::socket::{Asked, Front, Receiver, Remote, UdpSocket};
+use crate::sync::Mutex;
 
 impl Receiver {
     fn new(queue: Arc<ReceiveQueue>) -> Self {
