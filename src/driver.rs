@@ -149,19 +149,22 @@ impl Driver {
     }
 
     /// Queues the chain that makes and binds a socket, which reaches the kernel even if the guest
-    /// never waits. A socket without a slot gets one.
+    /// never waits. A socket without a slot gets one, which it is to `keep` before a thread enters: one that
+    /// panics there still has a socket to close.
     pub(crate) fn submit_bind(
         self: &Arc<Self>,
         guest: Guest,
         slot: Option<SlotIndex>,
         bind: Box<BindOp>,
-    ) -> Result<(SlotIndex, InFlight), Errno> {
+        keep: impl FnOnce(SlotIndex),
+    ) -> Result<InFlight, Errno> {
         let mut core = self.lock_to_queue()?;
         core.batching.queue(guest);
         let (slot, key) = core.ring.submit_bind(slot, bind);
         let in_flight = InFlight::new(self, &core, guest, key);
+        keep(slot);
         self.leave_to_flusher(core);
-        Ok((slot, in_flight))
+        Ok(in_flight)
     }
 
     /// Arms a socket's receive. The queue returned is shared with the ring, which fills it; when the

@@ -362,7 +362,10 @@ mod tests {
         let (ring, guest) = (pool.take_socket().unwrap(), Guest::new());
         let driver = pool.ring(ring);
         let bind = BindOp::new(Family::V4, Vec::new(), (Ipv4Addr::LOCALHOST, 0).into());
-        let (slot, _) = driver.submit_bind(guest, None, Box::new(bind)).unwrap();
+        let mut slot = None;
+        let keep = |kept| slot = Some(kept);
+        drop(driver.submit_bind(guest, None, Box::new(bind), keep).unwrap());
+        let slot = slot.expect("kept");
         driver.set_entering(true);
         driver.close(guest, slot, &Account::of_sockets(1), 0);
     }

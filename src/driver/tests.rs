@@ -38,9 +38,10 @@ fn socket(driver: &Arc<Driver>, guest: Guest) -> SlotIndex {
     assert!(driver.share().take());
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let bind = Box::new(BindOp::new(Family::V4, Vec::new(), any));
-    let (slot, mut in_flight) = driver.submit_bind(guest, None, bind).unwrap();
+    let mut slot = None;
+    let mut in_flight = driver.submit_bind(guest, None, bind, |kept| slot = Some(kept)).unwrap();
     assert_eq!(done_at_once(&mut in_flight).err(), None);
-    slot
+    slot.expect("kept")
 }
 
 fn done_at_once(in_flight: &mut InFlight) -> OpResult {

@@ -80,8 +80,8 @@ impl UdpSocket {
         let options = self.lock().options.to_set(self.family);
         let bind = Box::new(BindOp::new(self.family, options, addr));
         let slot = self.slot.get().copied();
-        let (slot, in_flight) = self.driver.submit_bind(self.ctx.guest, slot, bind)?;
-        self.slot.get_or_init(|| slot);
+        let keep = |slot| _ = self.slot.get_or_init(|| slot);
+        let in_flight = self.driver.submit_bind(self.ctx.guest, slot, bind, keep)?;
         if addr.port() != 0 {
             self.know_port(addr.port());
         }
