@@ -24,6 +24,8 @@ pub(crate) mod first_poll;
 mod flush;
 pub(crate) mod held_up;
 mod in_flight;
+#[cfg(all(test, shuttle))]
+mod interleaved;
 mod lifo_slot;
 mod lock;
 mod overdue;

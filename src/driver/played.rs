@@ -21,8 +21,10 @@ impl Driver {
     ) -> (Arc<Self>, Arc<Played>, PlayedThread) {
         let (built, played, thread) = build(seed, sizes, meanwhile);
         let driver = Self::new(built, limits, &HeldUp::new());
-        // Of no driver: the thread ends when the timer first expires, and changes nothing.
-        driver.core.lock().overdue = Overdue::new(Weak::<Self>::new(), Timer::new().unwrap());
+        if !cfg!(shuttle) {
+            // Of no driver: the thread ends when the timer first expires, and changes nothing.
+            driver.core.lock().overdue = Overdue::new(Weak::<Self>::new(), Timer::new().unwrap());
+        }
         (driver, played, thread)
     }
 
@@ -49,6 +51,16 @@ impl Driver {
     /// Whether a guest has ever waited, so that completions are reaped that come by themselves.
     pub(crate) fn has_reaper(&self) -> bool {
         !self.core.lock().runtimes.is_empty()
+    }
+
+    /// What is counted and what the guests' threads are told of it, for a trace.
+    #[cfg(shuttle)]
+    pub(crate) fn state(&self) -> String {
+        let core = self.core.lock();
+        let (queued, submitted) = (core.ring.queued(), core.ring.submitted());
+        let (entering, is_watching) = (core.entering, core.overdue.watches());
+        let is_closing = core.ring.ports().is_closing();
+        format!("{queued} queued, {submitted} submitted, {entering} {is_watching} {is_closing}")
     }
 
     pub(crate) fn has_queued(&self) -> bool {

@@ -12,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{BufRingEntry, CancelBuilder, Timespec};
@@ -38,6 +38,7 @@ use crate::ring::share::Share;
 use crate::ring::slots::SlotState;
 use crate::ring::timer::Timer;
 use crate::stats::Stats;
+use crate::sync::{Mutex, MutexGuard};
 
 // ---- what `queues` uses of io_uring -----------------------------------------------------------------
 
@@ -454,9 +455,7 @@ impl Played {
     }
 
     fn enter(&self, entries: u32, flushes: bool) -> io::Result<usize> {
-        if self.kernel().dice.once_in(3) {
-            (self.meanwhile)();
-        }
+        self.let_others_act();
         let taken = {
             let mut kernel = self.kernel();
             let entries = entries as usize;
@@ -479,10 +478,15 @@ impl Played {
                 }
             }
         };
-        if self.kernel().dice.once_in(3) {
+        self.let_others_act();
+        Ok(taken)
+    }
+
+    fn let_others_act(&self) {
+        // `shuttle` has its own dice.
+        if cfg!(shuttle) || self.kernel().dice.once_in(3) {
             (self.meanwhile)();
         }
-        Ok(taken)
     }
 }
 
@@ -1088,6 +1092,12 @@ impl Kernel {
             self.files.get_mut(&file).expect("found").room = usize::MAX;
             self.stir(file);
         }
+    }
+
+    /// Whether something waits for a thread to enter, or to be interrupted.
+    #[cfg(shuttle)]
+    pub(crate) fn has_work(&self) -> bool {
+        !self.work.is_empty()
     }
 
     /// Whether nothing is on its way.
