@@ -13,13 +13,14 @@
 //! ```
 //!
 //! `WASI_URING_SCHEDULES=100000` tries as many schedules by each test. A failure prints its seed:
-//! `SHUTTLE_RANDOM_SEED=7 WASI_URING_SCHEDULES=1` and the name of the test have it again, and
+//! `SHUTTLE_RANDOM_SEED=7 WASI_URING_SCHEDULES=400` and the name of the test have it again, and
 //! `WASI_URING_TRACE=1` prints what the guests do. `SHUTTLE_CAPTURE_BACKTRACE=1` says where each thread
 //! waits in a deadlock.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
+use std::hash::{BuildHasher, RandomState};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
@@ -83,7 +84,35 @@ fn try_schedules(otherwise: usize, life: fn()) {
     };
     run(Box::new(RandomScheduler::new(schedules.div_ceil(2))));
     for depth in [2, 4] {
-        run(Box::new(PctScheduler::new(depth, schedules.div_ceil(4))));
+        let mut left = schedules.div_ceil(4);
+        while left > 0 {
+            let batch = left.min(BATCH);
+            left -= batch;
+            let seed = Seed::new();
+            run(Box::new(PctScheduler::new_from_seed(seed.0, depth, batch)));
+        }
+    }
+}
+
+/// Schedules of one seed, where a schedule has none of its own.
+const BATCH: usize = 100;
+
+/// It is printed if they fail, as `RandomScheduler` has its own printed.
+struct Seed(u64);
+
+impl Seed {
+    fn new() -> Self {
+        let set = std::env::var("SHUTTLE_RANDOM_SEED").ok();
+        let any = || RandomState::new().hash_one(BATCH);
+        Self(set.map_or_else(any, |text| text.parse().expect("a number")))
+    }
+}
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("failing seed: {}", self.0);
+        }
     }
 }
 
