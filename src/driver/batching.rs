@@ -187,6 +187,17 @@ impl Stretch {
         self.talks_to_itself.store(false, Ordering::Relaxed);
     }
 
+    /// It has yielded before it submitted what it sends, and goes on sending.
+    pub(crate) fn end_at_send(&self) {
+        self.taken.store(0, Ordering::Relaxed);
+        self.sent_at.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// In nanoseconds from `begun`, and not 0.
+    fn now(&self) -> u64 {
+        u64::try_from(clock::since(self.begun).as_nanos()).unwrap_or(u64::MAX).max(1)
+    }
+
     /// It has received all that a socket has: what it sends next answers that, or hands it on.
     pub(crate) fn hear(&self) {
         self.has_heard.store(true, Ordering::Relaxed);
@@ -210,8 +221,7 @@ impl Stretch {
     /// answers soon, or it computes, and its answers are not to wait for that. And if two of its sockets ask each
     /// other, it will look for this one next.
     pub(crate) fn send(&self, pause_max: Duration, is_to_itself: impl FnOnce() -> bool) -> bool {
-        let now = clock::since(self.begun).as_nanos();
-        let now = u64::try_from(now).unwrap_or(u64::MAX).max(1);
+        let now = self.now();
         let sent_at = self.sent_at.swap(now, Ordering::Relaxed);
         let pause = u128::from(now.saturating_sub(sent_at));
         let has_heard = self.has_heard.load(Ordering::Relaxed);

@@ -71,8 +71,7 @@ impl UdpSocket {
         let mut in_flight = self.submit(Op::Send(SendOp::new(accepted)))?;
         let result = poll_fn(|cx| in_flight.poll_submitted(cx)).await;
         if in_flight.has_yielded() {
-            self.ctx.stretch.end();
-            self.ctx.sends_on(None);
+            self.ctx.stretch.end_at_send();
         }
         match result {
             Some(Ok(Output::Sent(sent))) => {
