@@ -387,8 +387,22 @@ impl Services {
             ]
         });
         let rows = table(&header, rows);
-        let machine = self.headlines().map(|(_, _, run)| run.machine()).max().unwrap_or_default();
-        format!("{rows}\n\n{machine}\nAll figures: [{all}]({all}).")
+        let machines = self.machines();
+        format!("{rows}\n\n{machines}\nAll figures: [{all}]({all}).")
+    }
+
+    /// Where and how the headlines were measured: a line, or if they were not measured alike one for each of them.
+    fn machines(&self) -> String {
+        let each: Vec<_> =
+            self.headlines().map(|(service, _, run)| (service.title, run.machine())).collect();
+        match each.as_slice() {
+            [(_, first), others @ ..] if others.iter().any(|(_, other)| other != first) => {
+                let lines = each.iter().map(|(title, machine)| format!("- {title}: {machine}\n"));
+                lines.collect()
+            }
+            [(_, first), ..] => first.clone(),
+            [] => String::new(),
+        }
     }
 }
 
