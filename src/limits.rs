@@ -65,8 +65,8 @@ pub const DEFERRED_TIME_DEFAULT: Duration = Duration::from_millis(1);
 /// and this one would wait for it.
 pub(crate) const ANSWERS_APART_PART: u32 = 4;
 
-/// Peers that a socket is known to have reached: enough for one that answers several.
-pub(crate) const REACHED_MAX: usize = 4;
+/// Peers that a socket is known to have reached: enough for a server whose clients have a few sockets each.
+pub(crate) const REACHED_MAX: usize = 16;
 
 /// Buffers shared by all receiving sockets of a ring. Few, so that they stay in the processor's
 /// cache; each goes back to the kernel as soon as its completion is reaped.

@@ -30,6 +30,8 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 
+use smallvec::SmallVec;
+
 use crate::datagram::Family;
 use crate::driver::{Driver, Flush, InFlight};
 use crate::error::{Errno, ErrorCode, RingGone};
@@ -160,10 +162,10 @@ enum BindState {
     Bound,
 }
 
-/// Peers whom sends have reached, and which of them makes room for the next.
+/// Peers whom sends have reached, and which of them makes room for the next. (Most sockets have one or two.)
 #[derive(Default)]
 struct Peers {
-    reached: [Option<Reached>; REACHED_MAX],
+    reached: SmallVec<[Reached; 2]>,
     oldest: usize,
 }
 
@@ -473,14 +475,24 @@ impl State {
     /// A send to a peer is on its way: whether one of so many bytes has reached it before. (If this one fails,
     /// no peer counts as reached.)
     fn reach(&mut self, peer: SocketAddr, bytes: usize) -> bool {
-        let peers = self.reached.get_or_insert_default();
-        if let Some(reached) = peers.reached.iter_mut().flatten().find(|one| one.peer == peer) {
+        self.reached.get_or_insert_default().reach(peer, bytes)
+    }
+}
+
+impl Peers {
+    fn reach(&mut self, peer: SocketAddr, bytes: usize) -> bool {
+        if let Some(reached) = self.reached.iter_mut().find(|one| one.peer == peer) {
             let is_reached = bytes <= reached.bytes;
             reached.bytes = reached.bytes.max(bytes);
             return is_reached;
         }
-        peers.reached[peers.oldest] = Some(Reached { peer, bytes });
-        peers.oldest = (peers.oldest + 1) % REACHED_MAX;
+        let reached = Reached { peer, bytes };
+        if self.reached.len() < REACHED_MAX {
+            self.reached.push(reached);
+        } else {
+            self.reached[self.oldest] = reached;
+            self.oldest = (self.oldest + 1) % REACHED_MAX;
+        }
         false
     }
 }
@@ -513,5 +525,36 @@ impl Drop for UdpSocket {
             }
         }
         checks.socket_dropped(self.ctx.socket_id(self.number));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    /// Kills: forgetting a peer whose answers could leave together, and growing with each new one.
+    #[test]
+    fn a_socket_knows_the_last_peers_that_it_has_reached() {
+        let peer = |number: usize| {
+            SocketAddr::from((Ipv4Addr::LOCALHOST, u16::try_from(number).unwrap() + 1))
+        };
+        let mut peers = Peers::default();
+        for number in 0..REACHED_MAX {
+            assert!(!peers.reach(peer(number), 100), "{number} is new");
+        }
+        for number in 0..REACHED_MAX {
+            assert!(peers.reach(peer(number), 100), "{number} was reached");
+        }
+        assert!(!peers.reach(peer(0), 101), "nothing as long has reached it");
+        assert!(peers.reach(peer(0), 101));
+        for number in REACHED_MAX..3 * REACHED_MAX {
+            assert!(!peers.reach(peer(number), 1), "{number} is new");
+        }
+        assert_eq!(peers.reached.len(), REACHED_MAX);
+        assert!(peers.reach(peer(3 * REACHED_MAX - 1), 1), "the newest is known");
+        assert!(peers.reach(peer(2 * REACHED_MAX), 1), "and all since the oldest of them");
+        assert!(!peers.reach(peer(2 * REACHED_MAX - 1), 1), "which the one before is not");
     }
 }
