@@ -30,8 +30,9 @@ const SPREAD_MAX: f64 = 0.15;
 /// The same for ratios of p99, which are loose by nature.
 const P99_SPREAD_MAX: f64 = 0.5;
 
-/// Whether malloc gives memory back (mallopt(3)), which wasmtime-wasi's batches depend on.
-const MALLOC_VARIABLE: &str = "MALLOC_TRIM_THRESHOLD_";
+/// What wasmtime-wasi's figures depend on: whether malloc gives memory back (mallopt(3)), for batches, and
+/// whether errors take backtraces (`std::backtrace`), for 0.2's streams.
+const VARIABLES: [&str; 3] = ["MALLOC_TRIM_THRESHOLD_", "RUST_BACKTRACE", "RUST_LIB_BACKTRACE"];
 
 /// What was measured, where and how.
 #[derive(Serialize, Deserialize)]
@@ -281,10 +282,9 @@ impl Report {
             kernel: format!("Linux {}", line("/proc/sys/kernel/osrelease")),
             cpu: format!("{cores} × {}", model.map_or("unknown", |(_, model)| model.trim())),
             commit: output("git", &describe).unwrap_or_else(unknown),
-            command: std::env::var(MALLOC_VARIABLE)
-                .ok()
-                .map(|value| format!("{MALLOC_VARIABLE}={value}"))
+            command: VARIABLES
                 .into_iter()
+                .filter_map(|name| Some(format!("{name}={}", std::env::var(name).ok()?)))
                 .chain(["wasi-uring".to_owned()])
                 .chain(std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()))
                 .collect::<Vec<_>>()
