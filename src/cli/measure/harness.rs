@@ -1,5 +1,6 @@
 //! Every implementation that is measured, ready to run.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::future::poll_fn;
 use std::num::NonZeroUsize;
 use std::pin::pin;
@@ -13,11 +14,13 @@ use wasmtime_wasi::WasiCtx;
 
 use super::native::{RingArgs, Setting};
 use super::source::Source;
-use super::{Backend, Bench, Implementation, Sample, Stopwatch, WasiArg, Work, built_in_guest};
+use super::{
+    Backend, Bench, Implementation, Named, Sample, Stopwatch, WasiArg, Work, built_in_guest,
+};
 use crate::args::NetArg;
 use crate::host::{Compiled, GuestConfig, Net, Program};
 use crate::open_files;
-use crate::terminal::Failure;
+use crate::terminal::{Failure, say};
 
 /// Slots of the ring measured: room for ten thousand guests with a socket each, files permitting,
 /// and some files are left for recycled sockets.
@@ -52,6 +55,9 @@ impl Harness {
     ///
     /// If no ring can be built here.
     pub fn new(recycle: Recycle, threads: NonZeroUsize) -> wasmtime::Result<Self> {
+        if Backtrace::capture().status() == BacktraceStatus::Captured {
+            say("with backtraces on, stock is slower than it need be: set RUST_BACKTRACE=0");
+        }
         let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
         let uring =
@@ -114,12 +120,12 @@ impl Harness {
     /// Instantiates the guests, then measures how long they run.
     async fn run_guests(
         &self,
-        wasi: WasiArg,
+        version: WasiArg,
         backend: Backend,
         work: &Work,
         source: &Source,
     ) -> wasmtime::Result<Sample> {
-        let program = self.program(wasi, backend);
+        let program = self.program(version, backend);
         let net = Net::new(NetArg::Loopback);
         let Bench { operation, bytes, datagrams, .. } = work.bench;
         let mut guests = Vec::new();
@@ -134,6 +140,7 @@ impl Harness {
             guests.push(program.instantiate(config).await?);
         }
         let enters = self.enters();
+        let named = Named::after(Implementation::Guest(version, backend));
         let stopwatch = Stopwatch::start();
         let mut tasks = JoinSet::new();
         for mut guest in guests {
@@ -148,6 +155,7 @@ impl Harness {
             ended.push(guest);
         }
         let mut sample = stopwatch.sample();
+        drop(named);
         sample.enters = (backend == Backend::Uring).then(|| self.enters() - enters);
         let mut all = 0;
         for guest in ended {

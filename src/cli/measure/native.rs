@@ -10,7 +10,7 @@ use std::io;
 use tokio::task::JoinHandle;
 
 use super::source::{Source, wait};
-use super::{Bench, Sample, Stopwatch};
+use super::{Bench, Named, Sample, Stopwatch};
 use crate::benches::{BYTES_MAX, Operation, REQUEST_BYTES};
 use wasi_uring::Recycle;
 
@@ -43,9 +43,11 @@ impl Native {
             return Ok(None);
         };
         let enters = program.enters();
+        let named = Named::after(self.name());
         let stopwatch = Stopwatch::start();
         program.run(count)?;
         let mut sample = stopwatch.sample();
+        drop(named);
         sample.enters = program.enters().zip(enters).map(|(after, before)| after - before);
         Ok(Some(sample))
     }
