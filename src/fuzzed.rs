@@ -31,4 +31,19 @@ mod tests {
             super::calls::run(&bytes);
         }
     }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 150,
+            ..crate::regressions("tests/proptest-regressions/fuzzed.txt")
+        })]
+
+        /// Kills, under ThreadSanitizer: what threads share without a lock or an order.
+        #[test]
+        fn guests_of_several_threads_may_call_at_once(
+            lives in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 8)
+        ) {
+            super::calls::run_at_once(lives);
+        }
+    }
 }

@@ -13,7 +13,7 @@ use crate::datagram::Family;
 use crate::error::ErrorCode;
 use crate::socket::UdpSocket;
 use crate::socket::options::OptionValue;
-use crate::{Recycle, UdpCtx, Uring};
+use crate::{Recycle, UdpCtx, Uring, UringBuilder};
 
 /// What all sequences of a thread share.
 struct Host {
@@ -21,13 +21,27 @@ struct Host {
     uring: Uring,
 }
 
-thread_local! {
-    static HOST: Host = {
-        let runtime = Builder::new_current_thread().enable_io().build().expect("a runtime");
+impl Host {
+    fn new(runtime: &mut Builder, uring: UringBuilder) -> Self {
+        let runtime = runtime.enable_io().build().expect("a runtime");
         let recycle = Recycle { quarantined_max: 16, ready_max: 16, ..Recycle::default() };
-        let uring = Uring::builder().sockets(16).queue_datagrams(4).recycle(recycle).build();
-        Host { runtime, uring: uring.expect("this needs io_uring") }
-    };
+        let uring = uring.sockets(16).queue_datagrams(4).recycle(recycle).build();
+        Self { runtime, uring: uring.expect("this needs io_uring") }
+    }
+}
+
+thread_local! {
+    static HOST: Host = Host::new(&mut Builder::new_current_thread(), Uring::builder());
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Two workers for each ring, so that one enters while another queues, and guests of one wait for
+    /// what the other has armed.
+    static THREADS: Host = Host::new(
+        Builder::new_multi_thread().worker_threads(4),
+        Uring::builder().rings(2),
+    );
 }
 
 /// Sockets of a guest.
@@ -47,27 +61,54 @@ const YIELDS_MAX: usize = 1_000_000;
 pub fn run(bytes: &[u8]) {
     HOST.with(|Host { runtime, uring }| {
         runtime.block_on(async {
-            let is_loopback = |addr: SocketAddr| addr.ip().is_loopback() && addr.port() != 13;
-            let ctx = UdpCtx::builder(uring)
-                .allow(move |addr, _| addr.port() == 0 || is_loopback(addr))
-                .sockets_max(SOCKETS_MAX)
-                .queue_bytes_max(10_000)
-                .build();
-            let mut guest =
-                Guest { ctx, bytes: bytes.iter().copied().collect(), sockets: Vec::new() };
-            while !guest.bytes.is_empty() {
-                guest.call().await;
-            }
-            drop(guest);
-            for _ in 0..YIELDS_MAX {
-                if uring.stats().sockets_open == 0 {
-                    return;
-                }
-                yield_now().await;
-            }
-            panic!("sockets are left: {:?}", uring.stats());
+            live(uring, bytes).await;
+            all_are_closed(uring).await;
         });
     });
+}
+
+/// As `run`, of as many guests, which go from thread to thread and share rings.
+#[cfg(test)]
+pub(super) fn run_at_once(lives: Vec<Vec<u8>>) {
+    THREADS.with(|Host { runtime, uring }| {
+        runtime.block_on(async {
+            let guests: Vec<_> = lives
+                .into_iter()
+                .map(|bytes| {
+                    let uring = uring.clone();
+                    tokio::spawn(async move { live(&uring, &bytes).await })
+                })
+                .collect();
+            for guest in guests {
+                guest.await.expect("its answers can be");
+            }
+            all_are_closed(uring).await;
+        });
+    });
+}
+
+/// A guest that makes calls of the bytes.
+async fn live(uring: &Uring, bytes: &[u8]) {
+    let is_loopback = |addr: SocketAddr| addr.ip().is_loopback() && addr.port() != 13;
+    let ctx = UdpCtx::builder(uring)
+        .allow(move |addr, _| addr.port() == 0 || is_loopback(addr))
+        .sockets_max(SOCKETS_MAX)
+        .queue_bytes_max(10_000)
+        .build();
+    let mut guest = Guest { ctx, bytes: bytes.iter().copied().collect(), sockets: Vec::new() };
+    while !guest.bytes.is_empty() {
+        guest.call().await;
+    }
+}
+
+async fn all_are_closed(uring: &Uring) {
+    for _ in 0..YIELDS_MAX {
+        if uring.stats().sockets_open == 0 {
+            return;
+        }
+        yield_now().await;
+    }
+    panic!("sockets are left: {:?}", uring.stats());
 }
 
 struct Guest {
