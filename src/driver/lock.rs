@@ -36,10 +36,17 @@ impl<T> Lock<T> {
         self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether no thread holds it, for tests.
+    /// Whether this thread does not hold it, for tests: another, as the ring's own, lets go of it soon.
     #[cfg(test)]
     pub(super) fn is_free(&self) -> bool {
-        !matches!(self.0.try_lock(), Err(std::sync::TryLockError::WouldBlock))
+        let is_taken = || matches!(self.0.try_lock(), Err(std::sync::TryLockError::WouldBlock));
+        (0..1000).any(|_| {
+            if is_taken() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                return false;
+            }
+            true
+        })
     }
 }
 

@@ -34,7 +34,7 @@ impl Driver {
         run();
     }
 
-    /// Whether no thread holds the lock.
+    /// Whether this thread does not hold the lock.
     pub(crate) fn is_free(&self) -> bool {
         self.core.is_free()
     }
