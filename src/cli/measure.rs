@@ -158,7 +158,7 @@ pub(crate) struct Named {
     before: String,
 }
 
-/// See proc_pid_comm(5).
+/// See `proc_pid_comm(5)`.
 const THREAD_NAME: &str = "/proc/thread-self/comm";
 
 impl Named {
