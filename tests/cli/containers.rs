@@ -111,7 +111,8 @@ fn contained(name: &str, profile: &Value, args: &[&str]) -> Ended {
     });
     fs::write(bundle.join("config.json"), config.to_string()).unwrap();
     // Whatever version of cgroups this machine has, crun sees the one that it knows, and makes none.
-    let script = r#"mount -t cgroup2 none /sys/fs/cgroup && exec "$0" "$@""#;
+    let script = r#"[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup || exit
+        exec "$0" "$@""#;
     let mut command = process::Command::new("unshare");
     command.args(["-m", "sh", "-c", script, "crun", "--cgroup-manager=disabled", "--root"]);
     command.arg(bundle.join("crun")).args(["run", "--bundle", arg(&bundle), &name]);
