@@ -36,7 +36,8 @@ impl<T> Lock<T> {
         self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether this thread does not hold it, for tests: another, as the ring's own, lets go of it soon.
+    /// For tests: false if it is still held after a second, which is by this thread, since no other (as the ring's
+    /// own) holds it so long.
     #[cfg(test)]
     pub(super) fn is_free(&self) -> bool {
         let is_taken = || matches!(self.0.try_lock(), Err(std::sync::TryLockError::WouldBlock));

@@ -16,7 +16,7 @@ fn profile(args: &[&str]) -> Command {
     command
 }
 
-/// Kills: samples that count for another implementation, or that are of nobody's part.
+/// Kills: samples that count for another implementation, and names that are taken for another part's.
 #[test]
 fn a_profile_divides_the_time_of_each_implementation() {
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("profile.md");
@@ -35,7 +35,8 @@ fn a_profile_divides_the_time_of_each_implementation() {
         head.iter().position(|cell| *cell == name).unwrap_or_else(|| panic!("{name}: {text}"))
     };
     let (total, wasi, io_uring) = (column("CPU, µs"), column("WASI"), column("kernel: io_uring"));
-    let guest = column("guest");
+    let (guest, wasmtime) = (column("guest"), column("Wasmtime"));
+    let network = column("kernel: network");
     let rows: Vec<_> = rows.collect();
     assert_eq!(rows.len(), 8, "{text}");
     for cells in rows {
@@ -51,6 +52,8 @@ fn a_profile_divides_the_time_of_each_implementation() {
         }
         assert_eq!(micros(io_uring) > micros(total) / 200.0, is_ring, "{name}: {text}");
         assert_eq!(micros(wasi) > 0.0, is_guest || is_ring, "{name}: {text}");
+        assert_eq!(micros(wasmtime) > 0.0, is_guest, "{name}: {text}");
+        assert!(micros(network) > micros(total) / 100.0, "{name}: binds are the network's: {text}");
         assert!(is_guest || micros(guest) < 0.01, "{name}: {text}");
     }
 }

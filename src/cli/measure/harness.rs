@@ -56,7 +56,9 @@ impl Harness {
     /// If no ring can be built here.
     pub fn new(recycle: Recycle, threads: NonZeroUsize) -> wasmtime::Result<Self> {
         if Backtrace::capture().status() == BacktraceStatus::Captured {
-            say("with backtraces on, stock is slower than it need be: set RUST_BACKTRACE=0");
+            say(
+                "with backtraces on, stock is slower than it need be: set RUST_BACKTRACE=0 and RUST_LIB_BACKTRACE=0",
+            );
         }
         let files = u32::try_from(open_files::raise_limit()).unwrap_or(u32::MAX);
         let sockets = SOCKETS_MAX.min(files);
